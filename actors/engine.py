@@ -1,0 +1,161 @@
+"""The one DeepSpeed wrapper: one backward path, one checkpoint format, one resume."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.config import LearnerSection
+from rlhf.errors import CheckpointError
+
+_TAG = "deepspeed"
+
+
+class TrainingEngine:
+    """A module under DeepSpeed (ZeRO 0-3), with float32 master weights.
+
+    Every rank builds one. Losses are already normalised over the whole batch, so gradients are
+    *summed* over micro-batches and ranks.
+
+    Args:
+        module: what is trained; its `forward` is what `run` calls.
+        settings: the optimiser.
+        dtype: ``float32`` or ``bfloat16``, of the forward and backward pass.
+        rank, world_size, master: this process among its peers; `master` is ``host:port``.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        settings: LearnerSection,
+        dtype: str,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        master: str,
+    ) -> None:
+        host, _, port = master.rpartition(":")
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": host,
+            "MASTER_PORT": port,
+        }
+        import deepspeed
+
+        cuda = torch.cuda.is_available()
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+        module = module.float()
+        optimiser = torch.optim.AdamW(
+            module.parameters(),
+            lr=settings.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self._settings = settings
+        self._world_size = world_size
+        self._engine, self._optimiser, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimiser, config=_deepspeed_config(settings, dtype)
+        )
+        self._engine.checkpoint_engine = _safe_checkpoint_engine(self._engine.checkpoint_engine)
+
+    @property
+    def module(self) -> nn.Module:
+        """The module, to be called through `run` wherever gradients are wanted."""
+        return self._engine.module  # type: ignore[no-any-return]
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches must be."""
+        return torch.device(self._engine.device)
+
+    def run(self, *args: Any) -> Any:
+        """The module's forward pass, through DeepSpeed."""
+        return self._engine(*args)
+
+    def step(self, losses: Sequence[Callable[[], Tensor]], step: int) -> float:
+        """One optimiser step on the sum of `losses`; returns the gradient norm before clipping.
+
+        Each loss is computed only when its turn comes, so that one micro-batch is in memory at a
+        time. Every rank must bring the same number of them. Step 0 starts the warm-up.
+        """
+        rate = self._settings.learning_rate
+        if self._settings.warmup_steps:
+            rate *= min(1.0, (step + 1) / self._settings.warmup_steps)
+        for group in self._optimiser.param_groups:
+            group["lr"] = rate
+        self._engine.train()
+        for index, loss in enumerate(losses):
+            self._engine.set_gradient_accumulation_boundary(index == len(losses) - 1)
+            # DeepSpeed averages over ranks; the losses are shares of a sum.
+            self._engine.backward(loss() * self._world_size)
+        self._engine.step()
+        self._engine.eval()
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Full parameters in `dtype` on the CPU, gathered where ZeRO 3 shards them.
+
+        A collective: every rank must walk through all of them. Tied parameters appear once.
+        """
+        import deepspeed
+
+        sharded = self._settings.zero_stage == 3
+        for name, parameter in self.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=sharded):
+                yield name, parameter.detach().to("cpu", dtype, copy=True)
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's part of a checkpoint into `folder` (the same for all ranks)."""
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read a checkpoint that `save` wrote with the same number of ranks.
+
+        Raises:
+            CheckpointError: it is not complete or does not fit this model.
+        """
+        try:
+            path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        except (RuntimeError, KeyError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder} does not fit this model: {str(error).splitlines()[0]}"
+            ) from None
+        if path is None:
+            raise CheckpointError(f"{folder} holds no checkpoint of this learner")
+
+
+def _deepspeed_config(settings: LearnerSection, dtype: str) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": settings.gradient_clip,
+        "zero_optimization": {"stage": settings.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    if dtype == "bfloat16":
+        if settings.zero_stage == 0:
+            # Weights stay float32 and each operation casts: no second copy to keep in step.
+            config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        else:
+            config["bf16"] = {"enabled": True}
+    return config
+
+
+def _safe_checkpoint_engine(engine: Any) -> Any:
+    """DeepSpeed's checkpoint engine, reading tensors and plain data only, never pickled code."""
+
+    def load(path: str, map_location: Any = None) -> Any:
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+    engine.load = load
+    return engine

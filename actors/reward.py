@@ -1,0 +1,74 @@
+"""The reward actor: scores groups by every ensemble member it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from actors.gauges import Gauges
+from models.reward_model import RewardModel
+from rlhf.ensemble import aggregate
+from rlhf.errors import GenerationError, PavlovError
+from rlhf.records import GroupScores, RolloutGroup
+
+
+class RewardActor:
+    """One reward model.
+
+    Args:
+        model: a reward-model folder.
+        disagreement_penalty: standard deviations over members subtracted from the mean.
+    """
+
+    def __init__(
+        self, model: str, disagreement_penalty: float, run: str, name: str, gpus: float = 0
+    ) -> None:
+        self._gauges = Gauges(run, name)
+        self._model = RewardModel.load(Path(model))
+        self._model.trunk("cuda" if gpus else "cpu")
+        self._penalty = disagreement_penalty
+
+    def version(self) -> str:
+        """The reward model's version; rewards of two versions never mix in one group."""
+        return self._model.card.version
+
+    def score(self, groups: Sequence[RolloutGroup]) -> list[GroupScores | GenerationError]:
+        """Scores of every group, in one batch. Text that cannot be scored comes back as an error."""
+        results: list[GroupScores | GenerationError | None] = [None] * len(groups)
+        rows, owners = [], []
+        trunk = self._model.trunk()
+        for index, group in enumerate(groups):
+            try:
+                tokenised = [
+                    trunk.tokenise(
+                        group.prompt.messages, c.text, finished=c.finish_reason == "stop"
+                    )
+                    for c in group.completions
+                ]
+            except PavlovError as error:
+                results[index] = GenerationError(f"prompt {group.prompt.id}: {error}")
+                continue
+            rows += tokenised
+            owners.append((index, len(tokenised)))
+        rewards_KN, disagreement_N, shift_N = self._model.score_features(trunk.features(rows))
+        rewards_N = aggregate(rewards_KN, disagreement_penalty=self._penalty)
+        begin = 0
+        for index, count in owners:
+            part = slice(begin, begin + count)
+            results[index] = GroupScores(
+                tuple(map(tuple, rewards_KN[:, part].tolist())),
+                tuple(rewards_N[part].tolist()),
+                tuple(disagreement_N[part].tolist()),
+                tuple(shift_N[part].tolist()),
+                self._model.card.version,
+            )
+            begin += count
+        if begin:
+            self._gauges.set(
+                {
+                    "reward/mean": float(rewards_N.mean()),
+                    "ensemble/disagreement": float(disagreement_N.mean()),
+                    "ensemble/flagged_share": float(shift_N.float().mean()),
+                }
+            )
+        return [result for result in results if result is not None]

@@ -1,0 +1,323 @@
+"""The rollout actor: one vLLM engine that samples groups and takes new weights in flight."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.gauges import Gauges
+from cluster.guard import Guard
+from cluster.weights.base import WeightManifest, fetch
+from cluster.weights.probe import Probe, check_probe
+from models.chat import ChatTokenizer
+from models.precision import resolve_dtype
+from rlhf.config import RolloutSection
+from rlhf.errors import GenerationError, StaleWeightsError, WeightUpdateError
+from rlhf.records import Completion, Prompt, RolloutGroup
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRequest:
+    """Sample one completion per seed for a prompt. `temperature` 0 is greedy."""
+
+    prompt: Prompt
+    epoch: int
+    seeds: tuple[int, ...]
+    max_tokens: int
+    temperature: float
+    top_p: float = 1.0
+
+
+class RolloutActor:
+    """One `AsyncLLM`.
+
+    Promises: per-token logprobs of the distribution that was sampled from; a seed of its own for
+    every completion; the weight version of every token; new weights without losing requests; and
+    no answer before it has the current weights (`StaleWeightsError`).
+
+    Args:
+        model: folder of the start weights.
+        settings: the engine.
+        max_prompt_tokens: longest prompt admitted.
+        max_tokens: longest completion.
+        shared_memory: folder for weights in flight on this node.
+        worker_extension: qualified name of the class mixed into vLLM's worker.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        settings: RolloutSection,
+        max_prompt_tokens: int,
+        max_tokens: int,
+        shared_memory: str,
+        run: str,
+        name: str,
+        gpus: float = 0,
+        weight_transport: str = "shared_memory",
+        worker_extension: str = "actors.vllm_worker.WeightLoader",
+    ) -> None:
+        # Weights fetched from the object store lie in a folder of this actor's own.
+        self._shared_memory = Path(shared_memory) / name
+        self._guard = Guard(self._shared_memory)
+        self._gauges = Gauges(run, name)
+        self._settings = settings
+        self._dtype = resolve_dtype(settings.dtype)
+        self._tokenizer = ChatTokenizer(Path(model))
+        self._max_prompt_tokens = max_prompt_tokens
+        self._weight_version: int | None = None
+        self._requests = 0
+        self._tokens = 0
+        self._busy_since: float | None = None
+        self._holds = 0
+        self._updating = asyncio.Lock()
+        self._updated = asyncio.Event()
+        self._engine = self._start_engine(
+            model, max_prompt_tokens + max_tokens, gpus, weight_transport, worker_extension
+        )
+        self._guard.watch_shared_memory()
+
+    def _start_engine(
+        self, model: str, max_length: int, gpus: float, transport: str, extension: str
+    ) -> Any:
+        import os
+
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        settings = self._settings
+        arguments: dict[str, Any] = {
+            "model": model,
+            "dtype": self._dtype,
+            "seed": 0,
+            "max_model_len": max_length,
+            "max_num_seqs": settings.max_sequences,
+            "enforce_eager": settings.enforce_eager,
+            "tensor_parallel_size": settings.tensor_parallel,
+            # Logprobs of what is sampled from: after temperature, not of the raw distribution.
+            "logprobs_mode": "processed_logprobs",
+            "worker_extension_cls": extension,
+            "disable_log_stats": True,
+        }
+        if gpus:
+            arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
+        else:
+            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(settings.kv_cache_gib)))
+            # With its prompt split over steps a seeded request fails on CPU ("CPU Generator does
+            # not use offset", vLLM 0.32): prompts are read whole.
+            arguments["enable_chunked_prefill"] = False
+            arguments["max_num_batched_tokens"] = max(4096, max_length)
+        if settings.tensor_parallel > 1:
+            arguments["distributed_executor_backend"] = "mp"
+        if transport == "nccl":
+            arguments["weight_transfer_config"] = {"backend": "nccl"}
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+
+    async def generate(
+        self, requests: Sequence[GroupRequest], version: int, *, together: bool = False
+    ) -> list[RolloutGroup | GenerationError]:
+        """Sample every group; a group that cannot be sampled comes back as its error.
+
+        Args:
+            version: the oldest weight version that may serve.
+            together: admit all groups while the engine is paused, with empty caches, so that the
+                same requests are scheduled the same way every time.
+
+        Raises:
+            StaleWeightsError: this engine has not got that version yet.
+        """
+        current = await self.version()
+        if current is None or current < version:
+            raise StaleWeightsError(f"version {version} was asked for, this engine has {current}")
+        if together:
+            await self.pause(clear_cache=True)
+        admitted = [await self._admit(request) for request in requests]
+        if together:
+            await self.resume()
+        return list(await asyncio.gather(*map(self._collect, admitted)))
+
+    async def _admit(self, request: GroupRequest) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        prompt_ids = self._tokenizer.prompt_ids(request.prompt.messages)
+        if len(prompt_ids) > self._max_prompt_tokens:
+            return GenerationError(
+                f"prompt {request.prompt.id} has {len(prompt_ids)} tokens, more than "
+                f"{self._max_prompt_tokens}"
+            )
+        salt = f"version {self._weight_version}" if self._settings.keep_cache else None
+        collectors = []
+        for seed in request.seeds:
+            parameters = SamplingParams(
+                temperature=request.temperature,
+                top_p=request.top_p,
+                max_tokens=request.max_tokens,
+                seed=seed,
+                logprobs=0,
+                stop_token_ids=[self._tokenizer.end_id],
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            self._requests += 1
+            engine_prompt: dict[str, Any] = {"prompt_token_ids": list(prompt_ids)}
+            if salt is not None:
+                engine_prompt["cache_salt"] = salt
+            collectors.append(
+                await self._engine.add_request(f"r{self._requests}", engine_prompt, parameters)
+            )
+        if self._busy_since is None:
+            self._busy_since = time.monotonic()
+        return request, prompt_ids, collectors
+
+    async def _collect(self, admitted: Any) -> RolloutGroup | GenerationError:
+        if isinstance(admitted, GenerationError):
+            return admitted
+        request, prompt_ids, collectors = admitted
+        outputs = await asyncio.gather(*(collector.get() for collector in collectors))
+        completions = tuple(
+            self._completion(output.outputs[0], seed)
+            for output, seed in zip(outputs, request.seeds, strict=True)
+        )
+        self._tokens += sum(completion.length for completion in completions)
+        return RolloutGroup(request.prompt, request.epoch, prompt_ids, completions)
+
+    def _completion(self, output: Any, seed: int) -> Completion:
+        token_ids = tuple(output.token_ids)
+        versions = [int(span.version) for span in output.weight_versions]
+        return Completion(
+            token_ids=token_ids,
+            text=self._tokenizer.decode(token_ids),
+            rollout_logprobs_T=tuple(
+                position[token].logprob
+                for position, token in zip(output.logprobs, token_ids, strict=True)
+            ),
+            finish_reason="stop" if output.finish_reason == "stop" else "length",
+            oldest_version=min(versions),
+            newest_version=max(versions),
+            seed=seed,
+        )
+
+    async def pause(self, *, clear_cache: bool = False) -> None:
+        """Stop between two tokens; requests are kept. Pauses nest."""
+        self._holds += 1
+        if self._holds == 1 or clear_cache:
+            await self._engine.pause_generation(mode="keep", clear_cache=clear_cache)
+
+    async def resume(self) -> None:
+        """Go on, once every pause has been lifted."""
+        self._holds = max(0, self._holds - 1)
+        if self._holds == 0:
+            await self._engine.resume_generation()
+
+    async def update_weights(self, manifest: WeightManifest, probe: Probe) -> float:
+        """Take a version; requests in flight go on with it. Returns the probe's mean |difference|.
+
+        Cached keys and values belong to the weights that made them: they are cleared, and requests
+        in flight are recomputed (unless `rollout.keep_cache`, where the version salts the cache).
+
+        Raises:
+            WeightUpdateError: a check refused it. The engine then serves nothing until an update
+                succeeds.
+        """
+        async with self._updating:
+            return await self._update(manifest, probe)
+
+    async def _update(self, manifest: WeightManifest, probe: Probe) -> float:
+        self._weight_version = None
+        self._updated.clear()
+        await self.pause(clear_cache=not self._settings.keep_cache)
+        try:
+            if manifest.transport == "nccl":
+                await asyncio.wait_for(self._updated.wait(), 600)
+            else:
+                await self._load(manifest)
+            await self._engine.update_weight_version(str(manifest.version))
+        finally:
+            await self.resume()
+        gap = check_probe(probe, await self._probe_logprobs(probe.token_ids), self._dtype)
+        self._weight_version = manifest.version
+        self._gauges.set({"weight_version": manifest.version, "weights/probe_gap": gap})
+        return gap
+
+    async def _load(self, manifest: WeightManifest) -> None:
+        path = await asyncio.to_thread(fetch, manifest, self._shared_memory)
+        entries = {
+            name: {"dtype": e.dtype, "shape": list(e.shape), "checksum": e.checksum}
+            for name, e in manifest.entries.items()
+        }
+        refusals = await self._engine.collective_rpc(
+            "pavlov_load_weights", args=(str(path), manifest.version, entries)
+        )
+        for refusal in filter(None, refusals):
+            check, _, detail = refusal.partition(": ")
+            raise WeightUpdateError(check, detail)
+        loaded = await self._engine.collective_rpc("pavlov_loaded_version")
+        if set(loaded) != {manifest.version}:
+            raise WeightUpdateError(
+                "version", f"workers hold {sorted(set(loaded))} after version {manifest.version}"
+            )
+
+    async def _probe_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        self._requests += 1
+        collector = await self._engine.add_request(
+            f"probe{self._requests}",
+            {"prompt_token_ids": list(token_ids)},
+            SamplingParams(
+                max_tokens=1, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY
+            ),
+        )
+        output = await collector.get()
+        return [
+            position[token].logprob
+            for position, token in zip(output.prompt_logprobs[1:], token_ids[1:], strict=True)
+        ]
+
+    async def serve_start_weights(self) -> None:
+        """Serve the weights the engine was started with as version 0, where nobody trains them."""
+        await self._engine.update_weight_version("0")
+        self._weight_version = 0
+
+    async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
+        """NCCL only: join the learner's process group."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
+
+    async def start_weight_transfer(self) -> None:
+        """NCCL only: make the model ready to receive; waits until generation is paused."""
+        while self._holds == 0:
+            await asyncio.sleep(0.01)
+        await self._engine.start_weight_update()
+
+    async def receive_weight_transfer(self, update_info: Any) -> None:
+        """NCCL only: receive what the learner broadcasts."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._engine.update_weights(WeightTransferUpdateRequest(update_info))
+
+    async def finish_weight_transfer(self) -> None:
+        """NCCL only: the broadcast is complete."""
+        await self._engine.finish_weight_update()
+        self._updated.set()
+
+    async def version(self) -> int | None:
+        """The weight version this engine serves, None before the first; waits for an update."""
+        async with self._updating:
+            return self._weight_version
+
+    async def tokens_generated(self) -> int:
+        """Completion tokens since the start; also exported, with the rate since the last call."""
+        self._gauges.set({"rollout/tokens": self._tokens})
+        return self._tokens
+
+    async def shutdown(self) -> None:
+        """End the engine and its processes."""
+        self._engine.shutdown()
+        self._guard.close()

@@ -1,0 +1,1 @@
+"""Where it runs: sessions, placement, weight transport, health, files."""

@@ -1,0 +1,80 @@
+"""Whether this machine can hold what a run wants, asked before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from models.precision import resolve_dtype
+from rlhf.config import RLConfig
+from rlhf.errors import ResourceError
+
+_GIB = 2**30
+_PROCESS_GIB = 0.7
+"""Resident size of an actor with torch imported and nothing loaded, measured."""
+
+
+def memory_estimate_gib(models: Sequence[Path], config: RLConfig) -> float:
+    """Memory on CPU that a run wants, in GiB: weights, optimiser, cache, processes.
+
+    Activations come on top; they are bounded by `learner.micro_batch_tokens`.
+    """
+    parameters = [_parameters(folder) for folder in models]
+    policy, reference = parameters[0], parameters[-1]
+    engine = policy * _width(config.rollout.dtype)
+    # Weights, gradients, two moments in float32; one copy on the wire.
+    learner = policy * (16 + _width(config.rollout.dtype))
+    frozen = reference * _width(config.reference.dtype) + policy * 4
+    cluster = config.cluster
+    processes = 2 + sum(
+        role.actors for role in (cluster.learner, cluster.reward, cluster.reference)
+    )
+    processes += 3 * cluster.rollout.actors
+    caches = config.rollout.kv_cache_gib * cluster.rollout.actors
+    return (
+        (engine * cluster.rollout.actors + learner + frozen) / _GIB
+        + caches
+        + processes * _PROCESS_GIB
+    )
+
+
+def require_memory(models: Sequence[Path], config: RLConfig) -> None:
+    """Refuse a run that would not fit into this machine's free memory.
+
+    Only where everything computes on the CPU of one machine: elsewhere Ray places by resources.
+
+    Raises:
+        ResourceError: names what is wanted and what is free.
+    """
+    import os
+
+    import psutil
+
+    if config.cluster.rollout.gpus or config.cluster.learner.gpus or "RAY_ADDRESS" in os.environ:
+        return
+    wanted = memory_estimate_gib(models, config)
+    free = psutil.virtual_memory().available / _GIB
+    if wanted > free:
+        raise ResourceError(
+            f"about {wanted:.1f} GiB of memory are wanted and {free:.1f} are free; take a smaller "
+            "policy.model, less rollout.kv_cache_gib, or another machine"
+        )
+
+
+def _parameters(folder: Path) -> float:
+    """Parameters of a model folder, from the size of its weights and their precision."""
+    from safetensors import safe_open
+
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                size = 1
+                for extent in file.get_slice(name).get_shape():
+                    size *= extent
+                count += size
+    return float(count)
+
+
+def _width(dtype: str) -> int:
+    return 2 if resolve_dtype(dtype) == "bfloat16" else 4

@@ -1,0 +1,172 @@
+"""The run folder: claimed once, written beside and renamed, resumable from its newest checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import runs_path
+from rlhf.errors import CheckpointError, RunFolderError
+
+
+_CLAIM = {"run.lock", "config.json"}
+"""What a run leaves that ended before its first step: no reason to refuse the next one."""
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file beside and rename it: a reader sees the old one or the new one, whole."""
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(text)
+    beside.rename(path)
+
+
+@contextlib.contextmanager
+def folder_beside(target: Path) -> Iterator[Path]:
+    """A new folder that takes the name `target` when the block ends without an error."""
+    beside = target.with_name(f".{target.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        if target.exists():
+            old = target.with_name(f".{target.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+            beside.rename(target)
+            shutil.rmtree(old)
+        else:
+            beside.rename(target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def in_ray_job() -> bool:
+    """Whether this process is the entrypoint of a submitted Ray job."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def resolve_run_folder(directory: str | None, config_path: Path) -> Path:
+    """Where a run stands: `run.dir`, or the config's name, below PAVLOV_RUNS.
+
+    Raises:
+        RunFolderError: inside a Ray job it would lie in Ray's temporary copy of the code.
+    """
+    name = directory or config_path.stem
+    if "://" in name:
+        raise RunFolderError(
+            f"run.dir = {name!r} is a URI; runs need a folder: mount the storage and give its path"
+        )
+    if in_ray_job() and not Path(name).expanduser().is_absolute():
+        runs = os.environ.get("PAVLOV_RUNS", "")
+        if not Path(runs).is_absolute():
+            raise RunFolderError(
+                f"inside a Ray job the run folder {name!r} would lie in Ray's temporary copy of the "
+                "code and be lost; give an absolute run.dir=/… on storage that all nodes share, or "
+                "set PAVLOV_RUNS to such a folder"
+            )
+    return runs_path(name)
+
+
+class RunFolder:
+    """A run's folder, held by one process at a time.
+
+    Layout: ``config.json``, ``metrics.jsonl``, ``checkpoints/step-000010/``, ``rollouts/``,
+    ``policy/`` or ``reward/``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: Any = None
+
+    @classmethod
+    def claim(cls, path: Path, config: dict[str, Any], *, resume: bool) -> RunFolder:
+        """Take the folder for this process; the lock goes with the process.
+
+        Raises:
+            RunFolderError: another process holds it, it holds a run and `resume` was not given,
+                or there is nothing to resume.
+        """
+        from filelock import FileLock, Timeout
+
+        folder = cls(path)
+        recorded = path / "config.json"
+        if path.exists() and not path.is_dir():
+            raise RunFolderError(f"{path} is a file, not a run folder")
+        if resume and not recorded.is_file():
+            raise RunFolderError(f"{path} holds no run to resume")
+        if not resume and path.is_dir() and any(p.name not in _CLAIM for p in path.iterdir()):
+            raise RunFolderError(
+                f"{path} already holds a run; go on with --resume or choose another run.dir"
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(f"{path} cannot be made: {error.strerror}") from None
+        folder._lock = FileLock(path / "run.lock")
+        try:
+            folder._lock.acquire(timeout=0)
+        except Timeout:
+            raise RunFolderError(f"{path} is in use by another process") from None
+        if not resume:
+            write_atomically(recorded, json.dumps(config, indent=2) + "\n")
+        return folder
+
+    def release(self) -> None:
+        """Let another process have it."""
+        if self._lock is not None:
+            self._lock.release()
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted((self.path / "checkpoints").glob("step-*"))
+
+    @contextlib.contextmanager
+    def new_checkpoint(self, step: int, state: dict[str, Any], keep: int) -> Iterator[Path]:
+        """A checkpoint folder, written beside and renamed; then all but the newest are removed.
+
+        `state` goes into ``state.json`` together with every file's size, so that a truncated
+        checkpoint is noticed before it is loaded.
+        """
+        target = self.path / "checkpoints" / f"step-{step:06d}"
+        with folder_beside(target) as beside:
+            yield beside
+            sizes = {
+                str(path.relative_to(beside)): path.stat().st_size
+                for path in sorted(beside.rglob("*"))
+                if path.is_file()
+            }
+            write_atomically(
+                beside / "state.json", json.dumps({**state, "step": step, "files": sizes}, indent=2)
+            )
+        for old in self.checkpoints[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def newest_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest good checkpoint and its state; damaged ones are passed over.
+
+        Raises:
+            CheckpointError: there are checkpoints, and all of them are damaged.
+        """
+        damaged = []
+        for path in reversed(self.checkpoints):
+            try:
+                state = json.loads((path / "state.json").read_text())
+                wrong = [
+                    name
+                    for name, size in state["files"].items()
+                    if not (path / name).is_file() or (path / name).stat().st_size != size
+                ]
+            except (OSError, ValueError, KeyError):
+                wrong = ["state.json"]
+            if not wrong:
+                return path, state
+            damaged.append(f"{path.name} ({wrong[0]})")
+        if damaged:
+            raise CheckpointError(f"every checkpoint in {self.path} is damaged: {', '.join(damaged)}")
+        return None

@@ -1,0 +1,88 @@
+"""How many threads each role computes with, and who waits for whom on few cores."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Literal
+
+CpuLayout = Literal["turns", "threads"]
+FEW_CORES = 4
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_layout(configured: CpuLayout | None) -> CpuLayout:
+    """The configured layout, or turns on few cores.
+
+    Two torch processes with two threads each on two cores stall each other 26-fold by spinning.
+    """
+    return configured or ("turns" if usable_cores() <= FEW_CORES else "threads")
+
+
+def actor_environment(layout: CpuLayout, gpus: float) -> dict[str, str]:
+    """Environment of an actor: its threads, and where its children find the code."""
+    environment = {
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")])
+        ),
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    for name in ("PAVLOV_CACHE", "PAVLOV_RUNS", "PAVLOV_DATA", "HF_HOME", "HF_HUB_OFFLINE"):
+        if name in os.environ:
+            environment[name] = os.environ[name]
+    if gpus == 0:
+        threads = usable_cores() if layout == "turns" else 1
+        # Ray sets OMP_NUM_THREADS=1 for an actor of one CPU or less.
+        environment |= {
+            "OMP_NUM_THREADS": str(threads),
+            "VLLM_CPU_OMP_THREADS_BIND": "auto" if layout == "turns" else "nobind",
+            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+            "DS_ACCELERATOR": "cpu",
+        }
+    return environment
+
+
+class Turns:
+    """Lets one role compute at a time.
+
+    Generation has the machine whenever nobody else wants it; another role takes its turn with the
+    engines paused. With layout ``threads`` and on GPUs every turn is free.
+    """
+
+    def __init__(
+        self,
+        pause: Callable[[], Awaitable[None]],
+        resume: Callable[[], Awaitable[None]],
+        *,
+        enabled: bool,
+    ) -> None:
+        self._pause = pause
+        self._resume = resume
+        self._enabled = enabled
+        self._lock = asyncio.Lock()
+
+    @property
+    def enabled(self) -> bool:
+        """Whether roles take turns at all."""
+        return self._enabled
+
+    @contextlib.asynccontextmanager
+    async def take(self) -> AsyncIterator[None]:
+        """Compute alone until the block ends."""
+        if not self._enabled:
+            yield
+            return
+        async with self._lock:
+            await self._pause()
+            try:
+                yield
+            finally:
+                await self._resume()

@@ -1,0 +1,189 @@
+"""Actors of a run: the one place where `ray.remote` is applied.
+
+All actors of a run are placed together, in one placement group, so that two jobs cannot each hold
+half of what the other waits for. They are named by role and number (``rollout-0``) in the run's
+namespace, and start in parallel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.layout import CpuLayout, actor_environment
+from rlhf import errors
+from rlhf.config import RolePlacement
+from rlhf.errors import ActorLostError, PavlovError, ResourceError, RunError
+
+_SAY_EVERY_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """One kind of actor.
+
+    Args:
+        name: first part of the actors' names.
+        cls: a plain class; its constructor's work is its start-up.
+        placement: how many, and what each takes.
+        arguments: constructor arguments of the actor with the given number.
+        restarts: how often a dead actor is started again with the same arguments.
+    """
+
+    name: str
+    cls: type
+    placement: RolePlacement
+    arguments: Callable[[int], dict[str, Any]]
+    restarts: int = 0
+
+
+def wanted_resources(roles: Sequence[Role]) -> dict[str, float]:
+    """CPUs and GPUs of all roles together."""
+    return {
+        "CPU": sum(role.placement.actors * role.placement.cpus for role in roles),
+        "GPU": sum(role.placement.actors * role.placement.gpus for role in roles),
+    }
+
+
+def spawn(
+    roles: Sequence[Role],
+    layout: CpuLayout,
+    *,
+    timeout_s: float,
+    say: Callable[[str], None],
+) -> dict[str, list[Any]]:
+    """Start every actor of every role; returns handles by role name, once all are ready.
+
+    Raises:
+        ResourceError: the resources cannot be had, or were not free in time.
+        RunError: an actor failed to start; the first line of its reason is in the message.
+    """
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    bundles = [
+        {key: value for key, value in resources.items() if value}
+        for role in roles
+        for resources in [{"CPU": role.placement.cpus, "GPU": role.placement.gpus}]
+        for _ in range(role.placement.actors)
+    ]
+    if not all(bundles):
+        raise ResourceError("every role needs some CPU or GPU: set cluster.<role>.cpus above 0")
+    group = placement_group(bundles, strategy="PACK")
+    try:
+        _wait_for_placement(group, roles, timeout_s, say)
+        handles: dict[str, list[Any]] = {}
+        bundle = 0
+        for role in roles:
+            handles[role.name] = []
+            for number in range(role.placement.actors):
+                options = {
+                    "name": f"{role.name}-{number}",
+                    "num_cpus": role.placement.cpus,
+                    "num_gpus": role.placement.gpus,
+                    "max_restarts": role.restarts,
+                    "max_concurrency": 1000 if _is_async(role.cls) else 1,
+                    "runtime_env": {"env_vars": actor_environment(layout, role.placement.gpus)},
+                    "scheduling_strategy": PlacementGroupSchedulingStrategy(group, bundle),
+                }
+                remote = ray.remote(role.cls).options(**options)
+                handles[role.name].append(remote.remote(**role.arguments(number)))
+                bundle += 1
+        _wait_until_ready(handles, timeout_s, say)
+    except BaseException:
+        remove_placement_group(group)
+        raise
+    return handles
+
+
+def _is_async(cls: type) -> bool:
+    return any(asyncio.iscoroutinefunction(member) for member in vars(cls).values())
+
+
+def _wait_for_placement(
+    group: Any, roles: Sequence[Role], timeout_s: float, say: Callable[[str], None]
+) -> None:
+    import ray
+
+    started = time.monotonic()
+    while not group.wait(timeout_seconds=min(_SAY_EVERY_S, 5.0)):
+        free, total = ray.available_resources(), ray.cluster_resources()
+        missing = _missing(roles, free)
+        waited_s = time.monotonic() - started
+        if len(ray.nodes()) == 1 and _missing(roles, total):
+            raise ResourceError(f"this machine is too small: {_missing(roles, total)}")
+        if waited_s > timeout_s:
+            raise ResourceError(f"not free after {waited_s:.0f} s: {missing or 'a suitable node'}")
+        say(f"waiting for resources, {waited_s:.0f} s: {missing or 'a suitable node'}")
+
+
+def _missing(roles: Sequence[Role], have: dict[str, float]) -> str:
+    parts = []
+    for kind, wanted in wanted_resources(roles).items():
+        if wanted > have.get(kind, 0.0) + 1e-6:
+            who = ", ".join(
+                role.name for role in roles if getattr(role.placement, f"{kind.lower()}s")
+            )
+            parts.append(f"{wanted:g} {kind}s wanted for {who}, {have.get(kind, 0.0):g} there")
+    return "; ".join(parts)
+
+
+def _wait_until_ready(
+    handles: dict[str, list[Any]], timeout_s: float, say: Callable[[str], None]
+) -> None:
+    import ray
+
+    pending = {
+        actor.__ray_ready__.remote(): f"{role}-{number}"
+        for role, actors in handles.items()
+        for number, actor in enumerate(actors)
+    }
+    started = said = time.monotonic()
+    while pending:
+        done, _ = ray.wait(list(pending), num_returns=1, timeout=2.0)
+        for reference in done:
+            name = pending.pop(reference)
+            try:
+                ray.get(reference)
+            except ray.exceptions.RayError as error:
+                raise _start_error(name, error) from None
+        now = time.monotonic()
+        if pending and now - started > timeout_s:
+            raise ActorLostError(
+                f"not ready after {timeout_s:.0f} s: {', '.join(sorted(pending.values()))}"
+            )
+        if pending and now - said > _SAY_EVERY_S:
+            said = now
+            say(f"starting, {now - started:.0f} s: {', '.join(sorted(pending.values()))}")
+
+
+def _start_error(name: str, error: BaseException) -> PavlovError:
+    cause = find_cause(error)
+    if isinstance(cause, PavlovError):
+        return cause
+    # An error in a constructor reaches the driver as text only.
+    line = first_line(cause)
+    kind, _, message = line.partition(": ")
+    own = getattr(errors, kind.removeprefix("rlhf.errors."), None)
+    if kind.startswith("rlhf.errors.") and own is not None and own is not errors.WeightUpdateError:
+        return own(message)
+    return RunError(f"{name} did not start: {line}")
+
+
+def find_cause(error: BaseException) -> BaseException:
+    """The exception that was raised inside an actor's method, unwrapped from Ray's."""
+    import ray
+
+    if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, BaseException):
+        return find_cause(error.cause)
+    return error
+
+
+def first_line(error: BaseException) -> str:
+    """The last non-empty line of an error's message: where Ray and vLLM put the reason."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

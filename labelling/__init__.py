@@ -1,0 +1,1 @@
+"""Human judgement. So far: the demo's simulated assessor."""

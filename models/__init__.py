@@ -1,0 +1,1 @@
+"""What is loaded: tokenizer and chat template, models, trunk and heads, data adapters."""

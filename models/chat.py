@@ -1,0 +1,84 @@
+"""Tokenizer and chat template: how a conversation becomes tokens, and back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlhf.errors import ModelError
+from rlhf.records import Message
+
+DEFAULT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message.role | capitalize }}: {{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}\n\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+"""Used where a tokenizer brings no template of its own, as raw base models do not."""
+
+
+class ChatTokenizer:
+    """A Hugging Face tokenizer with a chat template, its own or `DEFAULT_TEMPLATE`."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"{folder} has no tokenizer that can be read: {str(error).splitlines()[0]}"
+            ) from None
+        self.uses_default_template = not self._tokenizer.chat_template
+        if self.uses_default_template:
+            self._tokenizer.chat_template = DEFAULT_TEMPLATE
+        if self._tokenizer.eos_token_id is None:
+            raise ModelError(f"the tokenizer in {folder} has no end-of-sequence token")
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends an assistant's turn."""
+        return int(self._tokenizer.eos_token_id)
+
+    @property
+    def pad_id(self) -> int:
+        """A token for padding; never attended to, so any will do."""
+        pad = self._tokenizer.pad_token_id
+        return self.end_id if pad is None else int(pad)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of vocabulary and template: what must agree for token ids to mean the same."""
+        vocabulary = json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
+        text = f"{vocabulary}\x1f{self._tokenizer.chat_template}\x1f{self.end_id}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Token ids of the conversation, up to where the assistant's next turn begins."""
+        text = self._tokenizer.apply_chat_template(
+            [{"role": message.role, "content": message.content} for message in messages],
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        return self._encode(text)
+
+    def reply_ids(self, text: str, *, finished: bool) -> tuple[int, ...]:
+        """Token ids of an assistant's reply; a finished one ends with the end-of-turn token."""
+        return self._encode(text) + ((self.end_id,) if finished else ())
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of completion tokens, without special tokens."""
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer and template beside a model."""
+        self._tokenizer.save_pretrained(folder)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        try:
+            return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        except (UnicodeError, TypeError, ValueError) as error:
+            raise ModelError(f"this text cannot be tokenised: {text[:60]!r} ({error})") from None

@@ -1,0 +1,98 @@
+"""Log-probabilities of replies under a causal language model, on packed rows.
+
+Shapes as in `models.packing`: B rows, N replies of up to T tokens; V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.packing import PackedBatch, TokenIds, collate, micro_batches, pack
+from models.precision import resolve_dtype
+from rlhf.errors import ModelError
+
+
+class TokenLogprobs(nn.Module):
+    """A causal language model whose output is logprobs and entropy of reply tokens.
+
+    A module of its own, so that DeepSpeed wraps exactly what is computed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, batch: PackedBatch, temperature: float, entropy_gradient: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """(logprobs_NT, entropy_NT) in nats, float32, of the distribution at `temperature`."""
+        logits_BKV = self.model(
+            input_ids=batch.input_ids_BL,
+            attention_mask=attention_mask(self.model, batch),
+            position_ids=batch.position_ids_BL,
+            logits_to_keep=batch.kept_columns,
+            use_cache=False,
+        ).logits
+        logits_RV = logits_BKV.flatten(0, 1).float() / temperature
+        normaliser_R = torch.logsumexp(logits_RV, dim=-1)
+        chosen_NT = logits_RV[batch.predictors_NT, batch.reply_ids_NT]
+        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+            probabilities_RV = torch.exp(logits_RV - normaliser_R.unsqueeze(-1))
+            entropy_R = normaliser_R - (probabilities_RV * logits_RV).sum(dim=-1)
+        return chosen_NT - normaliser_R[batch.predictors_NT], entropy_R[batch.predictors_NT]
+
+
+def attention_mask(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """The packed mask in the form that the model's attention takes.
+
+    Padding sees nothing, and a softmax over nothing is not a number: it is let see everything,
+    which no real token reads.
+    """
+    mask_B1LL = batch.mask_B1LL | ~batch.mask_B1LL.any(dim=-1, keepdim=True)
+    if getattr(model.config, "_attn_implementation", "sdpa") == "sdpa":
+        return mask_B1LL
+    dtype = next(model.parameters()).dtype
+    bias = torch.zeros(mask_B1LL.shape, dtype=dtype, device=mask_B1LL.device)
+    return bias.masked_fill_(~mask_B1LL, torch.finfo(dtype).min)
+
+
+def reply_logprobs(
+    module: TokenLogprobs,
+    prompts: Sequence[TokenIds],
+    replies: Sequence[TokenIds],
+    *,
+    temperature: float,
+    pad_id: int,
+    budget_tokens: int,
+) -> list[tuple[float, ...]]:
+    """Logprobs of each reply's tokens, in the order given, without gradients."""
+    results: list[tuple[float, ...]] = [()] * len(replies)
+    device = next(module.parameters()).device
+    with torch.inference_mode():
+        for rows in micro_batches(pack(prompts, replies), budget_tokens):
+            batch = collate(rows, pad_id, device)
+            logprobs_NT, _ = module(batch, temperature)
+            for row, index in zip(logprobs_NT.tolist(), batch.indices, strict=True):
+                results[index] = tuple(row[: len(replies[index])])
+    return results
+
+
+def load_causal_model(folder: Path, dtype: str, *, attention: str = "sdpa") -> nn.Module:
+    """A causal language model from a folder, in evaluation mode.
+
+    Raises:
+        ModelError: the weights do not fit the configuration, or the architecture is unknown.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, resolve_dtype(dtype)), attn_implementation=attention
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+    return model.eval()

@@ -1,0 +1,149 @@
+"""Packed rows: a prompt is read once for all its replies.
+
+A row is [prompt | reply 1 | reply 2 | …]. Every reply attends to the prompt and to itself only,
+and its positions go on from the prompt's, so each is computed as if it stood alone. In a batch
+prompts are padded on the left and replies on the right, so that the replies of all rows begin in
+the same column and the language-model head need not run on prompts.
+
+Shapes: B rows, L columns, W reply columns, N replies, T tokens of the longest reply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+TokenIds = Sequence[int]
+
+MAX_ROW_TOKENS = 640
+"""Replies share a row up to here: beyond, the dense mask costs more than the prompts it saves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A prompt and its replies; `indices` say which reply of the caller's list each one is."""
+
+    prompt: TokenIds
+    replies: tuple[TokenIds, ...]
+    indices: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens in the row."""
+        return len(self.prompt) + sum(map(len, self.replies))
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Padded rows as tensors.
+
+    `mask_B1LL` is True where a query (dim 2) sees a key (dim 3). `columns_NT` is where each reply
+    token stands and `predictors_NT` where its predecessor stands, both flat indices into the last
+    W + 1 columns of all rows: the last prompt token predicts the first token of every reply.
+    """
+
+    input_ids_BL: Tensor
+    position_ids_BL: Tensor
+    mask_B1LL: Tensor
+    reply_ids_NT: Tensor
+    reply_mask_NT: Tensor
+    columns_NT: Tensor
+    predictors_NT: Tensor
+    kept_columns: int
+    indices: tuple[int, ...]
+
+
+def pack(
+    prompts: Sequence[TokenIds], replies: Sequence[TokenIds], max_row_tokens: int = MAX_ROW_TOKENS
+) -> list[Row]:
+    """Rows of consecutive replies to the same prompt, each row of at most `max_row_tokens`.
+
+    A single reply that is longer gets a row of its own.
+    """
+    rows: list[Row] = []
+    pairs = enumerate(zip(prompts, replies, strict=True))
+    for prompt, members in groupby(pairs, key=lambda pair: tuple(pair[1][0])):
+        indices: list[int] = []
+        length = len(prompt)
+        for index, (_, reply) in members:
+            if indices and length + len(reply) > max_row_tokens:
+                rows.append(_row(prompt, indices, replies))
+                indices, length = [], len(prompt)
+            indices.append(index)
+            length += len(reply)
+        rows.append(_row(prompt, indices, replies))
+    return rows
+
+
+def _row(prompt: TokenIds, indices: list[int], replies: Sequence[TokenIds]) -> Row:
+    return Row(prompt, tuple(replies[index] for index in indices), tuple(indices))
+
+
+def micro_batches(rows: Sequence[Row], budget_tokens: int) -> list[list[Row]]:
+    """Rows sorted by length, cut so that no batch pads to more than `budget_tokens`.
+
+    Longest first, so that running out of memory happens at once and not at the end. A single row
+    over the budget still gets a batch of its own.
+    """
+    batches: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: (-row.length, row.indices)):
+        if batches and batches[-1][0].length * (len(batches[-1]) + 1) <= budget_tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def collate(rows: Sequence[Row], pad_id: int, device: torch.device | str = "cpu") -> PackedBatch:
+    """Pad rows into one batch."""
+    prompt_width = max(len(row.prompt) for row in rows)
+    reply_width = max(row.length - len(row.prompt) for row in rows)
+    longest = max(len(reply) for row in rows for reply in row.replies)
+    kept = reply_width + 1
+    columns = prompt_width + reply_width
+    input_ids = torch.full((len(rows), columns), pad_id)
+    positions = torch.zeros(len(rows), columns, dtype=torch.long)
+    # Which part of its row a token belongs to: -1 padding, 0 prompt, 1.. replies.
+    parts = torch.full((len(rows), columns), -1)
+    replies = [(b, n, reply) for b, row in enumerate(rows) for n, reply in enumerate(row.replies)]
+    reply_ids = torch.full((len(replies), longest), pad_id)
+    reply_mask = torch.zeros(len(replies), longest, dtype=torch.bool)
+    where = torch.zeros(len(replies), longest, dtype=torch.long)
+    predictors = torch.zeros(len(replies), longest, dtype=torch.long)
+    for b, row in enumerate(rows):
+        left = prompt_width - len(row.prompt)
+        input_ids[b, left:prompt_width] = torch.tensor(row.prompt)
+        positions[b, left:prompt_width] = torch.arange(len(row.prompt))
+        parts[b, left:prompt_width] = 0
+    begin = 0
+    for index, (b, n, reply) in enumerate(replies):
+        begin = begin if n else 0
+        length = len(reply)
+        here = slice(prompt_width + begin, prompt_width + begin + length)
+        reply_ids[index, :length] = input_ids[b, here] = torch.tensor(reply)
+        positions[b, here] = len(rows[b].prompt) + torch.arange(length)
+        parts[b, here] = n + 1
+        reply_mask[index, :length] = True
+        where[index, :length] = b * kept + 1 + begin + torch.arange(length)
+        predictors[index, :length] = where[index, :length] - 1
+        predictors[index, 0] = b * kept
+        begin += length
+    causal_LL = torch.ones(columns, columns, dtype=torch.bool).tril()
+    same_BLL = parts.unsqueeze(2) == parts.unsqueeze(1)
+    prompt_key_B1L = (parts == 0).unsqueeze(1)
+    mask_BLL = causal_LL & (same_BLL | prompt_key_B1L & (parts >= 0).unsqueeze(2))
+    return PackedBatch(
+        input_ids.to(device),
+        positions.to(device),
+        mask_BLL.unsqueeze(1).to(device),
+        reply_ids.to(device),
+        reply_mask.to(device),
+        where.to(device),
+        predictors.to(device),
+        kept,
+        tuple(index for row in rows for index in row.indices),
+    )

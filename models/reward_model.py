@@ -1,0 +1,222 @@
+"""The reward-model ensemble: linear Bradley-Terry heads on a shared frozen trunk.
+
+A reward model is a folder: ``heads.safetensors`` and ``reward.json``. Shapes: K members, D
+features, N replies or pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models.sources import resolve_model, weights_fingerprint
+from models.trunk import Trunk
+from rlhf.ensemble import aggregate, disagreement, standardise
+from rlhf.errors import ModelError
+from rlhf.losses import bradley_terry_loss
+from rlhf.records import Message
+from rlhf.seeding import derive_seed
+
+
+_BATCH_TOKENS = 4096
+"""Padded tokens a scoring pass may hold."""
+
+
+class RewardCard(BaseModel):
+    """``reward.json``: what the heads were trained on, and what they may be used with."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: str
+    model: str
+    model_fingerprint: str
+    tokenizer_fingerprint: str
+    dtype: str
+    depth: float
+    layers: int
+    max_tokens: int
+    members: int
+    l2: float
+    temperature: float
+    threshold: float | None
+    false_alarm_rate: float
+    seed: int
+    data: dict[str, Any]
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """K linear heads on standardised features, and the scale of each member's output."""
+
+    weights_KD: Tensor
+    feature_mean_D: Tensor
+    feature_deviation_D: Tensor
+    member_mean_K: Tensor
+    member_deviation_K: Tensor
+
+    def rewards(self, features_ND: Tensor) -> Tensor:
+        """Standardised rewards, shape (K, N)."""
+        raw_KN = self.raw(features_ND)
+        return standardise(raw_KN, self.member_mean_K, self.member_deviation_K)
+
+    def raw(self, features_ND: Tensor) -> Tensor:
+        """Rewards on the Bradley-Terry scale (differences are log-odds), shape (K, N)."""
+        return self.weights_KD @ self.standardised(features_ND).T
+
+    def standardised(self, features_ND: Tensor) -> Tensor:
+        """Features by the training set's mean and deviation, shape (N, D)."""
+        return (features_ND - self.feature_mean_D) / self.feature_deviation_D
+
+
+def fit_heads(
+    difference_ND: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor,
+    *,
+    members: int,
+    l2: float,
+    seed: int,
+) -> Tensor:
+    """Weights (K, D) of bootstrap members on standardised features, by L-BFGS.
+
+    `difference_ND` is chosen minus rejected; `labels_N` the probability that chosen is preferred.
+    Each member minimises its Bradley-Terry cross-entropy over a bootstrap draw of the weighted
+    pairs plus ``l2 * |w|^2``. The members are independent problems solved side by side.
+    """
+    pairs = difference_ND.shape[0]
+    counts_KN = torch.zeros(members, pairs)
+    for member in range(members):
+        generator = torch.Generator().manual_seed(derive_seed(seed, "bootstrap", member))
+        drawn = torch.randint(pairs, (pairs,), generator=generator)
+        counts_KN[member] = torch.bincount(drawn, minlength=pairs).float()
+    labels_KN = labels_N.expand(members, pairs)
+    weights_KN = counts_KN * weights_N
+    # Each member's mean over its own draw: its weights sum to 1.
+    weights_KN = weights_KN / weights_KN.sum(dim=1, keepdim=True)
+    weights_KD = torch.zeros(members, difference_ND.shape[1], requires_grad=True)
+    optimiser = torch.optim.LBFGS([weights_KD], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        margins_KN = weights_KD @ difference_ND.T
+        # A weighted mean over all members' pairs, times K, is the sum of the members' losses.
+        loss = members * bradley_terry_loss(
+            margins_KN.flatten(), labels_KN.flatten(), weights_KN.flatten()
+        )
+        loss = loss + l2 * weights_KD.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimiser.step(closure)  # type: ignore[no-untyped-call]
+    return weights_KD.detach()
+
+
+def fit_temperature(margins_N: Tensor, labels_N: Tensor, weights_N: Tensor) -> float:
+    """The temperature T that minimises the cross-entropy of sigmoid(margin / T) on held-out pairs.
+
+    Guo et al. (2017), section 4.2; a grid over the logarithm, which one parameter needs no more of.
+    """
+    grid = torch.logspace(-1.5, 1.5, 121)
+    losses = torch.stack([bradley_terry_loss(margins_N / t, labels_N, weights_N) for t in grid])
+    return float(grid[losses.argmin()])
+
+
+class RewardModel:
+    """An ensemble that is ready to score: its card, its heads, and the trunk loaded on demand."""
+
+    def __init__(self, card: RewardCard, heads: Heads) -> None:
+        self.card = card
+        self.heads = heads
+        self._trunk: Trunk | None = None
+
+    def trunk(self, device: str = "cpu") -> Trunk:
+        """The trunk that the heads were trained on, loaded on first use.
+
+        Raises:
+            ModelError: the backbone or its tokenizer is another one than in training.
+        """
+        if self._trunk is None:
+            folder = resolve_model(self.card.model)
+            found = weights_fingerprint(folder)
+            if found != self.card.model_fingerprint:
+                raise ModelError(
+                    f"the reward model was trained on {self.card.model} with fingerprint "
+                    f"{self.card.model_fingerprint}, but the model there now has {found}"
+                )
+            trunk = Trunk(
+                folder,
+                depth=self.card.depth,
+                dtype=self.card.dtype,
+                max_tokens=self.card.max_tokens,
+                batch_tokens=_BATCH_TOKENS,
+                device=device,
+            )
+            if trunk.tokenizer.fingerprint != self.card.tokenizer_fingerprint:
+                raise ModelError(
+                    f"the reward model was trained with another tokenizer or chat template than "
+                    f"{self.card.model} has now"
+                )
+            self._trunk = trunk
+        return self._trunk
+
+    def score(
+        self, rows: Sequence[tuple[Sequence[Message], str, bool]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(rewards_KN, disagreement_N, domain_shift_N) of (conversation, reply, finished) rows."""
+        trunk = self.trunk()
+        tokenised = [trunk.tokenise(m, reply, finished=finished) for m, reply, finished in rows]
+        return self.score_features(trunk.features(tokenised))
+
+    def score_features(self, features_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(rewards_KN, disagreement_N, domain_shift_N) of trunk features."""
+        rewards_KN = self.heads.rewards(features_ND)
+        disagreement_N = disagreement(rewards_KN)
+        # Without a threshold (too few held-out replies to promise the rate) nothing is flagged.
+        threshold = float("inf") if self.card.threshold is None else self.card.threshold
+        return rewards_KN, disagreement_N, disagreement_N > threshold
+
+    def probability(self, chosen_ND: Tensor, rejected_ND: Tensor) -> Tensor:
+        """Calibrated P(chosen over rejected) by the mean member, shape (N,)."""
+        margins_KN = self.heads.raw(chosen_ND) - self.heads.raw(rejected_ND)
+        return torch.sigmoid(aggregate(margins_KN) / self.card.temperature)
+
+    def save(self, folder: Path) -> None:
+        """Write ``heads.safetensors`` and ``reward.json`` into `folder`, which must exist."""
+        names = Heads.__dataclass_fields__
+        save_file(
+            {name: getattr(self.heads, name).contiguous() for name in names},
+            folder / "heads.safetensors",
+        )
+        (folder / "reward.json").write_text(self.card.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> RewardModel:
+        """Read a reward-model folder.
+
+        Raises:
+            ModelError: it is not one, or its files do not fit each other.
+        """
+        if not (folder / "reward.json").is_file():
+            nested = folder / "reward"
+            if (nested / "reward.json").is_file():
+                return cls.load(nested)
+            raise ModelError(f"{folder} is not a reward model: it has no reward.json")
+        try:
+            card = RewardCard.model_validate_json((folder / "reward.json").read_text())
+            heads = Heads(**load_file(folder / "heads.safetensors"))
+        except (ValidationError, SafetensorError, OSError, TypeError) as error:
+            raise ModelError(
+                f"{folder} is a damaged reward model: {str(error).splitlines()[0]}"
+            ) from None
+        if heads.weights_KD.shape[0] != card.members:
+            raise ModelError(f"{folder} is a damaged reward model: heads and card disagree")
+        return cls(card, heads)

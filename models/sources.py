@@ -1,0 +1,64 @@
+"""From what a configuration names to a folder on disk with a model in it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from models.embedded import embedded_model
+from rlhf.errors import ModelError
+
+EMBEDDED = "embedded"
+
+
+def resolve_model(name: str) -> Path:
+    """The local folder of ``embedded``, of a Hugging Face folder, or of a hub id.
+
+    Raises:
+        ModelError: no such folder, no `config.json`, no safetensors in it, or no hub to ask.
+    """
+    if name == EMBEDDED:
+        return embedded_model()
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return check_folder(folder.resolve())
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(
+            f"there is no model folder {name}; give a Hugging Face folder, a hub id (owner/name) "
+            f"or {EMBEDDED!r}"
+        )
+    return _download(name)
+
+
+def check_folder(folder: Path) -> Path:
+    """`folder`, if it is a Hugging Face model folder with safetensors weights."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is not a model folder: it has no config.json")
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder} has no weights: a *.safetensors file is needed (pickled weights are not "
+            "loaded)"
+        )
+    return folder
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"])
+    except Exception as error:
+        raise ModelError(
+            f"{name} is neither a folder nor a model that the hub gives: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from None
+    return check_folder(Path(folder))
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """SHA-256 over config and weights: the same model wherever it lies."""
+    digest = hashlib.sha256()
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,516 @@
+"""Strict, typed configuration: TOML files with dotted overrides.
+
+One root class a command: `RLConfig`, `RewardConfig`, `DemoConfig`. Sections are shared where the
+meaning is shared. A sentence stands under every field; limits stand in the types; validators say
+which two settings clash and why.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from rlhf.errors import ConfigError
+
+DType = Literal["auto", "float32", "bfloat16"]
+"""`auto`: bfloat16 where the hardware multiplies it natively, else float32."""
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+def _whole_or_fraction(gpus: float) -> float:
+    if gpus > 1 and not gpus.is_integer():
+        raise ValueError(f"GPUs are whole or a fraction below 1, got {gpus}")
+    return gpus
+
+
+Gpus = Annotated[float, Field(ge=0), AfterValidator(_whole_or_fraction)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+
+class RunSection(Section):
+    """Where a run keeps its files."""
+
+    dir: str | None = None
+    """The run's folder; default `<PAVLOV_RUNS>/<config's name>`. Relative means below PAVLOV_RUNS."""
+    checkpoint_every: PositiveInt = 5
+    """Steps between checkpoints. The last step always writes one."""
+    keep_checkpoints: PositiveInt = 2
+    """How many of the newest checkpoints stay on disk."""
+
+
+class PolicySection(Section):
+    """The network that is trained."""
+
+    model: str = "embedded"
+    """`embedded`, a Hugging Face folder, or a hub id."""
+    dtype: DType = "auto"
+    """Precision of the learner's forward and backward pass; master weights are always float32."""
+
+
+class ReferenceSection(Section):
+    """The frozen model that the KL penalty is measured against."""
+
+    model: str | None = None
+    """Default: the start policy."""
+    dtype: DType = "auto"
+    """Precision of its forward pass."""
+
+
+class DomainShiftSection(Section):
+    """What follows when the ensemble's members disagree."""
+
+    response: Literal["mark", "mask"] = "mark"
+    """`mark` records it; `mask` also keeps flagged completions out of the loss."""
+    disagreement_penalty: NonNegativeFloat = 0.0
+    """Standard deviations over members subtracted from the mean reward."""
+
+
+class RewardSection(Section):
+    """The reward-model ensemble that scores completions."""
+
+    model: str
+    """A reward-model folder, as `pavlov reward` writes it to `<run>/reward`."""
+    domain_shift: DomainShiftSection = DomainShiftSection()
+    """The answer to disagreement."""
+
+
+class PromptsSection(Section):
+    """Where prompts come from."""
+
+    prompts: list[str] = Field(min_length=1)
+    """Files (JSONL, JSONL.gz, Parquet), resolved against PAVLOV_DATA; HH transcripts are recognised."""
+    max_prompt_tokens: PositiveInt = 256
+    """Longer prompts are left out and counted."""
+    limit: PositiveInt | None = None
+    """At most this many prompts."""
+
+
+class AlgorithmSection(Section):
+    """How rewards become a loss."""
+
+    type: Literal["grpo", "rloo"] = "grpo"
+    """`grpo`: reward against the group's mean and deviation; `rloo`: against the mean of the others."""
+    divide_by_deviation: bool = True
+    """GRPO only: divide by the group's standard deviation (false: Dr. GRPO)."""
+    clip_low: Fraction = 0.2
+    """The ratio's gradient stops below 1 - clip_low for negative advantages."""
+    clip_high: PositiveFloat = 0.2
+    """The ratio's gradient stops above 1 + clip_high for positive advantages."""
+    normalisation: Literal["sequence", "token", "constant"] = "token"
+    """What the loss is divided by; see rlhf/losses.py."""
+
+    @model_validator(mode="after")
+    def _rloo_never_divides(self) -> AlgorithmSection:
+        if self.type == "rloo" and not self.divide_by_deviation:
+            raise ValueError(
+                'rl.algorithm.divide_by_deviation = false with rl.algorithm.type = "rloo": '
+                "leave-one-out advantages are never divided; leave the setting out"
+            )
+        return self
+
+
+class KLSection(Section):
+    """The penalty for leaving the reference model."""
+
+    coefficient: NonNegativeFloat = 0.02
+    """Reward subtracted per nat of a completion's log-ratio to the reference."""
+
+
+class EntropySection(Section):
+    """The bonus that keeps the policy from collapsing."""
+
+    coefficient: NonNegativeFloat = 0.0
+    """Loss subtracted per nat of mean token entropy (exact, from the learner's logits)."""
+
+
+class RLSection(Section):
+    """The reinforcement-learning loop."""
+
+    num_steps: PositiveInt = 16
+    """Optimiser steps."""
+    prompts_per_step: PositiveInt = 8
+    """Groups a step trains on."""
+    completions_per_prompt: Annotated[int, Field(ge=2)] = 8
+    """Siblings of a prompt, G."""
+    max_staleness: NonNegativeInt = 0
+    """Publishes by which a completion may lag behind the learner; 0 is the synchronous algorithm."""
+    max_tokens: PositiveInt = 64
+    """Tokens a completion may have."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; every logprob is taken at it."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling; below 1 the ratio loss would be taken against another distribution."""
+    max_attempts: PositiveInt = 3
+    """Attempts at a group before it becomes a recorded failure."""
+    algorithm: AlgorithmSection = AlgorithmSection()
+    """Advantages and loss."""
+    kl: KLSection = KLSection()
+    """KL penalty."""
+    entropy: EntropySection = EntropySection()
+    """Entropy bonus."""
+
+    @model_validator(mode="after")
+    def _ratios_need_the_sampled_distribution(self) -> RLSection:
+        if self.top_p < 1:
+            raise ValueError(
+                f"rl.top_p = {self.top_p} with a ratio loss: the engine samples from a truncated "
+                "distribution that the learner's logprobs do not describe; set rl.top_p = 1"
+            )
+        return self
+
+
+class LearnerSection(Section):
+    """The DeepSpeed engine."""
+
+    learning_rate: PositiveFloat = 2e-5
+    """Peak learning rate of AdamW."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+    gradient_clip: PositiveFloat = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """ZeRO stage: what is sharded over ranks (1 optimiser, 2 + gradients, 3 + parameters)."""
+    micro_batch_tokens: PositiveInt = 2048
+    """Padded tokens a forward pass may hold."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+
+
+class RolloutSection(Section):
+    """The vLLM engine."""
+
+    dtype: DType = "auto"
+    """Precision of the engine."""
+    max_sequences: PositiveInt = 64
+    """Sequences decoded at once."""
+    kv_cache_gib: PositiveFloat = 1.0
+    """Memory for cached keys and values on CPU, in GiB."""
+    gpu_memory_utilization: Fraction = 0.85
+    """Share of the GPU's memory that the engine may take."""
+    tensor_parallel: PositiveInt = 1
+    """GPUs a single engine spans."""
+    enforce_eager: bool = True
+    """No compilation: starts in seconds instead of minutes, 4 % slower on CPU."""
+    keep_cache: bool = False
+    """Keep cached keys and values across weight updates (max_staleness > 0), salted by version."""
+
+
+class RolePlacement(Section):
+    """How many actors a role has, and what each takes."""
+
+    actors: PositiveInt = 1
+    """Actors of this role."""
+    cpus: NonNegativeFloat = 0.25
+    """CPUs each reserves from Ray; fractions let long-lived actors share cores."""
+    gpus: Gpus = 0
+    """GPUs each reserves: whole numbers or a fraction below 1."""
+
+
+class ClusterSection(Section):
+    """Where the actors run."""
+
+    cpu_layout: Literal["turns", "threads"] | None = None
+    """CPU only: `turns` lets one role compute at a time with all threads, `threads` gives each
+    one thread of its own. Default: turns on up to 4 cores."""
+    weight_transport: Literal["shared_memory", "object_store", "nccl"] = "shared_memory"
+    """How weights reach the engines."""
+    start_timeout_s: PositiveFloat = 600
+    """How long to wait for resources and for actors to start."""
+    call_timeout_s: PositiveFloat = 1800
+    """How long any single call to an actor may take."""
+    rollout: RolePlacement = RolePlacement()
+    """vLLM engines."""
+    reward: RolePlacement = RolePlacement()
+    """Reward-model members."""
+    reference: RolePlacement = RolePlacement()
+    """Frozen reference model."""
+    learner: RolePlacement = RolePlacement()
+    """Ranks of the learner."""
+
+
+class LoopConfig(Section):
+    """What every command with a reinforcement-learning loop configures."""
+
+    seed: NonNegativeInt = 0
+    """Every random choice follows from it."""
+    policy: PolicySection = PolicySection()
+    """What is trained."""
+    rl: RLSection = RLSection()
+    """The loop."""
+    learner: LearnerSection = LearnerSection()
+    """The optimiser."""
+    rollout: RolloutSection = RolloutSection()
+    """The engine."""
+    cluster: ClusterSection = ClusterSection()
+    """The placement."""
+
+    @model_validator(mode="after")
+    def _cache_is_kept_only_off_policy(self) -> LoopConfig:
+        if self.rollout.keep_cache and self.rl.max_staleness == 0:
+            raise ValueError(
+                "rollout.keep_cache = true with rl.max_staleness = 0: no request is in flight at "
+                "an update, so there is nothing to keep"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_gpu_an_engine_rank(self) -> LoopConfig:
+        gpus, wanted = self.cluster.rollout.gpus, self.rollout.tensor_parallel
+        if wanted > 1 and gpus != wanted:
+            raise ValueError(
+                f"rollout.tensor_parallel = {wanted} with cluster.rollout.gpus = {gpus:g}: an "
+                "engine needs one GPU a rank"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _nccl_needs_gpus(self) -> LoopConfig:
+        if self.cluster.weight_transport == "nccl" and (
+            self.cluster.rollout.gpus < 1 or self.cluster.learner.gpus < 1
+        ):
+            raise ValueError(
+                'cluster.weight_transport = "nccl" with cluster.rollout.gpus = '
+                f"{self.cluster.rollout.gpus:g} and cluster.learner.gpus = "
+                f"{self.cluster.learner.gpus:g}: NCCL needs a whole GPU on both ends"
+            )
+        return self
+
+
+class RLConfig(LoopConfig):
+    """`pavlov rl`."""
+
+    deterministic: bool = False
+    """Repeat and resume token for token: one engine, fixed threads, float32, synchronous."""
+    run: RunSection = RunSection()
+    """The run's folder."""
+    reference: ReferenceSection = ReferenceSection()
+    """What holds the policy back."""
+    reward: RewardSection
+    """What the policy is trained towards."""
+    data: PromptsSection
+    """Prompts."""
+
+    @model_validator(mode="after")
+    def _deterministic_needs(self) -> RLConfig:
+        if not self.deterministic:
+            return self
+        wanted = {
+            "rl.max_staleness": (self.rl.max_staleness, 0),
+            "cluster.learner.actors": (self.cluster.learner.actors, 1),
+            "cluster.rollout.actors": (self.cluster.rollout.actors, 1),
+            "policy.dtype": (self.policy.dtype, "float32"),
+            "reference.dtype": (self.reference.dtype, "float32"),
+            "rollout.dtype": (self.rollout.dtype, "float32"),
+        }
+        wrong = [
+            f"{key} = {json.dumps(needed)} (it is {json.dumps(value)})"
+            for key, (value, needed) in wanted.items()
+            if value != needed
+        ]
+        if wrong:
+            raise ValueError(f"deterministic = true needs {', '.join(wrong)}")
+        return self
+
+
+class PairsSection(Section):
+    """Where preference pairs come from."""
+
+    train: list[str] = Field(min_length=1)
+    """Pair files to train on, resolved against PAVLOV_DATA."""
+    validation: list[str] = []
+    """Pair files opened once, for the reported figures."""
+    holdout: Fraction = 0.15
+    """Share of the training pairs (by first user turn) kept for calibration and thresholds."""
+    limit: PositiveInt | None = None
+    """At most this many training pairs."""
+
+
+class EnsembleSection(Section):
+    """The members: linear heads on pooled features of a frozen, cut backbone."""
+
+    model: str = "embedded"
+    """The backbone: `embedded`, a Hugging Face folder, or a hub id."""
+    dtype: DType = "auto"
+    """Precision of the frozen pass."""
+    members: Annotated[int, Field(ge=3)] = 8
+    """K. Disagreement of fewer than eight is a lottery (measured)."""
+    depth: Annotated[float, Field(gt=0, le=1)] = 0.67
+    """Share of the layers that are run; deeper ones add cost, not accuracy (measured)."""
+    max_tokens: PositiveInt = 256
+    """Longer prompts are cut on the left, longer replies on the right."""
+    l2: list[PositiveFloat] = Field([0.03, 0.1, 0.3, 1.0], min_length=1)
+    """Candidates for the weight of the squared norm; the held-out likelihood chooses."""
+    false_alarm_rate: Fraction = 0.05
+    """Share of held-out replies that the domain-shift threshold may flag."""
+    batch_tokens: PositiveInt = 4096
+    """Padded tokens a forward pass may hold."""
+
+
+class RewardConfig(Section):
+    """`pavlov reward`."""
+
+    seed: NonNegativeInt = 0
+    """Every random choice follows from it."""
+    run: RunSection = RunSection()
+    """The run's folder."""
+    data: PairsSection
+    """Pairs."""
+    ensemble: EnsembleSection = EnsembleSection()
+    """Members."""
+
+
+class AssessorSection(Section):
+    """The demo's simulated assessor."""
+
+    noise: PositiveFloat = 0.5
+    """P(first preferred) = sigmoid(rule difference / noise)."""
+
+
+class DemoConfig(LoopConfig):
+    """`pavlov demo`."""
+
+    assessor: AssessorSection = AssessorSection()
+    """Who compares the answers, simulated."""
+    ensemble: EnsembleSection = EnsembleSection()
+    """The reward model."""
+    train_prompts: PositiveInt = 150
+    """How many of the shipped training prompts are used."""
+    heldout_prompts: PositiveInt = 100
+    """How many of the shipped held-out prompts are compared on."""
+
+
+Root = TypeVar("Root", bound=Section)
+
+
+def load_config(root: type[Root], path: Path, overrides: Sequence[str] = ()) -> Root:
+    """Read a TOML file, apply dotted overrides, validate.
+
+    Example: ``load_config(RLConfig, Path("configs/rl_hh_cpu.toml"), ["rl.num_steps=3"])``
+
+    Raises:
+        ConfigError: one sentence that names the file, the key and the remedy.
+    """
+    try:
+        values = tomllib.loads(path.read_text())
+    except (FileNotFoundError, IsADirectoryError):
+        raise ConfigError(f"there is no configuration file {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_config(root, values, str(path))
+
+
+def parse_config(root: type[Root], values: dict[str, Any], origin: str) -> Root:
+    """Validate a mapping as `root`; errors name `origin`."""
+    try:
+        return root.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {_sentence(root, error)}") from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"an override is written key=value, got {override!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, leaf = key.strip().split(".")
+    table = values
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+    table[leaf] = value
+
+
+def _sentence(root: type[Section], error: ValidationError) -> str:
+    first, *rest = error.errors()
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        text = f"{key} is not a known key"
+        close = difflib.get_close_matches(key, known_keys(root), n=1, cutoff=0.4)
+        if close:
+            text += f"; did you mean {close[0]}?"
+    elif first["type"] == "missing":
+        below = [known for known in known_keys(root) if known.startswith(f"{key}.")]
+        text = f"{below[0] if below else key} is required"
+    elif first["type"] == "value_error":
+        reason = str(first["ctx"]["error"])
+        text = f"{key}: {reason}" if key and key.split(".")[-1] not in reason else reason
+    else:
+        reason = first["msg"][0].lower() + first["msg"][1:]
+        text = f"{key} = {first['input']!r}: {reason}"
+    return text + (f" (and {len(rest)} more)" if rest else "")
+
+
+def known_keys(root: type[Section], prefix: str = "") -> list[str]:
+    """Every dotted key of a configuration class."""
+    keys = []
+    for name, field in root.model_fields.items():
+        section = _section_of(field.annotation)
+        if section is not None:
+            keys += [prefix + name, *known_keys(section, f"{prefix}{name}.")]
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return next(filter(None, map(_section_of, typing.get_args(annotation))), None)
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return None
+
+
+def data_path(path: str) -> Path:
+    """A data path made absolute against PAVLOV_DATA (default ``../shared/data``)."""
+    return _against("PAVLOV_DATA", "../shared/data", path)
+
+
+def runs_path(path: str) -> Path:
+    """A run folder made absolute against PAVLOV_RUNS (default ``runs``)."""
+    return _against("PAVLOV_RUNS", "runs", path)
+
+
+def _against(variable: str, default: str, path: str) -> Path:
+    base = Path(os.environ.get(variable) or default).expanduser().absolute()
+    return (base / Path(path).expanduser()).resolve()

@@ -1,0 +1,103 @@
+"""Losses as plain functions of tensors. Shapes: B completions, T tokens (padded), N pairs.
+
+A policy loss is a *sum over the tensors given, divided by the size of the whole batch*, so that
+micro-batches and ranks simply add up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Normalisation = Literal["sequence", "token", "constant"]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSize:
+    """The size of the whole batch, over all ranks and micro-batches."""
+
+    sequences: int
+    tokens: int
+    max_tokens: int
+
+
+def reduce_tokens(
+    values_BT: Tensor, mask_BT: Tensor, normalisation: Normalisation, size: BatchSize
+) -> Tensor:
+    """Masked sum of per-token values, normalised over the whole batch; a scalar.
+
+    ``sequence``: mean over each completion's tokens, then over completions (GRPO).
+    ``token``: mean over all tokens of the batch (DAPO).
+    ``constant``: sum over tokens divided by completions x `max_tokens` (Dr. GRPO), so that
+    neither short nor long completions are favoured.
+    """
+    masked_BT = values_BT.masked_fill(mask_BT == 0, 0.0) * mask_BT
+    if normalisation == "sequence":
+        per_sequence_B = masked_BT.sum(dim=1) / mask_BT.sum(dim=1).clamp(min=1)
+        return per_sequence_B.sum() / size.sequences
+    if normalisation == "token":
+        return masked_BT.sum() / size.tokens
+    return masked_BT.sum() / (size.sequences * size.max_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyLoss:
+    """The scalar loss and, per token, the ratio and whether its gradient was clipped away."""
+
+    loss: Tensor
+    ratio_BT: Tensor
+    clipped_BT: Tensor
+
+
+def clipped_policy_loss(
+    policy_logprobs_BT: Tensor,
+    rollout_logprobs_BT: Tensor,
+    advantages_B: Tensor,
+    mask_BT: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    normalisation: Normalisation,
+    size: BatchSize,
+) -> PolicyLoss:
+    """The clipped surrogate of Schulman et al. (2017), PPO, equation 7, to be minimised.
+
+    The ratio is taken against `rollout_logprobs_BT`, the logprobs of the engine that sampled, so
+    it also corrects the difference between engine and learner. With a positive advantage the
+    gradient stops above ``1 + clip_high``, with a negative one below ``1 - clip_low``.
+    """
+    padding_BT = mask_BT == 0
+    mask_BT = mask_BT.to(policy_logprobs_BT.dtype)
+    # Padding may hold anything, even NaN, which a product with zero would keep.
+    policy_logprobs_BT = policy_logprobs_BT.masked_fill(padding_BT, 0.0)
+    rollout_logprobs_BT = rollout_logprobs_BT.masked_fill(padding_BT, 0.0)
+    ratio_BT = torch.exp(policy_logprobs_BT - rollout_logprobs_BT)
+    advantages_B1 = advantages_B.unsqueeze(1)
+    free_BT = ratio_BT * advantages_B1
+    held_BT = ratio_BT.clamp(1 - clip_low, 1 + clip_high) * advantages_B1
+    loss = -reduce_tokens(torch.minimum(free_BT, held_BT), mask_BT, normalisation, size)
+    return PolicyLoss(loss, ratio_BT.detach(), (held_BT < free_BT).detach() & ~padding_BT)
+
+
+def entropy_from_logits(logits_NV: Tensor) -> Tensor:
+    """Exact entropy in nats of each row's softmax; shape (N,)."""
+    return torch.special.entr(torch.softmax(logits_NV, dim=-1)).sum(dim=-1)
+
+
+def bradley_terry_loss(
+    margins_N: Tensor, labels_N: Tensor | None = None, weights_N: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy of P(chosen over rejected) = sigmoid(r_chosen - r_rejected); a scalar.
+
+    Bradley & Terry (1952); Christiano et al. (2017), equation 1. `margins_N` are the reward
+    differences, `labels_N` the probability that the first is preferred (default 1; a tie is 0.5),
+    `weights_N` count each pair (default 1).
+    """
+    labels_N = torch.ones_like(margins_N) if labels_N is None else labels_N
+    weights_N = torch.ones_like(margins_N) if weights_N is None else weights_N
+    losses_N = F.binary_cross_entropy_with_logits(margins_N, labels_N, reduction="none")
+    return (losses_N * weights_N).sum() / weights_N.sum()

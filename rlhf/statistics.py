@@ -1,0 +1,32 @@
+"""Intervals for comparisons: what a table may claim."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+Z_95 = statistics.NormalDist().inv_cdf(0.975)
+
+
+def paired_interval(differences: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of paired differences and its 95 % normal interval: (mean, low, high)."""
+    mean = statistics.fmean(differences)
+    if len(differences) < 2:
+        return mean, -math.inf, math.inf
+    half = Z_95 * statistics.stdev(differences) / math.sqrt(len(differences))
+    return mean, mean - half, mean + half
+
+
+def wilson_interval(successes: float, trials: int) -> tuple[float, float, float]:
+    """Share and its 95 % score interval (Wilson, 1927): (share, low, high).
+
+    `successes` may be fractional where ties count as half.
+    """
+    if trials == 0:
+        return math.nan, 0.0, 1.0
+    share = successes / trials
+    scale = 1 + Z_95**2 / trials
+    centre = (share + Z_95**2 / (2 * trials)) / scale
+    half = Z_95 / scale * math.sqrt(share * (1 - share) / trials + Z_95**2 / (4 * trials**2))
+    return share, max(0.0, centre - half), min(1.0, centre + half)

@@ -1,0 +1,100 @@
+"""The numbers of one step, from its groups and the learner's report."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from rlhf import kl
+from rlhf.advantages import advantages, without_signal
+from rlhf.config import RLSection
+from rlhf.records import FailedGroup, ScoredGroup, StepReport, TrainingBatch, TrainingSequence
+
+
+def training_batch(
+    groups: Sequence[ScoredGroup | FailedGroup], settings: RLSection, *, mask_shifted: bool = False
+) -> TrainingBatch:
+    """What a step trains on: penalised rewards, advantages within each group, one sequence each.
+
+    Failed groups, groups without signal and (with `mask_shifted`) completions flagged for domain
+    shift are left out; nothing is refilled. Advantages are computed over the whole group first,
+    so that leaving a completion out does not change its siblings' baseline.
+    """
+    sequences = []
+    for group in groups:
+        if isinstance(group, FailedGroup):
+            continue
+        rewards_G = torch.tensor(
+            kl.penalised_rewards(group.scores.rewards_G, group.kl_G, settings.kl.coefficient),
+            dtype=torch.float64,
+        )
+        if without_signal(rewards_G):
+            continue
+        advantages_G = advantages(
+            rewards_G.unsqueeze(0),
+            settings.algorithm.type,
+            divide_by_deviation=settings.algorithm.divide_by_deviation,
+        )[0].tolist()
+        for completion, advantage, shifted in zip(
+            group.rollout.completions, advantages_G, group.scores.domain_shift_G, strict=True
+        ):
+            if mask_shifted and shifted:
+                continue
+            sequences.append(
+                TrainingSequence(
+                    group.rollout.prompt_token_ids,
+                    completion.token_ids,
+                    completion.rollout_logprobs_T,
+                    advantage,
+                )
+            )
+    return TrainingBatch(tuple(sequences), settings.max_tokens, settings.temperature)
+
+
+def step_metrics(
+    step: int,
+    learner_version: int,
+    groups: Sequence[ScoredGroup | FailedGroup],
+    batch: TrainingBatch,
+    report: StepReport,
+    settings: RLSection,
+    times_s: Mapping[str, float],
+) -> dict[str, float | int | None]:
+    """One line of ``metrics.jsonl``. `learner_version` is the version that was trained on.
+
+    Means are over completions; `kl/mean` is in nats per completion, `entropy/mean` in nats per
+    token, times in seconds. A mean over nothing is None, never a number.
+    """
+    scored = [group for group in groups if isinstance(group, ScoredGroup)]
+    completions = [c for group in scored for c in group.rollout.completions]
+    rewards = [r for group in scored for r in group.scores.rewards_G]
+    shifted = [s for group in scored for s in group.scores.domain_shift_G]
+    staleness = [learner_version - completion.oldest_version for completion in completions]
+    row: dict[str, float | int | None] = {
+        "step": step,
+        "weight_version": learner_version + 1,
+        "reward/mean": _mean(rewards),
+        "reward/std": statistics.pstdev(rewards) if rewards else None,
+        "ensemble/disagreement": _mean([d for g in scored for d in g.scores.disagreement_G]),
+        "ensemble/flagged_share": _mean(shifted),
+        "kl/mean": _mean([value for group in scored for value in group.kl_G]),
+        "kl/coefficient": settings.kl.coefficient,
+        "entropy/mean": report.metrics.get("entropy/mean"),
+        "entropy/coefficient": settings.entropy.coefficient,
+        "staleness/mean": _mean(staleness),
+        "staleness/max": max(staleness, default=None),
+        "completion/length_mean": _mean([completion.length for completion in completions]),
+        "completion/finished_share": _mean([c.finish_reason == "stop" for c in completions]),
+        "groups/failed": len(groups) - len(scored),
+        "sequences/trained": batch.num_sequences,
+        "tokens/step": sum(completion.length for completion in completions),
+    }
+    row |= {f"time/{name}_s": seconds for name, seconds in times_s.items()}
+    row |= {name: value for name, value in report.metrics.items() if name not in row}
+    return row
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None

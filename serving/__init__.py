@@ -1,0 +1,1 @@
+"""Who answers. The chat endpoint and the labelling application will stand here."""

@@ -1,0 +1,726 @@
+"""Pairs, prompts and rows to score: what is read, what is left out and why, and how it is split."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.preferences import (
+    BadRow,
+    ReadReport,
+    SingleCompletion,
+    iter_rows,
+    read_pairs,
+    read_prompts,
+    read_scoring_rows,
+    split_by_first_user_turn,
+    write_pairs,
+)
+from models.transcripts import is_transcript, parse_prompt, parse_transcript, split_reply
+from rlhf.errors import DataError
+from rlhf.records import Message, PreferencePair, Prompt
+
+Row = dict[str, Any]
+REPOSITORY = Path(__file__).parents[2]
+GOOD: Row = {"prompt": "Is tea healthy?", "chosen": "In moderation.", "rejected": "Go away."}
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def write_rows(path: Path, rows: Sequence[Row | str]) -> Path:
+    """A JSON-lines file, compressed if so named; a string is written as it stands."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def only_pair(path: Path, row: Row) -> PreferencePair:
+    pairs, _ = read_pairs([write_rows(path / "set" / "one.jsonl", [row])])
+    assert len(pairs) == 1
+    return pairs[0]
+
+
+# Rows that are read
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        GOOD,
+        {**GOOD, "prompt": [user("Is tea healthy?")]},
+        {**GOOD, "chosen": [assistant("In moderation.")], "rejected": [assistant("Go away.")]},
+        {
+            "chosen": [user("Is tea healthy?"), assistant("In moderation.")],
+            "rejected": [user("Is tea healthy?"), assistant("Go away.")],
+        },
+        {
+            "prompt": "Is tea healthy?",
+            "chosen": [user("Is tea healthy?"), assistant("In moderation.")],
+            "rejected": [user("Is tea healthy?"), assistant("Go away.")],
+        },
+        {
+            "chosen": "\n\nHuman: Is tea healthy?\n\nAssistant: In moderation.",
+            "rejected": "\n\nHuman: Is tea healthy?\n\nAssistant: Go away.",
+        },
+        {**GOOD, "prompt": "\n\nHuman: Is tea healthy?\n\nAssistant:"},
+        {**GOOD, "margin": 2, "weight": None, "score": [1, 2]},
+    ],
+)
+def test_every_form_of_a_pair_gives_the_same_pair(tmp_path: Path, row: Row) -> None:
+    expected = PreferencePair(
+        (Message("user", "Is tea healthy?"),), "In moderation.", "Go away.", source="set/one"
+    )
+    assert only_pair(tmp_path, row) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "criterion"),
+    [
+        ({"criterion": "honest"}, "honest"),
+        ({"criteria": "helpful"}, "helpful"),
+        ({"criteria": ["helpful", "harmless"]}, "helpful, harmless"),
+    ],
+)
+def test_label_weight_source_and_criterion_are_taken_from_the_row(
+    tmp_path: Path, fields: Row, criterion: str
+) -> None:
+    pair = only_pair(tmp_path, {**GOOD, "label": 0.5, "weight": 2, "source": "mine", **fields})
+    assert (pair.label, pair.weight, pair.source, pair.criterion) == (0.5, 2.0, "mine", criterion)
+
+
+def test_jsonl_gzip_and_parquet_hold_the_same_rows(tmp_path: Path) -> None:
+    rows = [{**GOOD, "prompt": f"question {index}"} for index in range(3000)]
+    plain = write_rows(tmp_path / "a.jsonl", rows)
+    packed = write_rows(tmp_path / "a.jsonl.gz", rows)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert list(iter_rows(plain)) == list(enumerate(rows, start=1))
+    assert list(iter_rows(packed)) == list(iter_rows(plain))
+    assert list(iter_rows(tmp_path / "a.parquet")) == list(iter_rows(plain))
+
+
+def test_line_separators_inside_a_text_do_not_break_lines(tmp_path: Path) -> None:
+    text = "one\u2028two\u0085three\x0cfour"
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json.dumps({**GOOD, "chosen": text}, ensure_ascii=False).encode())
+    assert read_pairs([path])[0][0].chosen == text
+
+
+def test_blank_lines_and_a_byte_order_mark_are_no_rows_and_lines_still_count(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n\r\n \n{broken\n")
+    _, [report] = read_pairs([path])
+    assert report == ReadReport(path, rows=2, kept=1, bad=(BadRow(4, "broken JSON"),))
+
+
+# Rows that are left out
+
+BAD_PAIRS: list[tuple[Row | str, str]] = [
+    ('{"prompt": "cut', "broken JSON"),
+    ("[" * 100_000, "broken JSON"),
+    ('["a", "list"]', "no JSON object"),
+    ("null", "no JSON object"),
+    ({**GOOD, "rejected": "In moderation."}, "equal replies"),
+    ({**GOOD, "rejected": " In moderation.\n"}, "equal replies"),
+    ({**GOOD, "chosen": " \n"}, "empty reply"),
+    ({**GOOD, "rejected": [assistant("")]}, "empty reply"),
+    (
+        {
+            "chosen": "\n\nHuman: a\n\nAssistant: b",
+            "rejected": "\n\nHuman: A\n\nAssistant: c",
+        },
+        "different prompts",
+    ),
+    (
+        {"chosen": [user("a"), assistant("b")], "rejected": [user("A"), assistant("c")]},
+        "different prompts",
+    ),
+    (
+        {
+            "prompt": "x",
+            "chosen": [user("a"), assistant("b")],
+            "rejected": [user("a"), assistant("c")],
+        },
+        "different prompts",
+    ),
+    (
+        {
+            "chosen": "\n\nHuman: a\n\nAssistant: one\n\nAssistant: two",
+            "rejected": "\n\nHuman: a\n\nAssistant: three",
+        },
+        "different prompts",
+    ),
+    (
+        {
+            "chosen": "\n\nHuman: a\n\nAssistant: b",
+            "rejected": "\n\nHuman: a\n\nAssistant: c\n\nHuman: d",
+        },
+        "transcript that does not end in an assistant turn",
+    ),
+    (
+        {
+            "chosen": "\n\nHuman: a\n\nAssistant:\n\nHuman: b\n\nAssistant: c",
+            "rejected": "\n\nHuman: a\n\nAssistant:\n\nHuman: b\n\nAssistant: d",
+        },
+        "empty turn in the prompt",
+    ),
+    ({"prompt": "a", "chosen": "b"}, "no rejected"),
+    ({"chosen": "a", "rejected": "b"}, "no prompt"),
+    ({**GOOD, "prompt": "  "}, "empty turn in the prompt"),
+    ({**GOOD, "prompt": []}, "prompt that does not end in a user turn"),
+    (
+        {**GOOD, "prompt": [user("a"), assistant("b")]},
+        "prompt that does not end in a user turn",
+    ),
+    ({**GOOD, "prompt": [{"role": "human", "content": "a"}]}, "unknown role 'human'"),
+    ({**GOOD, "prompt": [{"role": "user"}]}, "prompt with a message that lacks a role or content"),
+    ({**GOOD, "prompt": [user("a"), "b"]}, "prompt with a message that lacks a role or content"),
+    ({**GOOD, "prompt": 7}, "prompt that is neither text nor a list of messages"),
+    ({**GOOD, "chosen": {"text": "a"}}, "chosen that is neither text nor a list of messages"),
+    ({**GOOD, "chosen": [user("a")]}, "chosen that does not end in an assistant turn"),
+    ({**GOOD, "chosen": []}, "chosen that does not end in an assistant turn"),
+    ({**GOOD, "chosen": "half a pair \ud83d"}, "chosen that is not valid Unicode"),
+    ({**GOOD, "source": 3}, "source that is not text"),
+    ({**GOOD, "criteria": {"helpful": 1}}, "criteria that is not text"),
+    ({**GOOD, "weight": "heavy"}, "weight that is not a number"),
+    ({**GOOD, "weight": True}, "weight that is not a number"),
+    ({**GOOD, "weight": -1}, "weight -1.0 outside 0 to infinity"),
+    ({**GOOD, "weight": float("nan")}, "weight nan outside 0 to infinity"),
+    ({**GOOD, "weight": 10**400}, "weight that is too large"),
+    ({**GOOD, "label": 2}, "label 2.0 outside 0 to 1"),
+    ({**GOOD, "label": float("nan")}, "label nan outside 0 to 1"),
+]
+
+
+@pytest.mark.parametrize(("bad", "reason"), BAD_PAIRS)
+def test_a_bad_row_is_left_out_and_reported_by_line_and_reason(
+    tmp_path: Path, bad: Row | str, reason: str
+) -> None:
+    path = write_rows(tmp_path / "pairs.jsonl", [GOOD, bad, GOOD])
+    pairs, [report] = read_pairs([path])
+    assert len(pairs) == report.kept == 2
+    assert report.rows == 3
+    [row] = report.bad
+    assert row.line == 2
+    assert row.reason.startswith(reason)
+
+
+def test_a_line_that_is_not_utf8_is_a_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"prompt": "é"}\n'.encode("latin-1") + json.dumps(GOOD).encode())
+    assert read_pairs([path])[1][0].bad == (BadRow(1, "text that is not UTF-8"),)
+
+
+def test_a_report_reads_as_one_sentence() -> None:
+    bad = (BadRow(17, "equal replies"), BadRow(30, "empty reply"), BadRow(90, "equal replies"))
+    assert ReadReport(Path("helpful.jsonl.gz"), 1600, 1597, bad).sentence() == (
+        "helpful.jsonl.gz: 1600 rows, 3 left out "
+        "(2 with equal replies, 1 with empty reply; first at line 17)"
+    )
+    assert ReadReport(Path("/data/hh/a.jsonl"), 1, 1, ()).sentence() == (
+        "hh/a.jsonl: 1 row, none left out"
+    )
+    assert ReadReport(Path("a.jsonl"), 5, 3, (), repeated=2).sentence() == (
+        "a.jsonl: 5 rows, 2 repeated, none left out"
+    )
+
+
+# Files that cannot be read
+
+
+def truncated(path: Path) -> Path:
+    write_rows(path, [{**GOOD, "prompt": str(random.random())} for _ in range(2000)])
+    path.write_bytes(path.read_bytes()[:-2000])
+    return path
+
+
+def damaged(path: Path) -> Path:
+    data = bytearray(gzip.compress(json.dumps(GOOD).encode() * 100))
+    data[20:30] = bytes(10)
+    path.write_bytes(data)
+    return path
+
+
+def containing(data: bytes) -> Callable[[Path], Path]:
+    def make(path: Path) -> Path:
+        path.write_bytes(data)
+        return path
+
+    return make
+
+
+def folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "says"),
+    [
+        ("missing.jsonl", lambda path: path, "there is no data file .* PAVLOV_DATA"),
+        ("folder.jsonl", folder, "is not a file; name files one by one"),
+        ("pairs.csv", containing(b"a,b\n"), "convert it to JSON lines or Parquet"),
+        ("pairs.json.gz", containing(b""), "convert it to JSON lines or Parquet"),
+        ("short.jsonl.gz", truncated, "cut short, damaged or not gzip; fetch it again"),
+        ("damaged.jsonl.gz", damaged, "cut short, damaged or not gzip; fetch it again"),
+        ("plain.jsonl.gz", containing(b'{"a": 1}\n'), "cut short, damaged or not gzip"),
+        ("packed.jsonl", containing(gzip.compress(b"{}")), "is compressed; name it"),
+        ("text.parquet", containing(b"no parquet"), "cannot be read as Parquet; write it again"),
+        ("empty.parquet", containing(b""), "cannot be read as Parquet; write it again"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_sentence_with_the_remedy(
+    tmp_path: Path, name: str, make: Callable[[Path], Path], says: str
+) -> None:
+    path = make(tmp_path / name)
+    good = write_rows(tmp_path / "good.jsonl", [GOOD])
+    with pytest.raises(DataError, match=says) as caught:
+        read_pairs([good, path])
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_usable_row_in_all_files_together_names_the_first_reason(tmp_path: Path) -> None:
+    bad = write_rows(tmp_path / "bad.jsonl", ["", "{", "{"])
+    good = write_rows(tmp_path / "good.jsonl", [GOOD])
+    assert len(read_pairs([bad, good])[0]) == 1
+    with pytest.raises(DataError, match=r"none of the 4 rows .* line 2 of .*bad.jsonl: broken"):
+        read_pairs([bad, bad])
+
+
+def test_empty_files_and_no_files_are_data_errors(tmp_path: Path) -> None:
+    empty = write_rows(tmp_path / "empty.jsonl.gz", [])
+    with pytest.raises(DataError, match=r"there are no rows in .*empty.jsonl.gz"):
+        read_pairs([empty])
+    with pytest.raises(DataError, match="no data file was given"):
+        read_prompts([])
+
+
+# Limits
+
+
+def test_a_limit_is_shared_by_the_files_and_filled_from_those_that_have_more(
+    tmp_path: Path,
+) -> None:
+    paths = [
+        write_rows(tmp_path / f"{name}.jsonl", [{**GOOD, "prompt": f"{name}{i}"} for i in range(n)])
+        for name, n in (("a", 10), ("b", 1), ("c", 10))
+    ]
+    pairs, reports = read_pairs(paths, limit=6)
+    assert [pair.first_user_turn for pair in pairs] == ["a0", "a1", "a2", "b0", "c0", "c1"]
+    assert [report.kept for report in reports] == [3, 1, 2]
+    assert len(read_pairs(paths, limit=1)[0]) == 1
+    assert len(read_pairs(paths, limit=100)[0]) == 21
+    with pytest.raises(ValueError, match="limit is at least 1, got 0"):
+        read_pairs(paths, limit=0)
+
+
+# Prompts
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"prompt": "a"}, "a"),
+        ({"prompt": [user("a")]}, "a"),
+        ({"prompt": "\n\nHuman: a\n\nAssistant:"}, "a"),
+        ({"turns": ["a", "b"]}, "a"),
+        ({"question": "a", "answer": "b"}, "a"),
+        ({"instruction": "a"}, "a"),
+        ({"instruction": "a", "input": ""}, "a"),
+        ({"instruction": "a", "input": "b"}, "a\n\nb"),
+        ({"instruction": "a", "instances": [{"input": "", "output": "c"}]}, "a"),
+        ({"instruction": "a", "instances": [{"input": "b", "output": "c"}]}, "a\n\nb"),
+        ({"input": "a", "output_1": "b", "output_2": "c"}, "a"),
+        ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant:"}, "a"),
+        ({**GOOD, "prompt": "a", "rejected": GOOD["chosen"]}, "a"),
+    ],
+)
+def test_every_form_of_a_prompt_is_read(tmp_path: Path, row: Row, text: str) -> None:
+    [prompt], _ = read_prompts([write_rows(tmp_path / "set" / "file.jsonl", [row])])
+    assert prompt == Prompt("set/file/1", (Message("user", text),), "set/file")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({}, "no prompt"),
+        ({"turns": []}, "turns that are not a list of texts"),
+        ({"turns": [1]}, "turns that is not text"),
+        ({"question": ["a"]}, "question that is not text"),
+        ({"prompt": [assistant("a")]}, "prompt that does not end in a user turn"),
+        ({"prompt": "a", "id": ["b"]}, "id that is not text"),
+        (
+            {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: b"},
+            "different prompts",
+        ),
+    ],
+)
+def test_a_row_without_a_usable_prompt_is_reported(tmp_path: Path, row: Row, reason: str) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"prompt": "good"}, row])
+    assert read_prompts([path])[1][0].bad == (BadRow(2, reason),)
+
+
+def test_repeated_prompts_are_dropped_and_counted_apart_from_bad_rows(tmp_path: Path) -> None:
+    first = write_rows(tmp_path / "a.jsonl", [{"prompt": "x"}, {"question": "x"}, {"prompt": "y"}])
+    second = write_rows(tmp_path / "b.jsonl", [{"prompt": "x"}, {"prompt": "z"}, {}])
+    prompts, reports = read_prompts([first, second])
+    assert [prompt.messages[0].content for prompt in prompts] == ["x", "y", "z"]
+    assert [report.repeated for report in reports] == [1, 1]
+    assert reports[1].bad == (BadRow(3, "no prompt"),)
+
+
+def test_prompts_keep_their_own_id_and_ids_stay_unique(tmp_path: Path) -> None:
+    rows: list[Row | str] = [
+        {"prompt": "a", "id": "p"},
+        {"prompt": "b", "id": "p"},
+        {"prompt": "c", "id": 7},
+        {"prompt": "d", "source": "mine"},
+    ]
+    path = write_rows(tmp_path / "set" / "file.jsonl", rows)
+    prompts, _ = read_prompts([path])
+    assert [prompt.id for prompt in prompts] == ["p", "p#2", "7", "mine/4"]
+
+
+# Rows to score
+
+
+def test_scoring_rows_keep_their_lines_through_bad_rows(tmp_path: Path) -> None:
+    rows: list[Row | str] = [
+        "{",
+        {"prompt": "a", "completion": "b"},
+        "",
+        GOOD,
+        {"prompt": "a", "completion": " "},
+        {"completion": "\n\nHuman: a\n\nAssistant: b", "source": "mine"},
+        {"prompt": "a"},
+    ]
+    scored, report = read_scoring_rows(write_rows(tmp_path / "set" / "s.jsonl", rows))
+    prompt = (Message("user", "a"),)
+    assert scored == [
+        (2, SingleCompletion(prompt, "b", "set/s")),
+        (4, only_pair(tmp_path, GOOD | {"source": "set/s"})),
+        (6, SingleCompletion(prompt, "b", "mine")),
+    ]
+    assert [row.line for row in report.bad] == [1, 5, 7]
+    assert (report.rows, report.kept) == (6, 3)
+
+
+def test_a_file_without_rows_to_score_is_a_data_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no chosen"):
+        read_scoring_rows(write_rows(tmp_path / "s.jsonl", [{"prompt": "a"}]))
+
+
+# Written and read back
+
+TEXTS = st.text(min_size=1).filter(str.strip)
+
+
+@st.composite
+def preference_pairs(draw: st.DrawFn) -> PreferencePair:
+    history = draw(st.lists(st.builds(Message, st.sampled_from(["user", "assistant"]), TEXTS)))
+    system = [Message("system", "Be kind.")] if draw(st.booleans()) else []
+    chosen = draw(TEXTS)
+    return PreferencePair(
+        (*system, *history, Message("user", draw(TEXTS))),
+        chosen,
+        draw(TEXTS.filter(lambda text: text.strip() != chosen.strip())),
+        label=draw(st.floats(0, 1)),
+        weight=draw(st.floats(0, allow_infinity=False)),
+        source=draw(st.text()),
+        criterion=draw(st.sampled_from(["", "helpful", "honest", "harmless"])),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(preference_pairs(), min_size=1, max_size=5))
+def test_pairs_read_back_exactly_as_written(pairs: list[PreferencePair]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "new" / "pairs.parquet"
+        write_pairs(pairs, path)
+        read, [report] = read_pairs([path])
+        assert [file.name for file in path.parent.iterdir()] == ["pairs.parquet"]
+    assert read == pairs
+    assert report.kept == report.rows == len(pairs)
+
+
+def test_written_pairs_are_in_the_conversational_format(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.parquet"
+    write_pairs([PreferencePair((Message("user", "a"),), "b", "c", criterion="honest")], path)
+    assert pq.read_table(path).to_pylist() == [
+        {
+            "prompt": [user("a")],
+            "chosen": [assistant("b")],
+            "rejected": [assistant("c")],
+            "label": 1.0,
+            "weight": 1.0,
+            "criterion": "honest",
+            "source": "",
+        }
+    ]
+
+
+def test_pairs_are_written_only_where_they_can_be_read_back(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"name the file \*\.parquet"):
+        write_pairs([], tmp_path / "pairs.jsonl")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written"):
+        write_pairs([], tmp_path / "file" / "pairs.parquet")
+
+
+# Splits
+
+KEYS = st.lists(st.integers(0, 40), max_size=80)
+
+
+def pairs_of(keys: Sequence[int]) -> list[PreferencePair]:
+    """One pair a key; equal keys open with the same user turn and go on differently."""
+    return [
+        PreferencePair(
+            (
+                Message("system", f"s{i}"),
+                Message("user", f"turn {key}"),
+                Message("assistant", "go on"),
+                Message("user", f"second {i}"),
+            ),
+            "chosen",
+            "rejected",
+        )
+        for i, key in enumerate(keys)
+    ]
+
+
+@given(KEYS, st.floats(0, 1), st.integers(0, 5), st.randoms(use_true_random=False))
+def test_a_split_keeps_every_pair_once_and_no_first_turn_on_both_sides(
+    keys: list[int], holdout: float, seed: int, shuffler: random.Random
+) -> None:
+    pairs = pairs_of(keys)
+    train, held = split_by_first_user_turn(pairs, holdout, seed)
+    assert Counter(train) + Counter(held) == Counter(pairs)
+    assert not {p.first_user_turn for p in train} & {p.first_user_turn for p in held}
+    assert [pair for pair in pairs if pair in set(train)] == train
+    shuffled = shuffler.sample(pairs, len(pairs))
+    assert set(split_by_first_user_turn(shuffled, holdout, seed)[1]) == set(held)
+    fewer = pairs[: len(pairs) // 2]
+    assert set(split_by_first_user_turn(fewer, holdout, seed)[1]) == set(held) & set(fewer)
+
+
+def test_a_split_has_the_share_that_was_asked_for_and_another_under_another_seed() -> None:
+    pairs = pairs_of(range(4000))
+    held = [set(split_by_first_user_turn(pairs, 0.15, seed)[1]) for seed in (0, 1)]
+    # 4000 draws with p = 0.15: standard deviation 0.0056 of the share, so four of them.
+    assert all(abs(len(half) / 4000 - 0.15) < 0.023 for half in held)
+    # Independent halves share 0.15 of each other.
+    assert abs(len(held[0] & held[1]) / len(held[0]) - 0.15) < 0.06
+    assert split_by_first_user_turn(pairs, 0, 0)[1] == []
+    assert split_by_first_user_turn(pairs, 1, 0)[0] == []
+    with pytest.raises(ValueError, match=r"between 0 and 1, got 1\.5"):
+        split_by_first_user_turn(pairs, 1.5, 0)
+
+
+# Records
+
+
+def test_a_pair_names_its_first_user_turn_and_refuses_what_cannot_be_one() -> None:
+    pair = pairs_of([3])[0]
+    assert pair.first_user_turn == "turn 3"
+    with pytest.raises(ValueError, match="does not end in a user turn"):
+        PreferencePair((Message("assistant", "a"),), "b", "c")
+    with pytest.raises(ValueError, match="label"):
+        PreferencePair(pair.prompt, "b", "c", label=1.1)
+
+
+# Transcripts
+
+
+def test_a_transcript_becomes_turns() -> None:
+    text = "\n\nHuman: Hi\n there \n\nAssistant:Hello.\n\nHuman: Bye\n\nAssistant:  Bye."
+    assert parse_transcript(text) == (
+        Message("user", "Hi\n there"),
+        Message("assistant", "Hello."),
+        Message("user", "Bye"),
+        Message("assistant", "Bye."),
+    )
+    assert split_reply(text) == (parse_transcript(text)[:-1], "Bye.")
+
+
+def test_only_markers_after_a_blank_line_begin_a_turn() -> None:
+    reply = "She said\nHuman: no.  Assistant: yes\nAssistant: maybe\n\n Human: x\n\nHumans: y"
+    assert parse_transcript(f"\n\nHuman: a Human: b\n\nAssistant: {reply}") == (
+        Message("user", "a Human: b"),
+        Message("assistant", reply),
+    )
+
+
+def test_turns_of_one_role_in_a_row_are_merged_but_the_last_reply_stands_alone() -> None:
+    text = "\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nAssistant: d"
+    assert parse_transcript(text) == (Message("user", "a\n\nb"), Message("assistant", "c\n\nd"))
+    assert split_reply(text) == ((Message("user", "a\n\nb"), Message("assistant", "c")), "d")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "does not start with"),
+        ("Human: a\n\nAssistant: b", "does not start with"),
+        ("\n\nAssistant: b", "does not start with"),
+        ("\n\nHuman: a\n\nAssistant: ", "empty reply"),
+        ("\n\nHuman: \n\nAssistant: b", "empty turn"),
+        ("\n\nHuman: a\n\nAssistant:\n\nHuman: b\n\nAssistant: c", "empty turn"),
+    ],
+)
+def test_a_transcript_that_cannot_be_used_says_why(text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        parse_transcript(text)
+
+
+def test_a_prompt_transcript_may_close_with_the_assistants_marker() -> None:
+    expected = (Message("user", "a"),)
+    for text in ("\n\nHuman: a", "\n\nHuman: a\n\nAssistant:", "\n\nHuman: a\n\nAssistant: \n"):
+        assert parse_prompt(text) == expected
+
+
+@given(st.text())
+def test_any_text_is_a_transcript_or_says_why_not(text: str) -> None:
+    assert is_transcript(text) == text.startswith("\n\nHuman:")
+    try:
+        messages = parse_transcript("\n\nHuman:" + text)
+    except ValueError:
+        return
+    roles = [message.role for message in messages]
+    assert roles[0] == "user"
+    assert all(one != other for one, other in pairwise(roles))
+
+
+# The real files, counted a second way
+
+
+HH = [
+    (f"hh/{name}/{part}.jsonl.gz", rows)
+    for name, train, validation in (
+        ("harmless-base", 1700, 238),
+        ("helpful-base", 1751, 261),
+        ("helpful-online", 862, 128),
+        ("helpful-rejection-sampled", 2112, 248),
+    )
+    for part, rows in (("train", train), ("validation", validation))
+]
+
+
+def real_file(name: str) -> Path:
+    path = Path(os.environ.get("PAVLOV_DATA") or REPOSITORY / "../shared/data") / name
+    if not path.exists():
+        pytest.skip(f"no real data: {path} is absent; set PAVLOV_DATA")
+    return path
+
+
+def plain_rows(path: Path) -> list[Row]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file.read().split("\n") if line]
+
+
+def reasons_by_string_operations(row: Row) -> str | None:
+    """What is wrong with an HH row, told from the two strings alone."""
+    marker = "\n\nAssistant:"
+    chosen_head, _, chosen = row["chosen"].rpartition(marker)
+    rejected_head, _, rejected = row["rejected"].rpartition(marker)
+    if "\n\nHuman:" in chosen + rejected:
+        return "transcript that does not end in an assistant turn"
+    if chosen_head != rejected_head:
+        return "different prompts"
+    if not chosen.strip() or not rejected.strip():
+        return "empty reply"
+    return "equal replies" if row["chosen"] == row["rejected"] else None
+
+
+@pytest.mark.parametrize(("name", "num_rows"), HH)
+def test_real_pairs_agree_with_a_count_by_string_operations(name: str, num_rows: int) -> None:
+    path = real_file(name)
+    rows = plain_rows(path)
+    pairs, [report] = read_pairs([path])
+    found = [(line, reasons_by_string_operations(row)) for line, row in enumerate(rows, start=1)]
+    assert report.bad == tuple(BadRow(line, reason) for line, reason in found if reason)
+    assert report.rows == len(rows) == num_rows
+    usable = [row for row, (_, reason) in zip(rows, found, strict=True) if not reason]
+    assert [pair.chosen for pair in pairs] == [
+        row["chosen"].rpartition("\n\nAssistant:")[2].strip() for row in usable
+    ]
+    for pair, row in zip(pairs, usable, strict=True):
+        assert row["rejected"].endswith(pair.rejected)
+        assert pair.first_user_turn.startswith(
+            row["chosen"].removeprefix("\n\nHuman:").split("\n\nAssistant:")[0].strip()
+        )
+
+
+def test_real_pairs_of_all_sets_add_up() -> None:
+    _, reports = read_pairs([real_file(name) for name, _ in HH])
+    reasons = Counter(row.reason for report in reports for row in report.bad)
+    assert sum(report.rows for report in reports) == 6425 + 875
+    assert sum(report.kept for report in reports) == 7246
+    assert reasons == {
+        "equal replies": 29,
+        "different prompts": 14,
+        "empty reply": 10,
+        "transcript that does not end in an assistant turn": 1,
+    }
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_real_split_shares_no_first_turn(seed: int) -> None:
+    pairs, _ = read_pairs([real_file("hh/helpful-base/train.jsonl.gz")])
+    train, held = split_by_first_user_turn(pairs, 0.15, seed)
+    assert len(train) + len(held) == len(pairs)
+    assert 0.11 < len(held) / len(pairs) < 0.19
+    assert not {p.first_user_turn for p in train} & {p.first_user_turn for p in held}
+
+
+@pytest.mark.parametrize(
+    ("name", "text_of"),
+    [
+        ("prompts/vicuna.jsonl.gz", lambda row: row["turns"][0]),
+        ("prompts/mt_bench.jsonl.gz", lambda row: row["turns"][0]),
+        ("gsm8k/train.jsonl.gz", lambda row: row["question"]),
+        ("llmbar/natural.jsonl.gz", lambda row: row["input"]),
+        (
+            "self_instruct/seed_tasks.jsonl.gz",
+            lambda row: "\n\n".join(
+                filter(str.strip, (row["instruction"], row["instances"][0]["input"]))
+            ),
+        ),
+    ],
+)
+def test_real_prompts_are_the_distinct_texts_of_the_file(
+    name: str, text_of: Callable[[Row], str]
+) -> None:
+    path = real_file(name)
+    texts = [text_of(row) for row in plain_rows(path)]
+    prompts, [report] = read_prompts([path])
+    assert [prompt.messages for prompt in prompts] == [
+        (Message("user", text),) for text in dict.fromkeys(texts)
+    ]
+    assert report.rows == len(texts)
+    assert report.bad == ()
+    assert report.repeated == len(texts) - len(set(texts))
+    assert len({prompt.id for prompt in prompts}) == len(prompts)

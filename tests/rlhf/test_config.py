@@ -1,0 +1,356 @@
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from rlhf.config import (
+    DemoConfig,
+    RewardConfig,
+    RLConfig,
+    Section,
+    data_path,
+    known_keys,
+    load_config,
+    parse_config,
+    runs_path,
+)
+from rlhf.errors import ConfigError
+
+MINIMAL = """
+[reward]
+model = "runs/reward/reward"
+[data]
+prompts = ["prompts.jsonl"]
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    """An RLConfig from the minimal file, or another text, and overrides."""
+
+    def load(*overrides: str, text: str = MINIMAL) -> RLConfig:
+        path = tmp_path / "rl.toml"
+        path.write_text(text)
+        return load_config(RLConfig, path, overrides)
+
+    return load
+
+
+@pytest.fixture
+def refusal(load):
+    """The sentence with which a configuration is refused."""
+
+    def refusal(*overrides: str, text: str = MINIMAL) -> str:
+        with pytest.raises(ConfigError) as caught:
+            load(*overrides, text=text)
+        return str(caught.value)
+
+    return refusal
+
+
+def test_a_minimal_file_gets_the_defaults(load):
+    config = load()
+    assert config.reward.model == "runs/reward/reward"
+    assert config.data.prompts == ["prompts.jsonl"]
+    assert (config.rl.num_steps, config.rl.max_staleness, config.policy.model) == (
+        16,
+        0,
+        "embedded",
+    )
+
+
+@pytest.mark.parametrize("root", [RLConfig, RewardConfig, DemoConfig])
+def test_a_sentence_stands_under_every_field(root):
+    def fields(section: type[Section]):
+        for name, field in section.model_fields.items():
+            yield name, field.description
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+                yield from fields(field.annotation)
+
+    assert not [name for name, description in fields(root) if not description]
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("rl.num_step=3", "rl.num_steps"),
+        ("num_steps=3", "rl.num_steps"),
+        ("rl.kl.coeficient=0.1", "rl.kl.coefficient"),
+        ("rl.clip_high=0.3", "rl.algorithm.clip_high"),
+        ("lerner.learning_rate=0.1", "learner"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_one(refusal, override, nearest):
+    message = refusal(override)
+    assert "is not a known key" in message
+    assert message.endswith(f"did you mean {nearest}?")
+
+
+def test_an_unknown_key_like_no_other_is_refused_without_a_guess(refusal):
+    assert refusal("zzzzqqq=1").endswith("rl.toml: zzzzqqq is not a known key")
+
+
+def test_an_unknown_key_in_the_file_is_refused_too(refusal):
+    message = refusal(text=f"{MINIMAL}\n[rl]\ntemprature = 0.5")
+    assert "rl.temprature is not a known key; did you mean rl.temperature?" in message
+
+
+def test_every_known_key_stands_in_the_configuration():
+    keys = known_keys(RLConfig)
+    assert len(keys) == len(set(keys))
+    assert {"seed", "rl", "rl.kl", "rl.kl.coefficient", "cluster.rollout.gpus"} <= set(keys)
+
+
+@pytest.mark.parametrize(
+    ("override", "shown"),
+    [
+        ("rl.num_steps=many", "rl.num_steps = 'many'"),
+        ("rl.num_steps=3.5", "rl.num_steps = 3.5"),
+        ("rl.num_steps=true", "rl.num_steps = True"),
+        ('rl.temperature="1"', "rl.temperature = '1'"),
+        ("deterministic=1", "deterministic = 1"),
+        ("policy.model=3", "policy.model = 3"),
+        ("data.prompts=a.jsonl", "data.prompts = 'a.jsonl'"),
+        ("data.prompts=[1]", "data.prompts.0 = 1"),
+        ("rl=5", "rl = 5"),
+        ("rl.algorithm.type=ppo", "rl.algorithm.type = 'ppo'"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_by_key_and_value(refusal, override, shown):
+    assert f"rl.toml: {shown}: input should be " in refusal(override)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=-1",
+        "rl.num_steps=0",
+        "rl.completions_per_prompt=1",
+        "rl.max_staleness=-1",
+        "rl.temperature=0",
+        "rl.temperature=nan",
+        "rl.top_p=0",
+        "rl.algorithm.clip_low=1",
+        "rl.kl.coefficient=-0.1",
+        "data.prompts=[]",
+        "learner.zero_stage=4",
+        "cluster.rollout.gpus=-1",
+        "cluster.rollout.gpus=1.5",
+        pytest.param(
+            "cluster.rollout.gpus=inf",
+            marks=pytest.mark.xfail(strict=True, raises=OverflowError, reason="int(inf)"),
+        ),
+    ],
+)
+def test_a_value_beyond_its_limits_is_refused_by_key(refusal, override):
+    assert override.partition("=")[0] in refusal(override)
+
+
+@pytest.mark.parametrize("gpus", [0, 0.5, 1, 4])
+def test_gpus_are_whole_or_a_fraction_below_one(load, gpus):
+    assert load(f"cluster.reward.gpus={gpus}").cluster.reward.gpus == gpus
+
+
+def test_a_missing_file_is_named(tmp_path):
+    for path in (tmp_path / "none.toml", tmp_path):
+        with pytest.raises(ConfigError, match=f"there is no configuration file {path}$"):
+            load_config(RLConfig, path)
+
+
+@pytest.mark.parametrize("content", [b"rl = [", b"seed = \xff"])
+def test_what_is_not_toml_is_refused_by_file(tmp_path, content):
+    path = tmp_path / "broken.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{path} is not valid TOML"):
+        load_config(RLConfig, path)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('[data]\nprompts = ["a"]', "reward.model"),
+        ('[reward]\n[data]\nprompts = ["a"]', "reward.model"),
+        ('[reward]\nmodel = "r"', "data.prompts"),
+    ],
+)
+def test_what_is_required_is_named_down_to_the_key(refusal, text, key):
+    assert refusal(text=text).endswith(f"rl.toml: {key} is required")
+
+
+def test_more_mistakes_than_one_are_counted(refusal):
+    message = refusal("rl.num_steps=0", "rl.max_tokens=0", "zzzzqqq=1")
+    assert "rl.num_steps = 0" in message
+    assert message.endswith("(and 2 more)")
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "value"),
+    [
+        ("rl.num_steps=5", lambda c: c.rl.num_steps, 5),
+        (" rl.num_steps = 5 ", lambda c: c.rl.num_steps, 5),
+        ("rl.temperature=0.5", lambda c: c.rl.temperature, 0.5),
+        ("rl.temperature=1", lambda c: c.rl.temperature, 1.0),
+        ("learner.learning_rate=1e-6", lambda c: c.learner.learning_rate, 1e-6),
+        ("rollout.enforce_eager=false", lambda c: c.rollout.enforce_eager, False),
+        ("policy.model=org/name-1.5B", lambda c: c.policy.model, "org/name-1.5B"),
+        ("policy.model=/a b/c=d#e", lambda c: c.policy.model, "/a b/c=d#e"),
+        ('policy.model="5"', lambda c: c.policy.model, "5"),
+        ('data.prompts=["a", "b"]', lambda c: c.data.prompts, ["a", "b"]),
+        ("rl.algorithm.type=rloo", lambda c: c.rl.algorithm.type, "rloo"),
+        ("cluster.cpu_layout=turns", lambda c: c.cluster.cpu_layout, "turns"),
+    ],
+)
+def test_an_override_replaces_a_value(load, override, read, value):
+    assert read(load(override)) == value
+
+
+def test_overrides_win_over_the_file_and_later_ones_over_earlier_ones(load):
+    text = f"{MINIMAL}\n[rl]\nnum_steps = 2\nmax_tokens = 3"
+    config = load("rl.num_steps=4", "rl.num_steps=5", text=text)
+    assert (config.rl.num_steps, config.rl.max_tokens) == (5, 3)
+
+
+def test_an_override_into_a_value_is_refused(refusal):
+    message = refusal("reward.model.name=x")
+    assert message == "override 'reward.model.name=x': model is a value, not a section"
+
+
+@pytest.mark.parametrize("override", ["rl.num_steps", "=5", ""])
+def test_an_override_without_key_or_value_is_refused(refusal, override):
+    assert refusal(override) == f"an override is written key=value, got {override!r}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "settings"),
+    [
+        (["rl.top_p=0.9"], ["rl.top_p = 0.9", "ratio loss"]),
+        (["rollout.keep_cache=true"], ["rollout.keep_cache = true", "rl.max_staleness = 0"]),
+        (
+            ["rollout.tensor_parallel=2", "cluster.rollout.gpus=1"],
+            ["rollout.tensor_parallel = 2", "cluster.rollout.gpus = 1"],
+        ),
+        (["deterministic=true"], ["deterministic = true", 'policy.dtype = "float32"']),
+        *(
+            pytest.param(
+                ['cluster.weight_transport="nccl"', "cluster.rollout.gpus=1", *more],
+                ['cluster.weight_transport = "nccl"', "cluster.learner.gpus"],
+                marks=pytest.mark.xfail(strict=True, reason="says learner, not its key"),
+            )
+            for more in ([], ["cluster.learner.gpus=0.5"])
+        ),
+    ],
+)
+def test_a_clash_names_both_settings(refusal, overrides, settings):
+    message = refusal(*overrides)
+    for setting in settings:
+        assert setting in message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["cluster.rollout.gpus=1"],
+        ["cluster.learner.gpus=1"],
+        ["cluster.rollout.gpus=1", "cluster.learner.gpus=0.5"],
+    ],
+)
+def test_nccl_needs_a_whole_gpu_on_both_ends(refusal, overrides):
+    message = refusal("cluster.weight_transport=nccl", *overrides)
+    assert 'cluster.weight_transport = "nccl"' in message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["rl.top_p=1.0"],
+        ["rollout.keep_cache=true", "rl.max_staleness=1"],
+        ["rollout.tensor_parallel=2", "cluster.rollout.gpus=2"],
+        ["cluster.weight_transport=nccl", "cluster.rollout.gpus=1", "cluster.learner.gpus=1"],
+        [
+            "deterministic=true",
+            "policy.dtype=float32",
+            "reference.dtype=float32",
+            "rollout.dtype=float32",
+        ],
+    ],
+)
+def test_settings_that_do_not_clash_are_accepted(load, overrides):
+    load(*overrides)
+
+
+def test_deterministic_lists_all_that_stands_in_its_way(refusal):
+    wrong = {
+        "rl.max_staleness": (0, 2),
+        "cluster.rollout.actors": (1, 3),
+        "policy.dtype": ("float32", "bfloat16"),
+        "reference.dtype": ("float32", "bfloat16"),
+        "rollout.dtype": ("float32", "bfloat16"),
+    }
+    overrides = [f"{key}={is_}" for key, (_, is_) in wrong.items()]
+    message = refusal("deterministic=true", *overrides)
+    for key, (needed, is_) in wrong.items():
+        assert f"{key} = {json.dumps(needed)} (it is {json.dumps(is_)})" in message
+
+
+def test_deterministic_lists_nothing_that_is_right(refusal):
+    message = refusal(
+        "deterministic=true",
+        "policy.dtype=float32",
+        "reference.dtype=bfloat16",
+        "rollout.dtype=float32",
+    )
+    assert message.endswith('needs reference.dtype = "float32" (it is "bfloat16")')
+
+
+def test_a_configuration_is_frozen_at_every_depth(load):
+    config = load()
+    for section, name in [
+        (config, "seed"),
+        (config.rl, "num_steps"),
+        (config.rl.kl, "coefficient"),
+    ]:
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, name, 1)
+
+
+def test_errors_name_where_the_values_came_from():
+    with pytest.raises(ConfigError, match=r"^the run's config\.json: "):
+        parse_config(RLConfig, {}, "the run's config.json")
+
+
+def test_a_resolved_configuration_reads_back_the_same(load):
+    config = load("rl.max_staleness=2", "run.dir=here")
+    values = json.loads(config.model_dump_json())
+    assert parse_config(RLConfig, values, "config.json") == config
+
+
+@pytest.mark.parametrize(
+    ("function", "variable", "default"),
+    [(data_path, "PAVLOV_DATA", "../shared/data"), (runs_path, "PAVLOV_RUNS", "runs")],
+)
+def test_paths_are_made_absolute_against_their_variable(
+    function, variable, default, tmp_path, monkeypatch
+):
+    tmp_path = tmp_path.resolve()
+    here = tmp_path / "repository"
+    here.mkdir()
+    monkeypatch.chdir(here)
+
+    monkeypatch.setenv(variable, str(tmp_path / "elsewhere"))
+    assert function("a/b") == tmp_path / "elsewhere" / "a" / "b"
+    assert function("/a/b") == Path("/a/b")
+    assert function("~/b") == Path.home().resolve() / "b"
+
+    monkeypatch.setenv(variable, "relative")
+    assert function("a") == here / "relative" / "a"
+
+    for unset in (lambda: monkeypatch.delenv(variable), lambda: monkeypatch.setenv(variable, "")):
+        unset()
+        assert function("a") == (here / default / "a").resolve()
+
+
+def test_the_two_variables_are_not_mixed_up(monkeypatch):
+    monkeypatch.setenv("PAVLOV_DATA", "/data")
+    monkeypatch.setenv("PAVLOV_RUNS", "/runs")
+    assert (data_path("a"), runs_path("a")) == (Path("/data/a"), Path("/runs/a"))

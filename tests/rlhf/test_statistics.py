@@ -1,0 +1,45 @@
+import math
+
+import pytest
+
+from rlhf.statistics import Z_95, paired_interval, wilson_interval
+
+
+def test_95_percent_of_a_normal_lies_within_1_96_deviations():
+    assert pytest.approx(1.959963985, abs=1e-9) == Z_95
+
+
+def test_paired_interval_by_hand():
+    # Mean 2, deviation 1, half width 1.959964 / sqrt(3) = 1.131586.
+    assert paired_interval([1, 2, 3]) == pytest.approx((2, 2 - 1.131586, 2 + 1.131586), abs=1e-6)
+
+
+def test_one_difference_claims_nothing():
+    assert paired_interval([0.4]) == (0.4, -math.inf, math.inf)
+
+
+def test_wilson_interval_of_8_in_10():
+    # z^2 = 3.841459; centre (0.8 + 3.841459 / 20) / 1.3841459 = 0.716740;
+    # half 1.959964 / 1.3841459 * sqrt(0.016 + 3.841459 / 400) = 0.226578.
+    assert wilson_interval(8, 10) == pytest.approx((0.8, 0.490162, 0.943318), abs=1e-6)
+
+
+def test_wilson_interval_stays_within_zero_and_one():
+    # With no success the upper end is z^2 / (n + z^2) = 3.841459 / 13.841459.
+    assert wilson_interval(0, 10) == pytest.approx((0, 0, 0.277533), abs=1e-6)
+    assert wilson_interval(10, 10) == pytest.approx((1, 0.722467, 1), abs=1e-6)
+    for trials in range(1, 200):
+        assert wilson_interval(0, trials)[1] >= 0
+        assert wilson_interval(trials, trials)[2] <= 1
+
+
+def test_a_tie_counts_half():
+    share, low, high = wilson_interval(2.5, 5)
+    assert share == 0.5
+    assert low + high == pytest.approx(1)
+
+
+def test_no_trials_claim_nothing():
+    share, low, high = wilson_interval(0, 0)
+    assert math.isnan(share)
+    assert (low, high) == (0, 1)

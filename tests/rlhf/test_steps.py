@@ -1,0 +1,190 @@
+import pytest
+
+from rlhf.config import AlgorithmSection, EntropySection, KLSection, RLSection
+from rlhf.records import FailedGroup, StepReport, TrainingBatch
+from rlhf.steps import step_metrics, training_batch
+
+CENTRED = AlgorithmSection(divide_by_deviation=False)
+CONTRACT = {
+    "step",
+    "weight_version",
+    "reward/mean",
+    "reward/std",
+    "ensemble/disagreement",
+    "ensemble/flagged_share",
+    "kl/mean",
+    "kl/coefficient",
+    "entropy/mean",
+    "staleness/mean",
+    "staleness/max",
+    "completion/length_mean",
+    "time/step_s",
+    "time/rollout_s",
+    "time/learn_s",
+    "time/weights_s",
+    "tokens/step",
+}
+TIMES = {"step": 4.0, "rollout": 2.0, "learn": 1.0, "weights": 0.5}
+
+
+def settings(coefficient=0.0, **values):
+    return RLSection(**{"algorithm": CENTRED, "kl": KLSection(coefficient=coefficient)} | values)
+
+
+def advantages_of(batch):
+    return [sequence.advantage for sequence in batch.sequences]
+
+
+@pytest.fixture
+def failed(make):
+    return FailedGroup(make.prompt("bad"), 0, "refused by a scorer", 3)
+
+
+def test_each_completion_is_trained_on_as_it_was_sampled(make):
+    completions = (
+        make.completion(token_ids=(5, 6), rollout_logprobs_T=(-0.1, -0.2)),
+        make.completion(token_ids=(4,), rollout_logprobs_T=(-0.3,)),
+    )
+    batch = training_batch([make.scored((1.0, 3.0), completions)], settings(max_tokens=9))
+    first, second = batch.sequences
+    assert first.prompt_token_ids == second.prompt_token_ids == (7, 8)
+    assert (first.completion_token_ids, first.rollout_logprobs_T) == ((5, 6), (-0.1, -0.2))
+    assert (second.completion_token_ids, second.rollout_logprobs_T) == ((4,), (-0.3,))
+    assert advantages_of(batch) == [-1.0, 1.0]
+    assert (batch.max_tokens, batch.temperature) == (9, 1.0)
+
+
+def test_the_kl_penalty_is_subtracted_before_the_baseline(make):
+    # 1 - 0.5 * 2 = 0 and 3 - 0.5 * 0 = 3; their mean is 1.5.
+    batch = training_batch([make.scored((1.0, 3.0), kl_G=(2.0, 0.0))], settings(0.5))
+    assert advantages_of(batch) == pytest.approx([-1.5, 1.5])
+
+
+def test_the_algorithm_of_the_settings_is_used(make):
+    group = make.scored((1.0, 2.0, 6.0))
+    rloo = settings(algorithm=AlgorithmSection(type="rloo"))
+    assert advantages_of(training_batch([group], rloo)) == pytest.approx([-3, -1.5, 4.5])
+    grpo = settings(algorithm=AlgorithmSection())
+    # Centred -2 -1 3; variance (4 + 1 + 9) / 2 = 7.
+    expected = [value / (7**0.5 + 1e-4) for value in (-2, -1, 3)]
+    assert advantages_of(training_batch([group], grpo)) == pytest.approx(expected)
+
+
+def test_failed_groups_and_groups_without_signal_are_left_out(make, failed):
+    groups = [failed, make.scored((2.0, 2.0)), make.scored((1.0, 3.0)), failed]
+    assert advantages_of(training_batch(groups, settings())) == [-1.0, 1.0]
+
+
+def test_a_difference_in_kl_alone_is_a_signal(make):
+    batch = training_batch([make.scored((2.0, 2.0), kl_G=(2.0, 0.0))], settings(0.5))
+    assert advantages_of(batch) == pytest.approx([-0.5, 0.5])
+
+
+def test_a_step_of_nothing_but_failures_is_empty(failed):
+    batch = training_batch([failed, failed], settings())
+    assert (batch.num_sequences, batch.num_tokens) == (0, 0)
+
+
+def test_masked_completions_leave_without_refill_and_without_moving_the_baseline(make):
+    group = make.scored((1.0, 2.0, 6.0), shifted_G=(False, True, False))
+    # The mean stays 3, that of all three.
+    batch = training_batch([group, make.scored((0.0, 4.0))], settings(), mask_shifted=True)
+    assert advantages_of(batch) == [-2.0, 3.0, -2.0, 2.0]
+
+
+def test_marking_trains_on_flagged_completions_too(make):
+    group = make.scored((1.0, 2.0, 6.0), shifted_G=(False, True, False))
+    assert advantages_of(training_batch([group], settings())) == [-2.0, -1.0, 3.0]
+
+
+@pytest.fixture
+def row(make, failed):
+    """Step 5 at version 7: a failure and two groups, sampled from version 4 on."""
+    groups = [
+        make.scored(
+            (1.0, 3.0),
+            (
+                make.completion(length=2, oldest_version=7, newest_version=7),
+                make.completion(
+                    length=4, oldest_version=4, newest_version=6, finish_reason="length"
+                ),
+            ),
+            kl_G=(0.5, 1.5),
+            shifted_G=(True, False),
+            disagreement_G=(0.1, 0.3),
+        ),
+        failed,
+        make.scored(
+            (5.0, 7.0),
+            (
+                make.completion(length=1, oldest_version=6, newest_version=6),
+                make.completion(length=3, oldest_version=6, newest_version=7),
+            ),
+            kl_G=(-1.0, 3.0),
+            disagreement_G=(0.2, 0.2),
+        ),
+    ]
+    rl = settings(0.1, entropy=EntropySection(coefficient=0.01))
+    report = StepReport({"entropy/mean": 1.25, "loss": 0.5, "reward/mean": 99.0})
+    batch = training_batch(groups, rl, mask_shifted=True)
+    return step_metrics(5, 7, groups, batch, report, rl, TIMES)
+
+
+def test_a_step_has_every_key_of_the_contract(row):
+    assert row.keys() >= CONTRACT
+
+
+def test_the_metrics_of_a_step_by_hand(row):
+    expected = {
+        "step": 5,
+        "weight_version": 8,  # trained on 7, published 8
+        "reward/mean": 4.0,  # (1 + 3 + 5 + 7) / 4
+        "reward/std": 5**0.5,  # sqrt((9 + 1 + 1 + 9) / 4)
+        "ensemble/disagreement": 0.2,
+        "ensemble/flagged_share": 0.25,
+        "kl/mean": 1.0,  # (0.5 + 1.5 - 1 + 3) / 4
+        "kl/coefficient": 0.1,
+        "entropy/mean": 1.25,
+        "entropy/coefficient": 0.01,
+        "completion/length_mean": 2.5,
+        "completion/finished_share": 0.75,
+        "groups/failed": 1,
+        "sequences/trained": 3,
+        "tokens/step": 10,
+        "time/step_s": 4.0,
+        "time/rollout_s": 2.0,
+        "time/learn_s": 1.0,
+        "time/weights_s": 0.5,
+    }
+    assert {key: row[key] for key in expected} == pytest.approx(expected)
+
+
+def test_staleness_counts_from_the_oldest_version_in_a_completion(row):
+    # 7 - 7, 7 - 4, 7 - 6, 7 - 6.
+    assert row["staleness/mean"] == pytest.approx(1.25)
+    assert row["staleness/max"] == 3
+
+
+def test_the_learner_adds_metrics_but_replaces_none(row):
+    assert row["loss"] == 0.5
+    assert row["reward/mean"] == 4.0
+
+
+def test_a_mean_over_nothing_is_none_never_a_number(failed):
+    rl = settings()
+    row = step_metrics(0, 0, [failed], TrainingBatch((), 8, 1.0), StepReport(), rl, TIMES)
+    assert row.keys() >= CONTRACT
+    for key in (
+        "reward/mean",
+        "reward/std",
+        "ensemble/disagreement",
+        "ensemble/flagged_share",
+        "kl/mean",
+        "entropy/mean",
+        "staleness/mean",
+        "staleness/max",
+        "completion/length_mean",
+        "completion/finished_share",
+    ):
+        assert row[key] is None
+    assert (row["groups/failed"], row["tokens/step"], row["sequences/trained"]) == (1, 0, 0)

@@ -1,0 +1,1 @@
+"""Who decides: the RL loop, reward-model training, scoring, the demo."""

@@ -1,0 +1,374 @@
+"""The actors of a run as the loop sees them: generate, score, learn, publish.
+
+Calls are balanced over the actors of a role, take turns on few cores, and time out. A rollout
+actor that died is started again by Ray, brought to the current weight version, and asked again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from actors.learner import LearnerActor
+from actors.reference import ReferenceActor
+from actors.reward import RewardActor
+from actors.rollout import GroupRequest, RolloutActor
+from cluster.layout import Turns, choose_layout
+from cluster.spawn import Role, find_cause, first_line, spawn
+from cluster.weights import WeightManifest
+from cluster.weights.probe import Probe
+from rlhf.config import RLConfig
+from rlhf.errors import (
+    ActorLostError,
+    GenerationError,
+    PavlovError,
+    RunError,
+    StaleWeightsError,
+)
+from rlhf.records import GroupScores, RolloutGroup, ScoredGroup, StepReport, TrainingBatch
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """Folders of the models that a run loads."""
+
+    policy: Path
+    reference: Path
+    reward: Path
+
+
+def run_roles(config: RLConfig, models: Models, run: str, shared_memory: Path) -> list[Role]:
+    """The roles of `pavlov rl`, with their placement and constructor arguments."""
+    cluster, rl = config.cluster, config.rl
+    memory = str(shared_memory)
+
+    def rollout(number: int) -> dict[str, Any]:
+        return {
+            "model": str(models.policy),
+            "settings": config.rollout,
+            "max_prompt_tokens": config.data.max_prompt_tokens,
+            "max_tokens": rl.max_tokens,
+            "shared_memory": memory,
+            "run": run,
+            "name": f"rollout-{number}",
+            "gpus": cluster.rollout.gpus,
+            "weight_transport": cluster.weight_transport,
+        }
+
+    def reward(number: int) -> dict[str, Any]:
+        return {
+            "model": str(models.reward),
+            "disagreement_penalty": config.reward.domain_shift.disagreement_penalty,
+            "run": run,
+            "name": f"reward-{number}",
+            "gpus": cluster.reward.gpus,
+        }
+
+    def reference(number: int) -> dict[str, Any]:
+        return {
+            "model": str(models.reference),
+            "dtype": config.reference.dtype,
+            "temperature": rl.temperature,
+            "batch_tokens": 2 * config.learner.micro_batch_tokens,
+            "gpus": cluster.reference.gpus,
+        }
+
+    def learner(number: int) -> dict[str, Any]:
+        return {
+            "model": str(models.policy),
+            "dtype": config.policy.dtype,
+            "settings": config.learner,
+            "rl": rl,
+            "wire_dtype": config.rollout.dtype,
+            "weight_transport": cluster.weight_transport,
+            "shared_memory": memory,
+            "run": run,
+            "name": f"learner-{number}",
+            "rank": number,
+            "world_size": cluster.learner.actors,
+            "gpus": cluster.learner.gpus,
+        }
+
+    return [
+        Role("rollout", RolloutActor, cluster.rollout, rollout, restarts=3),
+        Role("reward", RewardActor, cluster.reward, reward, restarts=3),
+        Role("reference", ReferenceActor, cluster.reference, reference, restarts=3),
+        Role("learner", LearnerActor, cluster.learner, learner),
+    ]
+
+
+class Fleet:
+    """Handles of every actor, by role. Built by `start`, ended by `close`."""
+
+    def __init__(self, handles: dict[str, list[Any]], config: RLConfig) -> None:
+        self._rollouts = handles["rollout"]
+        self._rewards = handles["reward"]
+        self._references = handles["reference"]
+        self._learners = handles["learner"]
+        self._config = config
+        self._timeout_s = config.cluster.call_timeout_s
+        self._outstanding = [0] * len(self._rollouts)
+        self._recovering = [asyncio.Lock() for _ in self._rollouts]
+        self._published: tuple[WeightManifest, Probe] | None = None
+        layout = choose_layout(config.cluster.cpu_layout)
+        on_cpu = config.cluster.learner.gpus == 0
+        self.turns = Turns(self._pause, self._resume, enabled=on_cpu and layout == "turns")
+        self._unscored: list[tuple[RolloutGroup, asyncio.Future[Any]]] = []
+        self._scoring = asyncio.Condition()
+        self._scorer: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def start(
+        cls,
+        config: RLConfig,
+        models: Models,
+        run: str,
+        shared_memory: Path,
+        say: Callable[[str], None],
+    ) -> Fleet:
+        """Place and start every actor, and bring the learner's ranks together."""
+        handles = await asyncio.to_thread(
+            spawn,
+            run_roles(config, models, run, shared_memory),
+            choose_layout(config.cluster.cpu_layout),
+            timeout_s=config.cluster.start_timeout_s,
+            say=say,
+        )
+        fleet = cls(handles, config)
+        master = await fleet._call(fleet._learners[0].address.remote(), "learner-0")
+        await fleet._on_learners("start", master)
+        if config.cluster.weight_transport == "nccl":
+            await fleet._on_learners("connect", fleet._rollouts, config.rollout.tensor_parallel)
+        fleet._scorer = asyncio.create_task(fleet._score_forever())
+        return fleet
+
+    async def generate(
+        self, requests: Sequence[GroupRequest], version: int, *, together: bool
+    ) -> list[RolloutGroup | GenerationError]:
+        """Sample groups on the least busy engine.
+
+        An engine that died or is behind is recovered first; its requests come back as errors, to
+        be tried again.
+        """
+        index = min(range(len(self._rollouts)), key=lambda i: self._outstanding[i])
+        rollout = self._rollouts[index]
+        self._outstanding[index] += len(requests)
+        try:
+            return await self._call(
+                rollout.generate.remote(list(requests), version, together=together),
+                f"rollout-{index}",
+            )
+        except (StaleWeightsError, ActorLostError) as error:
+            await self._recover(index)
+            return [GenerationError(str(error)) for _ in requests]
+        finally:
+            self._outstanding[index] -= len(requests)
+            async with self._scoring:
+                self._scoring.notify_all()
+
+    async def score(
+        self, groups: Sequence[RolloutGroup]
+    ) -> list[ScoredGroup | GenerationError]:
+        """Rewards and reference logprobs. Groups that arrive together are scored together."""
+        futures = [asyncio.get_running_loop().create_future() for _ in groups]
+        async with self._scoring:
+            self._unscored += zip(groups, futures, strict=True)
+            self._scoring.notify_all()
+        return list(await asyncio.gather(*futures))
+
+    async def _score_forever(self) -> None:
+        while True:
+            async with self._scoring:
+                await self._scoring.wait_for(self._enough_to_score)
+                work, self._unscored = self._unscored, []
+            try:
+                results = await self._score_batch([group for group, _ in work])
+            except PavlovError as error:
+                results = [error] * len(work)
+            for (_, future), result in zip(work, results, strict=True):
+                if isinstance(result, PavlovError) and not isinstance(result, GenerationError):
+                    future.set_exception(result)
+                elif not future.done():
+                    future.set_result(result)
+
+    def _enough_to_score(self) -> bool:
+        """Taking turns, wait for a step's worth or until no engine has work: pausing costs."""
+        if not self._unscored:
+            return False
+        waits = self.turns.enabled or self._config.deterministic
+        full = len(self._unscored) >= self._config.rl.prompts_per_step
+        return not waits or full or not any(self._outstanding)
+
+    async def _score_batch(self, groups: list[RolloutGroup]) -> list[Any]:
+        async with self.turns.take():
+            scoring = self._spread(self._rewards, "reward", "score", groups)
+            references = self._spread(self._references, "reference", "logprobs", groups)
+            if self.turns.enabled:
+                scores, logprobs = await scoring, await references
+            else:
+                scores, logprobs = await asyncio.gather(scoring, references)
+        return [
+            ScoredGroup(group, score, reference) if isinstance(score, GroupScores) else score
+            for group, score, reference in zip(groups, scores, logprobs, strict=True)
+        ]
+
+    async def _spread(
+        self, handles: list[Any], role: str, method: str, groups: list[RolloutGroup]
+    ) -> list[Any]:
+        """One call per actor with its share of the groups; results in the groups' order."""
+        shares = [groups[index :: len(handles)] for index in range(len(handles))]
+        calls = [
+            self._retried(handle, f"{role}-{index}", method, share)
+            for index, (handle, share) in enumerate(zip(handles, shares, strict=True))
+            if share
+        ]
+        parts = await asyncio.gather(*calls)
+        return [parts[index % len(handles)][index // len(handles)] for index in range(len(groups))]
+
+    async def _retried(self, handle: Any, name: str, method: str, *arguments: Any) -> Any:
+        """Call a stateless actor; one that died is started again by Ray and asked once more."""
+        with contextlib.suppress(ActorLostError):
+            return await self._call(getattr(handle, method).remote(*arguments), name)
+        await self._until_alive(handle, name)
+        return await self._call(getattr(handle, method).remote(*arguments), name)
+
+    async def learn(self, batch: TrainingBatch, step: int) -> StepReport:
+        """One optimiser step on every rank."""
+        async with self.turns.take():
+            reports = await self._on_learners("step", batch, step)
+        return reports[0]  # type: ignore[no-any-return]
+
+    async def publish(self, version: int) -> float:
+        """Bring the learner's weights to every engine as `version`; returns the largest probe gap.
+
+        Raises:
+            WeightUpdateError: an engine refused it.
+        """
+        async with self.turns.take():
+            manifest = (await self._on_learners("export_weights", version))[0]
+            probe = (await self._on_learners("probe"))[0]
+        self._published = (manifest, probe)
+        # Outside the turn: the probe needs the engines to run.
+        transmit = self._learners[0].transmit_weights.remote()
+        updates = [self._update(index) for index in range(len(self._rollouts))]
+        gaps = await asyncio.gather(*updates, self._call(transmit, "learner-0"))
+        return max(gaps[: len(self._rollouts)])
+
+    async def _update(self, index: int) -> float:
+        assert self._published is not None
+        update = self._rollouts[index].update_weights.remote(*self._published)
+        try:
+            return await self._call(update, f"rollout-{index}")
+        except ActorLostError:
+            await self._recover(index)
+            return 0.0
+
+    async def _recover(self, index: int) -> None:
+        """Bring an engine that was started again to the current version before it serves."""
+        async with self._recovering[index]:
+            rollout, name = self._rollouts[index], f"rollout-{index}"
+            assert self._published is not None
+            manifest, probe = self._published
+            if await self._until_alive(rollout, name) != manifest.version:
+                await self._call(rollout.update_weights.remote(manifest, probe), name)
+
+    async def _until_alive(self, handle: Any, name: str) -> Any:
+        """The actor's version, as soon as it answers again."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._config.cluster.start_timeout_s
+        while True:
+            try:
+                method = getattr(handle, "version", None) or handle.__ray_ready__
+                return await self._call(method.remote(), name)
+            except ActorLostError:
+                if loop.time() > deadline:
+                    raise
+                await asyncio.sleep(1.0)
+
+    async def save_checkpoint(self, folder: Path) -> None:
+        """Every rank writes its part into `folder`."""
+        async with self.turns.take():
+            await self._on_learners("save_checkpoint", str(folder))
+
+    async def load_checkpoint(self, folder: Path) -> None:
+        """Every rank reads its part of `folder`."""
+        await self._on_learners("load_checkpoint", str(folder))
+
+    async def save_policy(self, folder: Path) -> None:
+        """Write the policy as a Hugging Face folder."""
+        async with self.turns.take():
+            await self._on_learners("save_policy", str(folder))
+
+    async def close(self) -> None:
+        """End the engines and drop weights in flight; what does not answer is ended by Ray."""
+        if self._scorer is not None:
+            self._scorer.cancel()
+        ends = [actor.shutdown.remote() for actor in self._rollouts + self._learners]
+        for end in ends:
+            with contextlib.suppress(PavlovError, TimeoutError):
+                await asyncio.wait_for(self._call(end, "an actor"), 20)
+
+    async def _pause(self) -> None:
+        await self._on_rollouts("pause")
+
+    async def _resume(self) -> None:
+        await self._on_rollouts("resume")
+
+    async def _on_rollouts(self, method: str) -> None:
+        calls: list[Coroutine[Any, Any, Any]] = [
+            self._call(getattr(rollout, method).remote(), f"rollout-{index}")
+            for index, rollout in enumerate(self._rollouts)
+        ]
+        # An engine that died neither needs a pause nor holds one.
+        for result in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(result, BaseException) and not isinstance(result, ActorLostError):
+                raise result
+
+    async def _on_learners(self, method: str, *arguments: Any) -> list[Any]:
+        calls = [
+            self._call(getattr(learner, method).remote(*arguments), f"learner-{rank}")
+            for rank, learner in enumerate(self._learners)
+        ]
+        return list(await asyncio.gather(*calls))
+
+    async def _call(self, reference: Awaitable[Result], name: str) -> Result:
+        """Await a call. Errors of Pavlov's own come out as they were raised.
+
+        Raises:
+            ActorLostError: the actor died, or its engine did.
+            RunError: anything else went wrong inside it.
+        """
+        import ray
+
+        try:
+            return await asyncio.wait_for(asyncio.ensure_future(_awaited(reference)), self._timeout_s)
+        except TimeoutError:
+            raise RunError(f"{name} did not answer within {self._timeout_s:.0f} s") from None
+        except ray.exceptions.RayTaskError as error:
+            cause = find_cause(error)
+            if isinstance(cause, PavlovError):
+                raise cause from None
+            if "EngineDead" in type(cause).__name__:
+                self._restart(name)
+                raise ActorLostError(f"the engine of {name} died") from None
+            raise RunError(f"{name} failed: {type(cause).__name__}: {first_line(cause)}") from error
+        except ray.exceptions.RayActorError as error:
+            raise ActorLostError(f"{name} died: {first_line(error)}") from None
+
+    def _restart(self, name: str) -> None:
+        """An actor whose engine died is no use any more: end it, so that Ray starts it again."""
+        import ray
+
+        role, _, number = name.rpartition("-")
+        if role == "rollout":
+            ray.kill(self._rollouts[int(number)], no_restart=False)
+
+
+async def _awaited(reference: Awaitable[Result]) -> Result:
+    return await reference

@@ -1,0 +1,193 @@
+"""`pavlov rl`: set up, run the loop, leave a run folder that can be resumed and served."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from actors.gauges import Gauges
+from cluster.capacity import require_memory
+from cluster.files import RunFolder, resolve_run_folder
+from cluster.layout import usable_cores
+from cluster.session import ray_session, shared_memory_folder
+from models.chat import ChatTokenizer
+from models.preferences import read_prompts
+from models.reward_model import RewardModel
+from models.sources import resolve_model
+from rlhf.config import RLConfig, data_path
+from rlhf.errors import CheckpointError, DataError, PavlovError, RunError
+from rlhf.prompts import PromptCursor
+from rlhf.records import FailedGroup, Prompt, ScoredGroup
+from trainers.fleet import Fleet, Models
+from trainers.loop import Loop
+from trainers.recording import Progressing, Recorder
+
+Finish = Callable[[Fleet], Awaitable[None]]
+
+
+def run_rl(
+    config: RLConfig,
+    config_path: Path,
+    console: Console,
+    *,
+    resume: bool = False,
+    prompts: Sequence[Prompt] | None = None,
+    finish: Finish | None = None,
+) -> Path:
+    """Train; returns the run folder, with the policy in ``policy/``.
+
+    Everything that the user may have got wrong is checked before the folder is claimed and before
+    any actor starts.
+
+    Args:
+        prompts: used instead of `data.prompts`.
+        finish: awaited with the actors still up, after the last step.
+    """
+    folder_path = resolve_run_folder(config.run.dir, config_path)
+    models = resolve_models(config)
+    prompts = usable_prompts(config, models.policy, console) if prompts is None else prompts
+    require_memory([models.policy, models.reference], config)
+    folder = RunFolder.claim(folder_path, config.model_dump(mode="json"), resume=resume)
+    try:
+        asyncio.run(_train(config, models, prompts, folder, console, resume, finish))
+    except ExceptionGroup as group:
+        raise _first_cause(group) from group
+    finally:
+        folder.release()
+    return folder.path
+
+
+def resolve_models(config: RLConfig) -> Models:
+    """The folders of policy, reference and reward model; a wrong one is refused here."""
+    policy = resolve_model(config.policy.model)
+    reference = resolve_model(config.reference.model) if config.reference.model else policy
+    reward = Path(config.reward.model).expanduser().resolve()
+    RewardModel.load(reward)
+    return Models(policy, reference, reward)
+
+
+def usable_prompts(config: RLConfig, policy: Path, console: Console) -> list[Prompt]:
+    """The prompts that fit into `data.max_prompt_tokens`; what was left out is said.
+
+    Raises:
+        DataError: none is left.
+    """
+    prompts, reports = read_prompts(
+        [data_path(path) for path in config.data.prompts], config.data.limit
+    )
+    for report in reports:
+        console.print(report.sentence())
+    tokenizer = ChatTokenizer(policy)
+    limit = config.data.max_prompt_tokens
+    kept = [p for p in prompts if len(tokenizer.prompt_ids(p.messages)) <= limit]
+    if len(kept) < len(prompts):
+        console.print(f"{len(prompts) - len(kept)} prompts are longer than {limit} tokens: left out")
+    if not kept:
+        raise DataError(f"all {len(prompts)} prompts are longer than {limit} tokens")
+    return kept
+
+
+async def _train(
+    config: RLConfig,
+    models: Models,
+    prompts: Sequence[Prompt],
+    folder: RunFolder,
+    console: Console,
+    resume: bool,
+    finish: Finish | None,
+) -> None:
+    checkpoint = folder.newest_checkpoint() if resume else None
+    step = checkpoint[1]["step"] if checkpoint else 0
+    cursor = PromptCursor(prompts, config.seed, step * config.rl.prompts_per_step)
+    if checkpoint and checkpoint[1]["prompts"] != cursor.fingerprint:
+        raise CheckpointError(
+            f"{checkpoint[0]} was made with other prompts or another seed; resume with the same"
+        )
+    if resume:
+        where = f"after step {step} ({checkpoint[0].name})" if checkpoint else "from the start"
+        console.print(f"resuming {folder.path} {where}")
+    with ray_session(folder.path.name, num_cpus=usable_cores()) as namespace:
+        memory = shared_memory_folder(namespace)
+        console.print(f"run {folder.path}  namespace {namespace}")
+        fleet = await Fleet.start(config, models, namespace, memory, console.print)
+        try:
+            if checkpoint:
+                await fleet.load_checkpoint(checkpoint[0])
+            await _steps(config, fleet, cursor, folder, console, namespace, step)
+            await fleet.save_policy(folder.path / "policy")
+            if finish is not None:
+                await finish(fleet)
+        finally:
+            await fleet.close()
+
+
+async def _steps(
+    config: RLConfig,
+    fleet: Fleet,
+    cursor: PromptCursor,
+    folder: RunFolder,
+    console: Console,
+    namespace: str,
+    first_step: int,
+) -> None:
+    total = config.rl.num_steps
+    recorder = Recorder(folder.path, first_step)
+    gauges = Gauges(namespace, "driver")
+    progress = Progressing(console, "rl", total, first_step)
+
+    async def record(
+        step: int, metrics: dict[str, Any], groups: Sequence[ScoredGroup | FailedGroup]
+    ) -> None:
+        recorder.record(metrics, groups)
+        gauges.set(metrics)
+        progress.advance(note=_summary(metrics))
+        done = step + 1
+        if done % config.run.checkpoint_every == 0 or done == total:
+            state = {"prompts": cursor.fingerprint, "weight_version": metrics["weight_version"]}
+            with folder.new_checkpoint(done, state, config.run.keep_checkpoints) as beside:
+                await fleet.save_checkpoint(beside)
+        if metrics["groups/failed"] == len(groups):
+            failed = [group for group in groups if isinstance(group, FailedGroup)]
+            raise RunError(f"every group of step {step} failed: {failed[0].reason}")
+
+    try:
+        with progress:
+            await Loop(config, cursor, fleet, record, first_step).run()
+    finally:
+        recorder.close()
+
+
+def _summary(metrics: dict[str, Any]) -> str:
+    parts = [
+        ("reward", "reward/mean", "+.2f"),
+        ("kl", "kl/mean", ".1f"),
+        ("entropy", "entropy/mean", ".2f"),
+        ("length", "completion/length_mean", ".0f"),
+        ("flagged", "ensemble/flagged_share", ".0%"),
+    ]
+    return "  ".join(
+        f"{label} {metrics[key]:{form}}" for label, key, form in parts if metrics.get(key) is not None
+    )
+
+
+def _first_cause(group: BaseException) -> BaseException:
+    """The first error of ours in a group of concurrent failures, else the first of all."""
+    leaves: list[BaseException] = []
+    queue = [group]
+    while queue:
+        error = queue.pop(0)
+        if isinstance(error, BaseExceptionGroup):
+            queue += error.exceptions
+        else:
+            leaves.append(error)
+    own = [leaf for leaf in leaves if isinstance(leaf, PavlovError)]
+    if own:
+        return own[0]
+    if isinstance(leaves[0], TimeoutError):
+        return RunError(str(leaves[0]))
+    return leaves[0]
+

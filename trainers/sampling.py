@@ -1,0 +1,97 @@
+"""Sampling answers outside of training: one engine, no learner."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from actors.rollout import GroupRequest, RolloutActor
+from cluster.layout import choose_layout
+from cluster.session import shared_memory_folder
+from cluster.spawn import Role, spawn
+from rlhf.config import ClusterSection, RolloutSection
+from rlhf.errors import RunError
+from rlhf.records import Completion, Prompt, RolloutGroup
+from rlhf.seeding import derive_seed
+
+Generate = Callable[[Sequence[GroupRequest]], Any]
+
+
+def requests_for(
+    prompts: Sequence[Prompt], count: int, *, seed: int, max_tokens: int, temperature: float
+) -> list[GroupRequest]:
+    """A request for `count` answers to every prompt; seeds follow from run seed and prompt."""
+    return [
+        GroupRequest(
+            prompt,
+            0,
+            tuple(derive_seed(seed, "sampling", prompt.id, index) for index in range(count)),
+            max_tokens,
+            temperature,
+        )
+        for prompt in prompts
+    ]
+
+
+async def sample(
+    generate: Generate, requests: Sequence[GroupRequest], done: Callable[[int], None]
+) -> list[tuple[Completion, ...]]:
+    """The completions of every request, in order. `generate` takes a list of requests.
+
+    Raises:
+        RunError: a prompt could not be answered.
+    """
+
+    async def one(request: GroupRequest) -> tuple[Completion, ...]:
+        (group,) = await generate([request])
+        if not isinstance(group, RolloutGroup):
+            raise RunError(f"no answer to {request.prompt.id}: {group}")
+        done(1)
+        return group.completions
+
+    return list(await asyncio.gather(*map(one, requests)))
+
+
+async def sample_with_engine(
+    model: Path,
+    settings: RolloutSection,
+    cluster: ClusterSection,
+    requests: Sequence[GroupRequest],
+    run: str,
+    *,
+    say: Callable[[str], None],
+    done: Callable[[int], None],
+) -> list[tuple[Completion, ...]]:
+    """The same with an engine of its own, started for it and ended after it."""
+    memory = shared_memory_folder(run)
+    role = Role(
+        "rollout",
+        RolloutActor,
+        cluster.rollout.model_copy(update={"actors": 1}),
+        lambda number: {
+            "model": str(model),
+            "settings": settings,
+            "max_prompt_tokens": 256,
+            "max_tokens": max(request.max_tokens for request in requests),
+            "shared_memory": str(memory),
+            "run": run,
+            "name": f"rollout-{number}",
+            "gpus": cluster.rollout.gpus,
+        },
+    )
+    layout = choose_layout(cluster.cpu_layout)
+    handles = await asyncio.to_thread(
+        spawn, [role], layout, timeout_s=cluster.start_timeout_s, say=say
+    )
+    engine = handles["rollout"][0]
+    try:
+        await engine.serve_start_weights.remote()
+
+        async def generate(batch: Sequence[GroupRequest]) -> Any:
+            return await engine.generate.remote(list(batch), 0)
+
+        return await sample(generate, requests, done)
+    finally:
+        await engine.shutdown.remote()
