@@ -7,6 +7,7 @@ when it is needed, so that `--help` and a wrong key answer at once.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -131,6 +132,9 @@ def main() -> None:
     """Run a command. A mistake of the user's is one sentence on stderr and exit code 2."""
     from rlhf.errors import PavlovError
 
+    # The progress bars are ours; the libraries' own say nothing that a user can act on.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         app()

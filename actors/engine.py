@@ -96,10 +96,18 @@ class TrainingEngine:
             self._engine.set_gradient_accumulation_boundary(index == len(losses) - 1)
             # DeepSpeed averages over ranks; the losses are shares of a sum.
             self._engine.backward(loss() * self._world_size)
+        norm = self._gradient_norm()
         self._engine.step()
         self._engine.eval()
-        norm = self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        # Sharded gradients are gone from the parameters: there DeepSpeed knows their norm.
+        return float(self._engine.get_global_grad_norm()) if norm is None else norm
+
+    def _gradient_norm(self) -> float | None:
+        """Norm of unsharded gradients (ZeRO 0), else None."""
+        if self._settings.zero_stage:
+            return None
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
 
     def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Full parameters in `dtype` on the CPU, gathered where ZeRO 3 shards them.

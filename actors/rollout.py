@@ -79,7 +79,7 @@ class RolloutActor:
         self._engine = self._start_engine(
             model, max_prompt_tokens + max_tokens, gpus, weight_transport, worker_extension
         )
-        self._guard.watch_shared_memory()
+        self._guard.watch()
 
     def _start_engine(
         self, model: str, max_length: int, gpus: float, transport: str, extension: str

@@ -4,7 +4,8 @@ Every process of a run that has children or shared-memory files starts a guard: 
 a session of its own that reads a pipe. When the owner dies, however it dies, the pipe closes, and
 the guard kills every process that carries the owner's marker in its environment and removes the
 owner's files. Children inherit the environment, so grandchildren that were re-parented are found
-too. Linux only, like the engines it guards.
+too. A process that renamed itself (as Ray's and vLLM's do) has overwritten its environment: those
+are named to the guard while their parents live, by number and start time. Linux only.
 
 Run as ``python -m cluster.guard``; the standard library only, so that it starts in 50 ms.
 """
@@ -51,11 +52,15 @@ class Guard:
             env=environment,
         )
 
-    def watch_shared_memory(self) -> None:
-        """Tell the guard which shared-memory files this process and its children map now."""
-        for pid in [os.getpid(), *_descendants(os.getpid())]:
+    def watch(self) -> None:
+        """Name the present descendants and the shared-memory files that they and this process map."""
+        # Guards, this process's own and those of actors, outlive everybody on purpose.
+        below = [pid for pid in _descendants(os.getpid()) if not _runs(pid, b"cluster.guard")]
+        for pid in below:
+            self._tell(f"pid {pid} {_start_time(pid)}")
+        for pid in [os.getpid(), *below]:
             for path in _mapped_shared_memory(pid):
-                self._tell(path)
+                self._tell(f"file {path}")
 
     def close(self) -> None:
         """Remove the folders and let the guard go: the owner has ended its children itself."""
@@ -65,10 +70,10 @@ class Guard:
         for folder in self._folders:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _tell(self, path: str) -> None:
+    def _tell(self, line: str) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(f"{path}\n".encode())
+            self._process.stdin.write(f"{line}\n".encode())
             self._process.stdin.flush()
 
 
@@ -81,6 +86,13 @@ def marked_processes(token: str) -> list[int]:
                 if token.encode() in (entry / "environ").read_bytes():
                     found.append(int(entry.name))
     return found
+
+
+def _start_time(pid: int) -> str:
+    """When a process started, in ticks since boot: with its number, it names one process for good."""
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return ""
 
 
 def _descendants(pid: int) -> list[int]:
@@ -109,9 +121,9 @@ def _mapped_shared_memory(pid: int) -> set[str]:
     return paths
 
 
-def _is_resource_tracker(pid: int) -> bool:
+def _runs(pid: int, word: bytes) -> bool:
     with contextlib.suppress(OSError):
-        return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return word in Path(f"/proc/{pid}/cmdline").read_bytes()
     return False
 
 
@@ -126,16 +138,29 @@ def main() -> None:
     token, *folders = sys.argv[1:]
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
-    files = {line.strip() for line in sys.stdin}
-    for pid in marked_processes(token):
+    named: list[tuple[int, str]] = []
+    files: set[str] = set()
+    for line in sys.stdin:
+        kind, _, rest = line.strip().partition(" ")
+        if kind == "file":
+            files.add(rest)
+        else:
+            pid, _, started = rest.partition(" ")
+            named.append((int(pid), started))
+
+    def left() -> list[int]:
+        alive = [pid for pid, started in named if started and _start_time(pid) == started]
+        return sorted({*marked_processes(token), *alive})
+
+    for pid in left():
         files |= _mapped_shared_memory(pid)
     # Python's resource trackers unlink leaked shared memory by themselves once their process is
     # gone; they get a moment for it.
     deadline = time.monotonic() + _TRACKERS_GRACE_S
-    while time.monotonic() < deadline and (left := marked_processes(token)):
-        _kill([pid for pid in left if not _is_resource_tracker(pid)])
+    while time.monotonic() < deadline and left():
+        _kill([pid for pid in left() if not _runs(pid, b"resource_tracker")])
         time.sleep(0.1)
-    _kill(marked_processes(token))
+    _kill(left())
     for path in files:
         with contextlib.suppress(OSError):
             os.unlink(path)

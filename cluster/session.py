@@ -52,6 +52,7 @@ def ray_session(run_name: str, *, num_cpus: int | None = None) -> Iterator[str]:
     os.environ.setdefault("RAY_process_group_cleanup_enabled", "true")
     # No usage reports, and no warning about accelerators that are not there.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
@@ -76,6 +77,8 @@ def ray_session(run_name: str, *, num_cpus: int | None = None) -> Iterator[str]:
     if threading.current_thread() is threading.main_thread():
         # Ray puts a handler of its own in the place of ours.
         signal.signal(signal.SIGTERM, on_sigterm)
+    if guard is not None:
+        guard.watch()
     try:
         yield namespace
     finally:

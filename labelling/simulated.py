@@ -22,7 +22,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from rlhf.records import Message, PreferencePair
+from rlhf.records import PreferencePair, Prompt
 from rlhf.seeding import derive_seed
 
 SOURCE = "simulated-assessor"
@@ -79,16 +79,17 @@ class SimulatedAssessor:
         self._noise = noise
         self._seed = seed
 
-    def compare(self, prompt_id: str, prompt: str, first: Answer, second: Answer) -> PreferencePair:
+    def compare(self, prompt: Prompt, first: Answer, second: Answer) -> PreferencePair:
         """The verdict as a preference pair; the same pair always gets the same verdict."""
-        difference = rule(prompt, first.text, finished=first.finished) - rule(
-            prompt, second.text, finished=second.finished
+        question = prompt.messages[-1].content
+        difference = rule(question, first.text, finished=first.finished) - rule(
+            question, second.text, finished=second.finished
         )
-        draw = random.Random(derive_seed(self._seed, SOURCE, prompt_id, first.text, second.text))
+        draw = random.Random(derive_seed(self._seed, SOURCE, prompt.id, first.text, second.text))
         prefers_first = draw.random() < 1 / (1 + math.exp(-difference / self._noise))
         chosen, rejected = (first, second) if prefers_first else (second, first)
         return PreferencePair(
-            (Message("user", prompt),),
+            prompt.messages,
             chosen.text,
             rejected.text,
             source=SOURCE,

@@ -153,25 +153,23 @@ def read_scoring_rows(
     return file.kept, file.report()
 
 
-def split_by_first_user_turn(
-    pairs: Sequence[PreferencePair], holdout: float, seed: int
-) -> tuple[list[PreferencePair], list[PreferencePair]]:
-    """Pairs to train on, and about a share `holdout` of the conversations held out.
+def folds_by_first_user_turn(pairs: Sequence[PreferencePair], folds: int, seed: int) -> list[int]:
+    """A fold, 0 to `folds` - 1, for every pair.
 
-    All pairs that open with the same user turn land on the same side, decided by a hash of that
-    turn and the seed: neither the order of the rows nor the other rows have a say.
+    Real sets repeat prompts: all pairs that open with the same user turn get the same fold. Turns
+    are dealt out in the order of a hash, so that folds differ by at most one turn and the order of
+    the rows has no say.
 
     Raises:
-        ValueError: `holdout` is not between 0 and 1.
+        ValueError: there are fewer different first user turns than folds.
     """
-    if not 0 <= holdout <= 1:
-        raise ValueError(f"holdout is a share between 0 and 1, got {holdout}")
-    train: list[PreferencePair] = []
-    held: list[PreferencePair] = []
-    for pair in pairs:
-        is_held = derive_seed(seed, pair.first_user_turn) < holdout * 2**31
-        (held if is_held else train).append(pair)
-    return train, held
+    turns = sorted(
+        {pair.first_user_turn for pair in pairs}, key=lambda turn: (derive_seed(seed, turn), turn)
+    )
+    if len(turns) < folds:
+        raise ValueError(f"{len(turns)} different first user turns cannot make {folds} folds")
+    fold_of = {turn: index % folds for index, turn in enumerate(turns)}
+    return [fold_of[pair.first_user_turn] for pair in pairs]
 
 
 def write_pairs(pairs: Sequence[PreferencePair], path: Path) -> None:

@@ -352,8 +352,6 @@ class PairsSection(Section):
     """Pair files to train on, resolved against PAVLOV_DATA."""
     validation: list[str] = []
     """Pair files opened once, for the reported figures."""
-    holdout: Fraction = 0.15
-    """Share of the training pairs (by first user turn) kept for calibration and thresholds."""
     limit: PositiveInt | None = None
     """At most this many training pairs."""
 
@@ -371,8 +369,10 @@ class EnsembleSection(Section):
     """Share of the layers that are run; deeper ones add cost, not accuracy (measured)."""
     max_tokens: PositiveInt = 256
     """Longer prompts are cut on the left, longer replies on the right."""
-    l2: list[PositiveFloat] = Field([0.03, 0.1, 0.3, 1.0], min_length=1)
-    """Candidates for the weight of the squared norm; the held-out likelihood chooses."""
+    l2: list[PositiveFloat] = Field([0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0], min_length=1)
+    """Candidates for the weight of the squared norm; cross-validation chooses."""
+    folds: Annotated[int, Field(ge=2)] = 5
+    """Folds of the cross-validation, by first user turn."""
     false_alarm_rate: Fraction = 0.05
     """Share of held-out replies that the domain-shift threshold may flag."""
     batch_tokens: PositiveInt = 4096

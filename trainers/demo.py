@@ -29,7 +29,7 @@ from cluster.files import folder_beside, write_atomically
 from cluster.layout import usable_cores
 from cluster.session import ray_session
 from labelling.simulated import Answer, SimulatedAssessor, rule
-from models.preferences import read_pairs, split_by_first_user_turn, write_pairs
+from models.preferences import read_pairs, write_pairs
 from models.reward_model import RewardModel
 from models.sources import resolve_model
 from rlhf.config import DemoConfig, RLConfig, parse_config
@@ -39,19 +39,22 @@ from rlhf.records import Completion, Message, Prompt
 from rlhf.statistics import paired_interval, wilson_interval
 from trainers.fleet import Fleet
 from trainers.recording import Progressing
-from trainers.reward import check_split, describe, train_reward_model
+from trainers.reward import describe, require_pairs, train_reward_model
 from trainers.rl import run_rl
 from trainers.sampling import requests_for, sample, sample_with_engine
 
+INSTRUCTION = "You are a helpful assistant. Answer in one or two short sentences."
+"""The system message of every prompt: what the base policy hears and seldom does."""
+
 _PROMPTS = Path(__file__).with_name("demo_prompts.jsonl")
-_HOLDOUT = 0.15
 
 
 def demo_prompts(split: str, count: int) -> list[Prompt]:
     """The first `count` shipped prompts of ``train`` or ``heldout``."""
     rows = [json.loads(line) for line in _PROMPTS.read_text().splitlines()]
     chosen = [row for row in rows if row["split"] == split][:count]
-    return [Prompt(row["id"], (Message("user", row["prompt"]),), "demo") for row in chosen]
+    system = Message("system", INSTRUCTION)
+    return [Prompt(row["id"], (system, Message("user", row["prompt"])), "demo") for row in chosen]
 
 
 def run_demo(config: DemoConfig, out: Path, console: Console) -> dict[str, Any]:
@@ -146,8 +149,7 @@ def _compare(
         for prompt in demo_prompts("train", config.train_prompts):
             first, second = base[prompt.id]
             if first.text.strip() != second.text.strip() and first.text and second.text:
-                text = prompt.messages[-1].content
-                pairs.append(assessor.compare(prompt.id, text, first, second))
+                pairs.append(assessor.compare(prompt, first, second))
         write_pairs(pairs, path)
     pairs, _ = read_pairs([path])
     console.print(f"2 compare   {len(pairs)} comparisons by the simulated assessor")
@@ -158,9 +160,8 @@ def _train_reward(config: DemoConfig, out: Path, console: Console) -> None:
     folder = out / "reward"
     if not folder.is_dir():
         pairs, _ = read_pairs([out / "pairs.parquet"])
-        fit, held = split_by_first_user_turn(pairs, _HOLDOUT, config.seed)
-        check_split(fit, held)
-        model = train_reward_model(config.ensemble, fit, held, [], config.seed, console)
+        require_pairs(pairs)
+        model = train_reward_model(config.ensemble, pairs, [], config.seed, console)
         with folder_beside(folder) as beside:
             model.save(beside)
     console.print(f"3 reward    {describe(RewardModel.load(folder).card)}")

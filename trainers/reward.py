@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from cluster.files import RunFolder, folder_beside, resolve_run_folder
-from models.preferences import ReadReport, read_pairs, split_by_first_user_turn
+from models.preferences import ReadReport, folds_by_first_user_turn, read_pairs
 from models.reward_model import (
     Heads,
     RewardCard,
@@ -23,7 +24,7 @@ from models.reward_model import (
     fit_heads,
     fit_temperature,
 )
-from models.sources import resolve_model, weights_fingerprint
+from models.sources import EMBEDDED, resolve_model, weights_fingerprint
 from models.trunk import Trunk
 from rlhf.config import EnsembleSection, RewardConfig, data_path
 from rlhf.ensemble import (
@@ -31,7 +32,6 @@ from rlhf.ensemble import (
     disagreement,
     expected_calibration_error,
     quantile_threshold,
-    standardise,
 )
 from rlhf.errors import DataError
 from rlhf.losses import bradley_terry_loss
@@ -39,7 +39,7 @@ from rlhf.records import PreferencePair
 from rlhf.statistics import wilson_interval
 from trainers.recording import Progressing
 
-_MIN_HELD_OUT = 8
+_LEAST_TURNS = 16
 
 
 def run_reward(config: RewardConfig, config_path: Path, console: Console) -> Path:
@@ -54,12 +54,11 @@ def run_reward(config: RewardConfig, config_path: Path, console: Console) -> Pat
         reports += more
     for report in reports:
         console.print(report.sentence())
-    fit, held = split_by_first_user_turn(train, config.data.holdout, config.seed)
-    check_split(fit, held)
+    require_pairs(train)
     folder = RunFolder.claim(folder_path, config.model_dump(mode="json"), resume=False)
     try:
-        model = train_reward_model(config.ensemble, fit, held, validation, config.seed, console)
-        card = model.card.model_copy(update={"data": {**model.card.data, **_left_out(reports)}})
+        model = train_reward_model(config.ensemble, train, validation, config.seed, console)
+        card = model.card.model_copy(update={"data": {**model.card.data, **_files(reports)}})
         with folder_beside(folder.path / "reward") as beside:
             RewardModel(card, model.heads).save(beside)
         console.print(describe(card))
@@ -68,26 +67,27 @@ def run_reward(config: RewardConfig, config_path: Path, console: Console) -> Pat
     return folder.path
 
 
-def check_split(fit: Sequence[PreferencePair], held: Sequence[PreferencePair]) -> None:
+def require_pairs(pairs: Sequence[PreferencePair]) -> None:
     """Refuse data that is too small to train on and to calibrate with."""
-    if len(held) < _MIN_HELD_OUT or len(fit) < _MIN_HELD_OUT:
+    turns = len({pair.first_user_turn for pair in pairs})
+    if turns < _LEAST_TURNS:
         raise DataError(
-            f"{len(fit)} pairs to train on and {len(held)} held out are too few: at least "
-            f"{_MIN_HELD_OUT} of each are needed"
+            f"{len(pairs)} pairs with {turns} different first user turns are too few: at least "
+            f"{_LEAST_TURNS} are needed"
         )
 
 
 def train_reward_model(
     settings: EnsembleSection,
-    fit: Sequence[PreferencePair],
-    held: Sequence[PreferencePair],
+    pairs: Sequence[PreferencePair],
     validation: Sequence[PreferencePair],
     seed: int,
     console: Console,
 ) -> RewardModel:
-    """An ensemble from pairs that are already split.
+    """An ensemble from preference pairs.
 
-    What is chosen (L2, temperature, standardisation, threshold) is chosen on `held`;
+    L2, temperature and threshold are chosen by cross-validation over first user turns, so that
+    every pair trains the final heads and still is scored once by heads that never saw its prompt.
     `validation` is scored once, for the figures on the card.
     """
     started = time.monotonic()
@@ -99,43 +99,24 @@ def train_reward_model(
         max_tokens=settings.max_tokens,
         batch_tokens=settings.batch_tokens,
     )
-    total = 2 * (len(fit) + len(held) + len(validation))
-    with Progressing(console, "features", total) as progress:
-        fit_chosen, fit_rejected = _features(trunk, fit, progress)
-        held_chosen, held_rejected = _features(trunk, held, progress)
+    with Progressing(console, "features", 2 * (len(pairs) + len(validation))) as progress:
+        chosen_ND, rejected_ND = _features(trunk, pairs, progress)
         validation_features = _features(trunk, validation, progress)
     features_s = time.monotonic() - started
-    both_ND = torch.cat([fit_chosen, fit_rejected])
-    base = Heads(
-        torch.empty(0), both_ND.mean(dim=0), both_ND.std(dim=0) + 1e-6, torch.zeros(1), torch.ones(1)
-    )
-    difference_ND = base.standardised(fit_chosen) - base.standardised(fit_rejected)
-    held_difference_ND = base.standardised(held_chosen) - base.standardised(held_rejected)
-    fit_labels, held_labels = _labels(fit), _labels(held)
-    candidates = []
-    for l2 in settings.l2:
-        weights_KD = fit_heads(
-            difference_ND, *fit_labels, members=settings.members, l2=l2, seed=seed
+    labels_N, weights_N = _labels(pairs)
+    folds_N = torch.tensor(folds_by_first_user_turn(pairs, settings.folds, seed))
+    candidates = [
+        cross_validate(
+            chosen_ND, rejected_ND, labels_N, weights_N, folds_N, settings.members, l2, seed
         )
-        margins_N = aggregate(weights_KD @ held_difference_ND.T)
-        temperature = fit_temperature(margins_N, *held_labels)
-        loss = float(bradley_terry_loss(margins_N / temperature, *held_labels))
-        candidates.append((loss, l2, temperature, weights_KD))
-    loss, l2, temperature, weights_KD = min(candidates, key=lambda candidate: candidate[0])
-    held_both_ND = base.standardised(torch.cat([held_chosen, held_rejected]))
-    raw_KN = weights_KD @ held_both_ND.T
-    heads = Heads(
-        weights_KD,
-        base.feature_mean_D,
-        base.feature_deviation_D,
-        raw_KN.mean(dim=1),
-        raw_KN.std(dim=1) + 1e-6,
-    )
-    spread_N = disagreement(standardise(raw_KN, heads.member_mean_K, heads.member_deviation_K))
-    threshold = quantile_threshold(spread_N, settings.false_alarm_rate)
+        for l2 in settings.l2
+    ]
+    best = min(candidates, key=lambda candidate: candidate.loss)
+    heads = _fit(chosen_ND, rejected_ND, labels_N, weights_N, settings.members, best.l2, seed)
+    threshold = quantile_threshold(best.disagreement_N, settings.false_alarm_rate)
     card = RewardCard(
-        version=_version(weights_KD),
-        model=settings.model if settings.model == "embedded" else str(folder),
+        version=hashlib.sha256(heads.weights_KD.numpy().tobytes()).hexdigest()[:12],
+        model=settings.model if settings.model == EMBEDDED else str(folder),
         model_fingerprint=weights_fingerprint(folder),
         tokenizer_fingerprint=trunk.tokenizer.fingerprint,
         dtype=settings.dtype,
@@ -143,38 +124,97 @@ def train_reward_model(
         layers=trunk.layers,
         max_tokens=settings.max_tokens,
         members=settings.members,
-        l2=l2,
-        temperature=temperature,
+        l2=best.l2,
+        temperature=best.temperature,
         threshold=threshold if math.isfinite(threshold) else None,
         false_alarm_rate=settings.false_alarm_rate,
         seed=seed,
         data={
-            "pairs_trained": len(fit),
-            "pairs_held_out": len(held),
+            "pairs": len(pairs),
             "pairs_validation": len(validation),
-            "hash": _data_hash([*fit, *held]),
+            "hash": _data_hash(pairs),
         },
         metrics={},
     )
     model = RewardModel(card, heads)
+    flagged_N = best.disagreement_N > (card.threshold or math.inf)
     metrics: dict[str, Any] = {
-        "held_out": pair_metrics(model, held_chosen, held_rejected),
-        "held_out_loss": loss,
+        "cross_validation": pair_metrics(best.margins_KN, best.temperature, flagged_N),
+        "loss": {str(candidate.l2): candidate.loss for candidate in candidates},
         "features_s": round(features_s, 1),
         "total_s": round(time.monotonic() - started, 1),
     }
     if validation:
-        metrics["validation"] = pair_metrics(model, *validation_features)
+        margins_KN = heads.raw(validation_features[0]) - heads.raw(validation_features[1])
+        _, _, shift_N = model.score_features(torch.cat(validation_features))
+        metrics["validation"] = pair_metrics(margins_KN, best.temperature, shift_N)
     return RewardModel(card.model_copy(update={"metrics": metrics}), heads)
 
 
-def pair_metrics(model: RewardModel, chosen_ND: Tensor, rejected_ND: Tensor) -> dict[str, Any]:
-    """Accuracy with its 95 % interval, calibration and flags over pairs of features."""
-    probability_N = model.probability(chosen_ND, rejected_ND)
+@dataclass(frozen=True, slots=True)
+class CrossValidation:
+    """What heads with one L2 say of pairs whose prompts they did not see.
+
+    `loss` is the cross-entropy after `temperature`; `disagreement_N` is of all replies.
+    """
+
+    l2: float
+    loss: float
+    temperature: float
+    margins_KN: Tensor
+    disagreement_N: Tensor
+
+
+def cross_validate(
+    chosen_ND: Tensor,
+    rejected_ND: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor,
+    folds_N: Tensor,
+    members: int,
+    l2: float,
+    seed: int,
+) -> CrossValidation:
+    """Fit on all folds but one, score that one; for every fold."""
+    margins_KN = torch.empty(members, len(labels_N))
+    spread_N = torch.empty(2, len(labels_N))
+    for fold in folds_N.unique():
+        held, fit = folds_N == fold, folds_N != fold
+        heads = _fit(
+            chosen_ND[fit], rejected_ND[fit], labels_N[fit], weights_N[fit], members, l2, seed
+        )
+        margins_KN[:, held] = heads.raw(chosen_ND[held]) - heads.raw(rejected_ND[held])
+        spread_N[0, held] = disagreement(heads.rewards(chosen_ND[held]))
+        spread_N[1, held] = disagreement(heads.rewards(rejected_ND[held]))
+    margins_N = aggregate(margins_KN)
+    temperature = fit_temperature(margins_N, labels_N, weights_N)
+    loss = float(bradley_terry_loss(margins_N / temperature, labels_N, weights_N))
+    return CrossValidation(l2, loss, temperature, margins_KN, spread_N.flatten())
+
+
+def _fit(
+    chosen_ND: Tensor,
+    rejected_ND: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor,
+    members: int,
+    l2: float,
+    seed: int,
+) -> Heads:
+    """Heads with the feature scale and the member scale of the replies they were fitted on."""
+    both_ND = torch.cat([chosen_ND, rejected_ND])
+    mean_D, deviation_D = both_ND.mean(dim=0), both_ND.std(dim=0) + 1e-6
+    difference_ND = (chosen_ND - rejected_ND) / deviation_D
+    weights_KD = fit_heads(difference_ND, labels_N, weights_N, members=members, l2=l2, seed=seed)
+    raw_KN = weights_KD @ ((both_ND - mean_D) / deviation_D).T
+    return Heads(weights_KD, mean_D, deviation_D, raw_KN.mean(dim=1), raw_KN.std(dim=1) + 1e-6)
+
+
+def pair_metrics(margins_KN: Tensor, temperature: float, flagged_N: Tensor) -> dict[str, Any]:
+    """Accuracy with its 95 % interval, calibration and flagged share, from raw margins."""
+    probability_N = torch.sigmoid(aggregate(margins_KN) / temperature)
     right_N = (probability_N > 0.5).double() + 0.5 * (probability_N == 0.5).double()
     accuracy, low, high = wilson_interval(float(right_N.sum()), len(right_N))
-    margins_KN = model.heads.raw(chosen_ND) - model.heads.raw(rejected_ND)
-    _, _, shift_N = model.score_features(torch.cat([chosen_ND, rejected_ND]))
     return {
         "pairs": len(right_N),
         "accuracy": accuracy,
@@ -182,7 +222,7 @@ def pair_metrics(model: RewardModel, chosen_ND: Tensor, rejected_ND: Tensor) -> 
         "accuracy_high": high,
         "ece": expected_calibration_error(probability_N, torch.ones_like(probability_N)),
         "member_accuracy": (margins_KN > 0).double().mean(dim=1).tolist(),
-        "flagged_share": float(shift_N.double().mean()),
+        "flagged_share": float(flagged_N.double().mean()),
     }
 
 
@@ -190,10 +230,10 @@ def describe(card: RewardCard) -> str:
     """The card in a few lines of text."""
     lines = [
         f"reward model {card.version}: {card.members} members on {card.layers} layers of "
-        f"{Path(card.model).name}, {card.data['pairs_trained']} pairs, l2 {card.l2:g}, "
+        f"{Path(card.model).name}, {card.data['pairs']} pairs, l2 {card.l2:g}, "
         f"temperature {card.temperature:.2f}, features {card.metrics['features_s']:.0f} s"
     ]
-    for name in ("held_out", "validation"):
+    for name in ("cross_validation", "validation"):
         if name in card.metrics:
             m = card.metrics[name]
             lines.append(
@@ -223,10 +263,6 @@ def _labels(pairs: Sequence[PreferencePair]) -> tuple[Tensor, Tensor]:
     )
 
 
-def _version(weights_KD: Tensor) -> str:
-    return hashlib.sha256(weights_KD.numpy().tobytes()).hexdigest()[:12]
-
-
 def _data_hash(pairs: Sequence[PreferencePair]) -> str:
     digest = hashlib.sha256()
     for line in sorted(json.dumps([repr(p.prompt), p.chosen, p.rejected]) for p in pairs):
@@ -234,5 +270,5 @@ def _data_hash(pairs: Sequence[PreferencePair]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _left_out(reports: Sequence[ReadReport]) -> dict[str, Any]:
+def _files(reports: Sequence[ReadReport]) -> dict[str, Any]:
     return {"files": [report.sentence() for report in reports]}

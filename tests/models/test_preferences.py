@@ -1,4 +1,4 @@
-"""Pairs, prompts and rows to score: what is read, what is left out and why, and how it is split."""
+"""Pairs, prompts and rows to score: what is read, what is left out and why, and which fold."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from models.preferences import (
     BadRow,
     ReadReport,
     SingleCompletion,
+    folds_by_first_user_turn,
     iter_rows,
     read_pairs,
     read_prompts,
     read_scoring_rows,
-    split_by_first_user_turn,
     write_pairs,
 )
 from models.transcripts import is_transcript, parse_prompt, parse_transcript, split_reply
@@ -107,6 +107,22 @@ def test_label_weight_source_and_criterion_are_taken_from_the_row(
 ) -> None:
     pair = only_pair(tmp_path, {**GOOD, "label": 0.5, "weight": 2, "source": "mine", **fields})
     assert (pair.label, pair.weight, pair.source, pair.criterion) == (0.5, 2.0, "mine", criterion)
+
+
+@pytest.mark.parametrize(
+    ("fields", "finished"),
+    [
+        ({}, (True, True)),
+        ({"chosen_finished": None, "rejected_finished": None}, (True, True)),
+        ({"chosen_finished": True, "rejected_finished": False}, (True, False)),
+        ({"chosen_finished": False}, (False, True)),
+    ],
+)
+def test_a_reply_is_finished_unless_the_row_says_that_it_was_cut_off(
+    tmp_path: Path, fields: Row, finished: tuple[bool, bool]
+) -> None:
+    pair = only_pair(tmp_path, {**GOOD, **fields})
+    assert (pair.chosen_finished, pair.rejected_finished) == finished
 
 
 def test_jsonl_gzip_and_parquet_hold_the_same_rows(tmp_path: Path) -> None:
@@ -209,6 +225,8 @@ BAD_PAIRS: list[tuple[Row | str, str]] = [
     ({**GOOD, "weight": -1}, "weight -1.0 outside 0 to infinity"),
     ({**GOOD, "weight": float("nan")}, "weight nan outside 0 to infinity"),
     ({**GOOD, "weight": 10**400}, "weight that is too large"),
+    ({**GOOD, "chosen_finished": 0}, "chosen_finished"),
+    ({**GOOD, "rejected_finished": "no"}, "rejected_finished"),
     ({**GOOD, "label": 2}, "label 2.0 outside 0 to 1"),
     ({**GOOD, "label": float("nan")}, "label nan outside 0 to 1"),
 ]
@@ -451,6 +469,8 @@ def preference_pairs(draw: st.DrawFn) -> PreferencePair:
         weight=draw(st.floats(0, allow_infinity=False)),
         source=draw(st.text()),
         criterion=draw(st.sampled_from(["", "helpful", "honest", "harmless"])),
+        chosen_finished=draw(st.booleans()),
+        rejected_finished=draw(st.booleans()),
     )
 
 
@@ -478,6 +498,8 @@ def test_written_pairs_are_in_the_conversational_format(tmp_path: Path) -> None:
             "weight": 1.0,
             "criterion": "honest",
             "source": "",
+            "chosen_finished": True,
+            "rejected_finished": True,
         }
     ]
 
@@ -490,7 +512,7 @@ def test_pairs_are_written_only_where_they_can_be_read_back(tmp_path: Path) -> N
         write_pairs([], tmp_path / "file" / "pairs.parquet")
 
 
-# Splits
+# Folds
 
 KEYS = st.lists(st.integers(0, 40), max_size=80)
 
@@ -512,32 +534,31 @@ def pairs_of(keys: Sequence[int]) -> list[PreferencePair]:
     ]
 
 
-@given(KEYS, st.floats(0, 1), st.integers(0, 5), st.randoms(use_true_random=False))
-def test_a_split_keeps_every_pair_once_and_no_first_turn_on_both_sides(
-    keys: list[int], holdout: float, seed: int, shuffler: random.Random
+@given(KEYS, st.integers(2, 6), st.integers(0, 5), st.randoms(use_true_random=False))
+def test_pairs_that_open_alike_share_a_fold_and_the_order_of_rows_has_no_say(
+    keys: list[int], folds: int, seed: int, shuffler: random.Random
 ) -> None:
     pairs = pairs_of(keys)
-    train, held = split_by_first_user_turn(pairs, holdout, seed)
-    assert Counter(train) + Counter(held) == Counter(pairs)
-    assert not {p.first_user_turn for p in train} & {p.first_user_turn for p in held}
-    assert [pair for pair in pairs if pair in set(train)] == train
-    shuffled = shuffler.sample(pairs, len(pairs))
-    assert set(split_by_first_user_turn(shuffled, holdout, seed)[1]) == set(held)
-    fewer = pairs[: len(pairs) // 2]
-    assert set(split_by_first_user_turn(fewer, holdout, seed)[1]) == set(held) & set(fewer)
+    if len(set(keys)) < folds:
+        with pytest.raises(ValueError, match=f"cannot make {folds} folds"):
+            folds_by_first_user_turn(pairs, folds, seed)
+        return
+    found = folds_by_first_user_turn(pairs, folds, seed)
+    fold_of = dict(zip(keys, found, strict=True))
+    assert [fold_of[key] for key in keys] == found
+    sizes = Counter(fold_of.values())
+    assert set(sizes) == set(range(folds))
+    assert max(sizes.values()) - min(sizes.values()) <= 1
+    order = shuffler.sample(range(len(keys)), len(keys))
+    shuffled = folds_by_first_user_turn([pairs[i] for i in order], folds, seed)
+    assert shuffled == [found[i] for i in order]
 
 
-def test_a_split_has_the_share_that_was_asked_for_and_another_under_another_seed() -> None:
-    pairs = pairs_of(range(4000))
-    held = [set(split_by_first_user_turn(pairs, 0.15, seed)[1]) for seed in (0, 1)]
-    # 4000 draws with p = 0.15: standard deviation 0.0056 of the share, so four of them.
-    assert all(abs(len(half) / 4000 - 0.15) < 0.023 for half in held)
-    # Independent halves share 0.15 of each other.
-    assert abs(len(held[0] & held[1]) / len(held[0]) - 0.15) < 0.06
-    assert split_by_first_user_turn(pairs, 0, 0)[1] == []
-    assert split_by_first_user_turn(pairs, 1, 0)[0] == []
-    with pytest.raises(ValueError, match=r"between 0 and 1, got 1\.5"):
-        split_by_first_user_turn(pairs, 1.5, 0)
+def test_another_seed_deals_other_folds() -> None:
+    pairs = pairs_of(range(1000))
+    one, other = (folds_by_first_user_turn(pairs, 5, seed) for seed in (0, 1))
+    # Independent deals agree on a fifth: standard deviation 0.013 of the share.
+    assert abs(sum(a == b for a, b in zip(one, other, strict=True)) / 1000 - 0.2) < 0.06
 
 
 # Records
@@ -688,12 +709,14 @@ def test_real_pairs_of_all_sets_add_up() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_real_split_shares_no_first_turn(seed: int) -> None:
+def test_real_folds_share_no_first_turn(seed: int) -> None:
     pairs, _ = read_pairs([real_file("hh/helpful-base/train.jsonl.gz")])
-    train, held = split_by_first_user_turn(pairs, 0.15, seed)
-    assert len(train) + len(held) == len(pairs)
-    assert 0.11 < len(held) / len(pairs) < 0.19
-    assert not {p.first_user_turn for p in train} & {p.first_user_turn for p in held}
+    found = folds_by_first_user_turn(pairs, 5, seed)
+    # Some conversations repeat, so that pairs are not dealt out quite as evenly as turns.
+    assert all(0.15 < count / len(pairs) < 0.25 for count in Counter(found).values())
+    assert len({(p.first_user_turn, fold) for p, fold in zip(pairs, found, strict=True)}) == len(
+        {p.first_user_turn for p in pairs}
+    )
 
 
 @pytest.mark.parametrize(

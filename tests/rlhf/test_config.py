@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ from pydantic import ValidationError
 
 from rlhf.config import (
     DemoConfig,
+    LoopConfig,
     RewardConfig,
     RLConfig,
     Section,
@@ -137,14 +139,32 @@ def test_a_value_of_the_wrong_type_is_refused_by_key_and_value(refusal, override
         "learner.zero_stage=4",
         "cluster.rollout.gpus=-1",
         "cluster.rollout.gpus=1.5",
-        pytest.param(
-            "cluster.rollout.gpus=inf",
-            marks=pytest.mark.xfail(strict=True, raises=OverflowError, reason="int(inf)"),
-        ),
+        "cluster.rollout.gpus=inf",
     ],
 )
 def test_a_value_beyond_its_limits_is_refused_by_key(refusal, override):
     assert override.partition("=")[0] in refusal(override)
+
+
+FLOATS = [
+    "cluster.call_timeout_s",
+    "cluster.learner.cpus",
+    "cluster.rollout.gpus",
+    "learner.learning_rate",
+    "learner.weight_decay",
+    "reward.domain_shift.disagreement_penalty",
+    "rl.algorithm.clip_high",
+    "rl.entropy.coefficient",
+    "rl.kl.coefficient",
+    "rl.temperature",
+    "rollout.kv_cache_gib",
+]
+
+
+@pytest.mark.parametrize("key", FLOATS)
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+def test_no_number_is_infinite_or_none_at_all(refusal, key, value):
+    assert f"rl.toml: {key} = {value}: " in refusal(f"{key}={value}")
 
 
 @pytest.mark.parametrize("gpus", [0, 0.5, 1, 4])
@@ -232,12 +252,15 @@ def test_an_override_without_key_or_value_is_refused(refusal, override):
         ),
         (["deterministic=true"], ["deterministic = true", 'policy.dtype = "float32"']),
         *(
-            pytest.param(
+            (
                 ['cluster.weight_transport="nccl"', "cluster.rollout.gpus=1", *more],
                 ['cluster.weight_transport = "nccl"', "cluster.learner.gpus"],
-                marks=pytest.mark.xfail(strict=True, reason="says learner, not its key"),
             )
             for more in ([], ["cluster.learner.gpus=0.5"])
+        ),
+        (
+            ["rl.algorithm.type=rloo", "rl.algorithm.divide_by_deviation=false"],
+            ['rl.algorithm.type = "rloo"', "rl.algorithm.divide_by_deviation = false"],
         ),
     ],
 )
@@ -264,6 +287,9 @@ def test_nccl_needs_a_whole_gpu_on_both_ends(refusal, overrides):
     "overrides",
     [
         ["rl.top_p=1.0"],
+        ["rl.algorithm.type=rloo"],
+        ["rl.algorithm.type=grpo", "rl.algorithm.divide_by_deviation=false"],
+        ["cluster.learner.actors=2"],
         ["rollout.keep_cache=true", "rl.max_staleness=1"],
         ["rollout.tensor_parallel=2", "cluster.rollout.gpus=2"],
         ["cluster.weight_transport=nccl", "cluster.rollout.gpus=1", "cluster.learner.gpus=1"],
@@ -279,10 +305,39 @@ def test_settings_that_do_not_clash_are_accepted(load, overrides):
     load(*overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "setting"),
+    [
+        (["rl.top_p=0.9"], "rl.top_p"),
+        (["rollout.keep_cache=true"], "rollout.keep_cache"),
+        (["rollout.tensor_parallel=2"], "rollout.tensor_parallel"),
+        (["cluster.weight_transport=nccl"], "cluster.weight_transport"),
+        (
+            ["rl.algorithm.type=rloo", "rl.algorithm.divide_by_deviation=false"],
+            "rl.algorithm.divide_by_deviation",
+        ),
+    ],
+)
+def test_the_demo_refuses_what_reinforcement_learning_refuses(tmp_path, overrides, setting):
+    path = tmp_path / "demo.toml"
+    path.write_text("")
+    with pytest.raises(ConfigError, match=re.escape(setting)):
+        load_config(DemoConfig, path, overrides)
+
+
+@pytest.mark.parametrize("root", [RLConfig, DemoConfig])
+def test_every_command_with_a_loop_has_the_same_sections_for_it(root):
+    assert issubclass(root, LoopConfig)
+    shared = {key for key in known_keys(LoopConfig)}
+    assert {"seed", "policy.model", "rl.kl.coefficient", "cluster.learner.actors"} <= shared
+    assert shared <= set(known_keys(root))
+
+
 def test_deterministic_lists_all_that_stands_in_its_way(refusal):
     wrong = {
         "rl.max_staleness": (0, 2),
         "cluster.rollout.actors": (1, 3),
+        "cluster.learner.actors": (1, 2),
         "policy.dtype": ("float32", "bfloat16"),
         "reference.dtype": ("float32", "bfloat16"),
         "rollout.dtype": ("float32", "bfloat16"),

@@ -122,23 +122,7 @@ def test_micro_batches_add_up_to_the_whole_batch(normalisation):
 
 
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
-@pytest.mark.parametrize(
-    "garbage",
-    [
-        0.0,
-        1e30,
-        -1e30,
-        *(
-            pytest.param(
-                value,
-                marks=pytest.mark.xfail(
-                    strict=True, reason="the mask multiplies: nan * 0 is nan, inf * 0 too"
-                ),
-            )
-            for value in (math.nan, math.inf, -math.inf)
-        ),
-    ],
-)
+@pytest.mark.parametrize("garbage", [0.0, 1e30, -1e30, math.nan, math.inf, -math.inf])
 def test_padding_may_hold_anything(normalisation, garbage):
     policy, rollout, advantages, mask = random_batch()
     expected = loss_and_gradient(policy, rollout, advantages, mask, normalisation)

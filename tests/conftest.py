@@ -1,0 +1,156 @@
+"""What tests of several folders share: tiny random models and the real data.
+
+Everything is made offline, in a second. Imports stand inside the fixtures: tests of `rlhf` load
+neither transformers nor tokenizers.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+CHATML = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXT = [
+    "The quick brown fox jumps over the lazy dog. In 1984 a small town by the river counted 3,512",
+    "people; most of them baked bread, mended nets or taught at the school on the hill.",
+    "How do I keep pasta from sticking together? Stir it once and use enough water.",
+    "Why does my rice turn out mushy, and how can I fix it? Use less water and do not stir.",
+    "user assistant system What is a good name for a cat? The answer is yes, no or maybe.",
+]
+VOCABULARY = 448
+
+
+def build_tiny_model(folder: Path, *, chat_template: str | None = CHATML, seed: int = 0) -> Path:
+    """A two-layer random Llama (hidden 128, heads of 32: vLLM's CPU kernels refuse 16) in `folder`.
+
+    Weights are float32 safetensors, with the head tied to the embedding as in the embedded model.
+    The tokenizer is a byte-level BPE, trained on `TEXT`; a turn ends with ``<|im_end|>``. Without
+    `chat_template` it is like a raw base model.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe.train_from_iterator(
+        TEXT,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            min_frequency=1,
+            special_tokens=specials,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    assert bpe.get_vocab_size() == VOCABULARY
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        model_max_length=1024,
+    )
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        # Wide enough for a distribution with structure: a wrong position is far from a right one.
+        initializer_range=0.06,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder with a tiny random chat model. Shared: copy it before changing it."""
+    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model without a chat template, as a raw base model."""
+    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny-base", chat_template=None)
+
+
+@pytest.fixture(scope="session")
+def tiny_reward_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A reward-model folder: three random heads on the whole of `tiny_model`."""
+    import torch
+
+    from models.chat import ChatTokenizer
+    from models.reward_model import Heads, RewardCard, RewardModel
+    from models.sources import weights_fingerprint
+
+    generator = torch.Generator().manual_seed(0)
+    card = RewardCard(
+        version="tiny",
+        model=str(tiny_model),
+        model_fingerprint=weights_fingerprint(tiny_model),
+        tokenizer_fingerprint=ChatTokenizer(tiny_model).fingerprint,
+        dtype="float32",
+        depth=1.0,
+        layers=2,
+        max_tokens=128,
+        members=3,
+        l2=0.1,
+        temperature=1.0,
+        threshold=None,
+        false_alarm_rate=0.05,
+        seed=0,
+        data={},
+        metrics={},
+    )
+    heads = Heads(
+        torch.randn(3, 256, generator=generator) / 16,
+        torch.zeros(256),
+        torch.ones(256),
+        torch.zeros(3),
+        torch.ones(3),
+    )
+    folder = tmp_path_factory.mktemp("reward") / "reward"
+    folder.mkdir()
+    RewardModel(card, heads).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hh_data() -> Path:
+    """The folder of real data, PAVLOV_DATA, with ``hh/`` in it."""
+    folder = Path(os.environ.get("PAVLOV_DATA") or ROOT / "../shared/data").expanduser().resolve()
+    if not (folder / "hh").is_dir():
+        pytest.skip(f"no HH-RLHF data in {folder}; set PAVLOV_DATA to a folder that has hh/ in it")
+    return folder

@@ -1,0 +1,153 @@
+"""How a conversation becomes tokens: the template, the end of a turn, and what identifies both."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from models.chat import ChatTokenizer
+from rlhf.errors import ModelError
+from rlhf.records import Message
+
+TALK = (
+    Message("user", "Is tea healthy?"),
+    Message("assistant", "It can be."),
+    Message("user", "And coffee?"),
+)
+
+
+def text_of(folder: Path, token_ids: Sequence[int]) -> str:
+    """Every character, special tokens included, by the library alone."""
+    from tokenizers import Tokenizer
+
+    text: str = Tokenizer.from_file(str(folder / "tokenizer.json")).decode(
+        list(token_ids), skip_special_tokens=False
+    )
+    return text
+
+
+@pytest.fixture
+def model_copy(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def test_a_conversation_is_written_by_the_models_own_template(tiny_model):
+    tokenizer = ChatTokenizer(tiny_model)
+    assert not tokenizer.uses_default_template
+    assert text_of(tiny_model, tokenizer.prompt_ids(TALK)) == (
+        "<|im_start|>user\nIs tea healthy?<|im_end|>\n"
+        "<|im_start|>assistant\nIt can be.<|im_end|>\n"
+        "<|im_start|>user\nAnd coffee?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_without_a_template_the_default_one_is_used_and_said(tiny_base_model):
+    tokenizer = ChatTokenizer(tiny_base_model)
+    assert tokenizer.uses_default_template
+    assert text_of(tiny_base_model, tokenizer.prompt_ids(TALK)) == (
+        "User: Is tea healthy?\n\n"
+        "Assistant: It can be.<|im_end|>\n\n"
+        "User: And coffee?\n\n"
+        "Assistant:"
+    )
+
+
+def test_a_turn_in_the_default_template_ends_as_a_finished_reply_does(tiny_base_model):
+    """What the policy is taught to end with is what it saw its earlier turns end with."""
+    tokenizer = ChatTokenizer(tiny_base_model)
+    reply = tokenizer.reply_ids(" It can be.", finished=True)
+    whole = tokenizer.prompt_ids(TALK)
+    assert any(whole[i : i + len(reply)] == reply for i in range(len(whole)))
+
+
+def test_a_saved_default_template_comes_back_as_the_same_tokenizer(tiny_base_model, tmp_path):
+    tokenizer = ChatTokenizer(tiny_base_model)
+    tokenizer.save(tmp_path)
+    again = ChatTokenizer(tmp_path)
+    assert again.fingerprint == tokenizer.fingerprint
+    assert again.prompt_ids(TALK) == tokenizer.prompt_ids(TALK)
+
+
+def test_only_a_finished_reply_ends_with_the_end_of_turn(tiny_model):
+    tokenizer = ChatTokenizer(tiny_model)
+    finished = tokenizer.reply_ids("It can be.", finished=True)
+    cut_off = tokenizer.reply_ids("It can be.", finished=False)
+    assert finished == (*cut_off, tokenizer.end_id)
+    assert tokenizer.end_id not in cut_off
+    assert text_of(tiny_model, [tokenizer.end_id]) == "<|im_end|>"
+    assert text_of(tiny_model, cut_off) == "It can be."
+
+
+def test_padding_is_the_tokenizers_own_or_else_the_end_of_turn(tiny_model, model_copy):
+    assert text_of(tiny_model, [ChatTokenizer(tiny_model).pad_id]) == "<|endoftext|>"
+    change(model_copy / "tokenizer_config.json", pad_token=None)
+    tokenizer = ChatTokenizer(model_copy)
+    assert tokenizer.pad_id == tokenizer.end_id
+
+
+@pytest.mark.parametrize("text", ["plain", "Grüße, 你好 🙂", "a\n\n  b\t", " leading"])
+def test_a_reply_is_decoded_as_it_was_without_the_end_of_turn(tiny_model, text):
+    tokenizer = ChatTokenizer(tiny_model)
+    assert tokenizer.decode(tokenizer.reply_ids(text, finished=True)) == text
+
+
+# What identifies a tokenizer
+
+
+def change(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_a_copy_has_the_same_fingerprint(tiny_model, model_copy):
+    assert ChatTokenizer(model_copy).fingerprint == ChatTokenizer(tiny_model).fingerprint
+
+
+def test_another_template_is_another_fingerprint(tiny_model, tiny_base_model, model_copy):
+    template = model_copy / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_end|>\n", "<|im_end|>"))
+    fingerprints = [ChatTokenizer(f).fingerprint for f in (tiny_model, tiny_base_model, model_copy)]
+    assert len(set(fingerprints)) == 3
+
+
+def test_another_vocabulary_or_end_of_turn_is_another_fingerprint(tiny_model, tmp_path):
+    from transformers import AutoTokenizer
+
+    fingerprints = {ChatTokenizer(tiny_model).fingerprint}
+    for name, change_it in {
+        "more": lambda tokenizer: tokenizer.add_tokens(["another"]),
+        "end": lambda tokenizer: setattr(tokenizer, "eos_token", "<|endoftext|>"),
+    }.items():
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+        change_it(tokenizer)
+        tokenizer.save_pretrained(tmp_path / name)
+        fingerprints.add(ChatTokenizer(tmp_path / name).fingerprint)
+    assert len(fingerprints) == 3
+
+
+# What is refused
+
+
+def test_a_folder_without_a_tokenizer_is_a_model_error(model_copy):
+    (model_copy / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="has no tokenizer that can be read") as caught:
+        ChatTokenizer(model_copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_without_an_end_is_a_model_error(model_copy):
+    change(model_copy / "tokenizer_config.json", eos_token=None)
+    with pytest.raises(ModelError, match="has no end-of-sequence token"):
+        ChatTokenizer(model_copy)
+
+
+def test_text_that_cannot_be_tokenised_is_refused_and_shown(tiny_model):
+    tokenizer = ChatTokenizer(tiny_model)
+    with pytest.raises(ModelError, match=r"cannot be tokenised: 'half a pair \\ud83d'"):
+        tokenizer.reply_ids("half a pair \ud83d", finished=True)
+    with pytest.raises(ModelError, match="cannot be tokenised"):
+        tokenizer.prompt_ids((Message("user", "\ud83d"),))

@@ -1,0 +1,90 @@
+"""From a name to a model folder: what is found, and the sentence where nothing is."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from models import sources
+from models.sources import check_folder, resolve_model, weights_fingerprint
+from rlhf.errors import ModelError
+
+
+@pytest.fixture
+def model_copy(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A hub that cannot be reached, and nothing in its cache."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def test_a_model_folder_is_found_by_path_absolute_relative_or_at_home(model_copy, monkeypatch):
+    assert resolve_model(str(model_copy)) == model_copy.resolve()
+    monkeypatch.chdir(model_copy.parent)
+    assert resolve_model("model") == resolve_model("./model") == model_copy.resolve()
+    monkeypatch.setenv("HOME", str(model_copy.parent))
+    assert resolve_model("~/model") == model_copy.resolve()
+
+
+def test_the_embedded_model_is_asked_for_by_its_name(monkeypatch, tmp_path):
+    monkeypatch.setattr(sources, "embedded_model", lambda: tmp_path)
+    assert resolve_model("embedded") == tmp_path
+
+
+@pytest.mark.parametrize("name", ["/no/such/model", "./model", "~/nope", "model", "a/b/c", "../x"])
+def test_a_missing_folder_is_refused_with_the_ways_to_name_a_model(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="there is no model folder") as caught:
+        resolve_model(name)
+    assert name in str(caught.value)
+    assert "hub id (owner/name) or 'embedded'" in str(caught.value)
+
+
+def test_a_folder_without_a_config_is_refused(model_copy):
+    (model_copy / "config.json").unlink()
+    for find in (resolve_model, lambda name: check_folder(Path(name))):
+        with pytest.raises(ModelError, match=f"{model_copy} is not a model folder: .*config.json"):
+            find(str(model_copy))
+
+
+def test_pickled_weights_are_no_weights(model_copy):
+    (model_copy / "model.safetensors").rename(model_copy / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=f"{model_copy} has no weights: .*safetensors"):
+        resolve_model(str(model_copy))
+
+
+def test_a_hub_id_that_cannot_be_had_is_one_sentence(offline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ModelError, match="nobody/nothing is neither a folder nor a model"
+    ) as caught:
+        resolve_model("nobody/nothing")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_the_hub_would_refuse_is_one_sentence(offline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="neither a folder nor a model") as caught:
+        resolve_model("bad--/..name")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_fingerprint_is_of_config_and_weights_wherever_they_lie(tiny_model, model_copy):
+    fingerprint = weights_fingerprint(tiny_model)
+    assert weights_fingerprint(model_copy) == fingerprint
+    (model_copy / "README.md").write_text("anything")
+    assert weights_fingerprint(model_copy) == fingerprint
+    for name in ("config.json", "model.safetensors"):
+        original = (model_copy / name).read_bytes()
+        (model_copy / name).write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+        assert weights_fingerprint(model_copy) != fingerprint
+        (model_copy / name).write_bytes(original)
+    assert weights_fingerprint(model_copy) == fingerprint

@@ -1,0 +1,183 @@
+"""The features of a reply: the same packed or alone, and of the layers that were asked for."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.trunk import Trunk, cut_layers
+from rlhf.errors import ModelError, PavlovError
+from rlhf.records import Message
+
+QUESTION = (Message("user", "What is a good name for a cat?"),)
+MakeTrunk = Callable[..., Trunk]
+
+
+@pytest.fixture(scope="module")
+def make_trunk(tiny_model: Path) -> MakeTrunk:
+    def make(**changes: object) -> Trunk:
+        settings = {"depth": 0.5, "dtype": "float32", "max_tokens": 128, "batch_tokens": 4096}
+        return Trunk(tiny_model, **settings | changes)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def trunk(make_trunk: MakeTrunk) -> Trunk:
+    return make_trunk()
+
+
+def random_rows(seed: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Two replies each to a few prompts."""
+    draw = random.Random(seed)
+
+    def tokens(most: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(3, 448) for _ in range(draw.randint(1, most)))
+
+    prompts = [tokens(20) for _ in range(4)]
+    return [(prompt, tokens(12)) for prompt in prompts for _ in range(2)]
+
+
+def hidden_after(folder: Path, layer: int, token_ids: tuple[int, ...]) -> Tensor:
+    """What layer number `layer` puts out, shape (L, H), by a hook on the whole model."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor]) -> None:
+        seen.append(output if isinstance(output, Tensor) else output[0])
+
+    model.model.layers[layer].register_forward_hook(keep)
+    with torch.no_grad():
+        model(input_ids=torch.tensor([token_ids]))
+    return seen[0][0]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 60, 10_000])
+def test_packed_features_are_those_of_each_reply_alone(make_trunk, batch_tokens):
+    rows = random_rows(0)
+    alone = torch.cat([make_trunk().features([row]) for row in rows])
+    together = make_trunk(batch_tokens=batch_tokens).features(rows)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    assert alone.std(dim=0).min() > 1e-3
+
+
+@pytest.mark.parametrize(("depth", "layer"), [(0.5, 0), (1.0, 1)])
+def test_features_are_the_last_tokens_state_and_the_replys_mean_after_the_kept_layers(
+    make_trunk, tiny_model, depth, layer
+):
+    trunk = make_trunk(depth=depth)
+    assert trunk.layers == layer + 1
+    for prompt, reply in random_rows(1):
+        hidden_TH = hidden_after(tiny_model, layer, prompt + reply)[len(prompt) :]
+        wanted_D = torch.cat([hidden_TH[-1], hidden_TH.mean(dim=0)])
+        found_D = trunk.features([(prompt, reply)])[0]
+        torch.testing.assert_close(found_D, wanted_D, atol=1e-5, rtol=1e-5)
+
+
+def test_features_are_float32_without_gradients_in_any_precision(make_trunk):
+    features_ND = make_trunk(dtype="bfloat16").features(random_rows(2))
+    assert features_ND.dtype == torch.float32
+    assert not features_ND.requires_grad
+
+
+def test_progress_counts_every_row_once(trunk):
+    counts: list[int] = []
+    trunk.features(random_rows(3), counts.append)
+    assert sum(counts) == 8
+
+
+def test_no_rows_have_no_features(trunk):
+    assert trunk.features([]).shape == (0, 256)
+
+
+# What becomes a row
+
+
+def test_a_cut_off_reply_has_other_features_than_a_finished_one(trunk):
+    finished = trunk.tokenise(QUESTION, "The answer is", finished=True)
+    cut_off = trunk.tokenise(QUESTION, "The answer is", finished=False)
+    assert finished[1] == (*cut_off[1], trunk.tokenizer.end_id)
+    one_ND, other_ND = trunk.features([finished]), trunk.features([cut_off])
+    assert (one_ND - other_ND).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_an_empty_reply_is_refused(trunk, finished):
+    with pytest.raises(ModelError, match="empty reply"):
+        trunk.tokenise(QUESTION, "", finished=finished)
+
+
+def test_a_long_prompt_is_cut_on_the_left_and_a_long_reply_on_the_right(make_trunk):
+    trunk = make_trunk(max_tokens=64)
+    long = " ".join(["water", "rice", "pasta", "bread"] * 30)
+    all_prompt, short = make_trunk(max_tokens=10_000).tokenise(
+        (Message("user", long),), "yes", finished=True
+    )
+    prompt, reply = trunk.tokenise((Message("user", long),), "yes", finished=True)
+    assert prompt == all_prompt[-(64 - len(short)) :]
+    assert reply == short
+    all_reply = make_trunk(max_tokens=10_000).tokenise(QUESTION, long, finished=True)[1]
+    prompt, reply = trunk.tokenise(QUESTION, long, finished=True)
+    assert reply == all_reply[: 64 - len(prompt)]
+    assert 0 < len(prompt) <= 32
+
+
+@pytest.mark.parametrize("max_tokens", [16, 32, 33, 128])
+def test_a_row_keeps_to_the_limit_and_some_of_the_reply_or_the_limit_is_refused(
+    make_trunk, max_tokens
+):
+    long_question = (Message("user", "rice " * 100),)
+    for reply in ("water", "water " * 200):
+        try:
+            trunk = make_trunk(max_tokens=max_tokens)
+            prompt_ids, reply_ids = trunk.tokenise(long_question, reply, finished=True)
+        except PavlovError:
+            return
+        assert len(prompt_ids) + len(reply_ids) <= max_tokens
+        assert prompt_ids
+        assert reply_ids
+
+
+# Which layers
+
+
+@pytest.mark.parametrize(("depth", "kept"), [(0.01, 1), (0.3, 3), (0.67, 7), (0.95, 10), (1.0, 10)])
+def test_the_first_share_of_the_layers_is_kept_and_the_final_norm_dropped(depth, kept):
+    model = nn.Module()
+    layers = [nn.Linear(1, 1) for _ in range(10)]
+    model.layers, model.norm = nn.ModuleList(layers), nn.LayerNorm(1)
+    model.config = SimpleNamespace(num_hidden_layers=10)  # type: ignore[assignment]
+    assert cut_layers(model, depth) == kept
+    assert list(model.layers) == layers[:kept]
+    assert model.config.num_hidden_layers == kept
+    assert isinstance(model.norm, nn.Identity)
+
+
+@pytest.mark.parametrize("stacks", [0, 2])
+def test_an_architecture_whose_layers_are_not_found_is_refused(stacks):
+    model = nn.Module()
+    model.config = SimpleNamespace(num_hidden_layers=3)  # type: ignore[assignment]
+    model.other = nn.ModuleList([nn.Linear(1, 1)])
+    for number in range(stacks):
+        setattr(model, f"stack{number}", nn.ModuleList([nn.Linear(1, 1)] * 3))
+    with pytest.raises(ModelError, match="layers of Module cannot be cut"):
+        cut_layers(model, 0.5)
+
+
+def test_damaged_weights_are_a_model_error_in_one_sentence(tiny_model, tmp_path):
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError) as caught:
+        Trunk(folder, depth=0.5, dtype="float32", max_tokens=64, batch_tokens=64)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
