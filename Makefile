@@ -1,6 +1,6 @@
 # `make demo` and `make test` need nothing before them: both make .venv/ first, once.
 .DEFAULT_GOAL := help
-.PHONY: help setup environment demo test check clean
+.PHONY: help setup environment demo test bench check clean
 
 unexport PYTHONPATH
 python := .venv/bin/python
@@ -42,6 +42,9 @@ demo: setup  ## the whole pipeline on the embedded model, into runs/demo
 
 test: setup  ## the tests (those marked slow: pytest -m slow)
 	$(python) -m pytest
+
+bench: setup  ## speed, as ratios: benchmarks/
+	$(python) -m benchmarks.packing
 
 check: setup  ## lint, format and types
 	$(python) -m ruff check .

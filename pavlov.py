@@ -57,9 +57,11 @@ def doctor(as_json: AsJson = False) -> None:
 def demo(
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="folder for all results")] = Path("runs/demo"),
-    config: Annotated[Path | None, typer.Option(help="TOML file; default configs/demo.toml")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file; default configs/demo.toml")
+    ] = None,
 ) -> None:
-    """The whole pipeline on the embedded model: compare, train a reward, train the policy, judge."""
+    """The whole pipeline on the embedded model: compare, train reward and policy, judge."""
     from rlhf.config import DemoConfig, load_config
     from trainers.demo import run_demo
 
@@ -78,9 +80,9 @@ def reward(config: Config, overrides: Overrides = None) -> None:
     run_reward(settings, config, _console())
 
 
-@app.command(epilog="Example: pavlov score --reward runs/reward_hh_cpu --data pairs.jsonl --json")
+@app.command(epilog="Example: pavlov score --reward reward_hh_cpu --data pairs.jsonl --json")
 def score(
-    reward: Annotated[Path, typer.Option(help="reward-model folder")],
+    reward: Annotated[str, typer.Option(help="reward-model folder, or a run's")],
     data: Annotated[Path, typer.Option(help="pairs or single completions")],
     out: Annotated[Path | None, typer.Option(help="a row for each input row, as Parquet")] = None,
     as_json: AsJson = False,
@@ -102,7 +104,9 @@ def score(
 def rl(
     config: Config,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on from the newest checkpoint")
+    ] = False,
 ) -> None:
     """Reinforcement learning against a reward model."""
     from rlhf.config import RLConfig, load_config

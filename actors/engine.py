@@ -69,7 +69,7 @@ class TrainingEngine:
     @property
     def module(self) -> nn.Module:
         """The module, to be called through `run` wherever gradients are wanted."""
-        return self._engine.module  # type: ignore[no-any-return]
+        return self._engine.module
 
     @property
     def device(self) -> torch.device:

@@ -77,7 +77,7 @@ class LearnerActor:
 
     def start(self, master: str) -> None:
         """Build the DeepSpeed engine; returns when all ranks have met at `master`."""
-        model = load_causal_model(self._folder, "float32", attention="sdpa")
+        model: Any = load_causal_model(self._folder, "float32")
         if self._settings.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         self._engine = TrainingEngine(
@@ -183,10 +183,15 @@ class LearnerActor:
         width = packed.reply_ids_NT.shape[1]
         sequences = [batch.sequences[index] for index in packed.indices]
         rollout_NT = torch.tensor(
-            [[*s.rollout_logprobs_T] + [0.0] * (width - len(s.rollout_logprobs_T)) for s in sequences]
+            [
+                [*s.rollout_logprobs_T] + [0.0] * (width - len(s.rollout_logprobs_T))
+                for s in sequences
+            ]
         )
         advantages_N = torch.tensor([s.advantage for s in sequences], dtype=torch.float32)
-        return rollout_NT.to(packed.reply_ids_NT.device), advantages_N.to(packed.reply_ids_NT.device)
+        return rollout_NT.to(packed.reply_ids_NT.device), advantages_N.to(
+            packed.reply_ids_NT.device
+        )
 
     def _reduced(self, totals: dict[str, float]) -> dict[str, float]:
         """Sums over ranks, per token of the batch."""
@@ -216,7 +221,7 @@ class LearnerActor:
             self._sender.transmit()
 
     def probe(self) -> Probe:
-        """The fixed text and its logprobs under the current weights, at temperature 1. A collective."""
+        """The fixed text and what the current weights say of it, at temperature 1. A collective."""
         assert self._engine is not None
         token_ids = self._tokenizer.reply_ids(PROBE_TEXT, finished=False)
         module = self._engine.module
@@ -249,7 +254,7 @@ class LearnerActor:
         self._engine.load(Path(folder))
 
     def save_policy(self, folder: str) -> None:
-        """Write the policy as a plain Hugging Face folder in the start policy's precision.
+        """Write the policy as a Hugging Face folder in the start policy's precision.
 
         Written beside and renamed. A collective.
         """

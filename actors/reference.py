@@ -33,7 +33,9 @@ class ReferenceActor:
 
     def logprobs(self, groups: Sequence[RolloutGroup]) -> list[tuple[tuple[float, ...], ...]]:
         """For every group a row per completion, in nats."""
-        rows = [(group.prompt_token_ids, c.token_ids) for group in groups for c in group.completions]
+        rows = [
+            (group.prompt_token_ids, c.token_ids) for group in groups for c in group.completions
+        ]
         flat = reply_logprobs(
             self._module,
             [prompt for prompt, _ in rows],

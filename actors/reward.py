@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from actors.gauges import Gauges
 from models.reward_model import RewardModel
 from rlhf.ensemble import aggregate
 from rlhf.errors import GenerationError, PavlovError
 from rlhf.records import GroupScores, RolloutGroup
+
+
+EMPTY_REWARD = -3.0
+"""What a completion without visible text gets, in deviations. There is nothing to judge, and a head
+that likes finished answers would like the empty one best: trained on human comparisons heads put it
+2.5 to 5 deviations down, trained on 150 simulated ones 1.9 up (docs/log.md)."""
+
+_PLACEHOLDER = "."
 
 
 class RewardActor:
@@ -33,15 +43,17 @@ class RewardActor:
         return self._model.card.version
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[GroupScores | GenerationError]:
-        """Scores of every group, in one batch. Text that cannot be scored comes back as an error."""
+        """Scores of every group, in one batch. Unscorable text comes back as an error."""
         results: list[GroupScores | GenerationError | None] = [None] * len(groups)
-        rows, owners = [], []
+        rows, owners, empty = [], [], []
         trunk = self._model.trunk()
         for index, group in enumerate(groups):
             try:
                 tokenised = [
                     trunk.tokenise(
-                        group.prompt.messages, c.text, finished=c.finish_reason == "stop"
+                        group.prompt.messages,
+                        c.text or _PLACEHOLDER,
+                        finished=c.finish_reason == "stop",
                     )
                     for c in group.completions
                 ]
@@ -49,8 +61,13 @@ class RewardActor:
                 results[index] = GenerationError(f"prompt {group.prompt.id}: {error}")
                 continue
             rows += tokenised
+            empty += [not c.text.strip() for c in group.completions]
             owners.append((index, len(tokenised)))
         rewards_KN, disagreement_N, shift_N = self._model.score_features(trunk.features(rows))
+        empty_N = torch.tensor(empty, dtype=torch.bool)
+        rewards_KN[:, empty_N] = EMPTY_REWARD
+        disagreement_N[empty_N] = 0.0
+        shift_N |= empty_N
         rewards_N = aggregate(rewards_KN, disagreement_penalty=self._penalty)
         begin = 0
         for index, count in owners:

@@ -1,4 +1,4 @@
-"""The run folder: claimed once, written beside and renamed, resumable from its newest checkpoint."""
+"""The run folder: claimed once, written beside and renamed, resumed from its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 
 from rlhf.config import runs_path
 from rlhf.errors import CheckpointError, RunFolderError
-
 
 _CLAIM = {"run.lock", "config.json"}
 """What a run leaves that ended before its first step: no reason to refuse the next one."""
@@ -65,9 +64,9 @@ def resolve_run_folder(directory: str | None, config_path: Path) -> Path:
         runs = os.environ.get("PAVLOV_RUNS", "")
         if not Path(runs).is_absolute():
             raise RunFolderError(
-                f"inside a Ray job the run folder {name!r} would lie in Ray's temporary copy of the "
-                "code and be lost; give an absolute run.dir=/… on storage that all nodes share, or "
-                "set PAVLOV_RUNS to such a folder"
+                f"inside a Ray job the run folder {name!r} would lie in Ray's temporary copy of "
+                "the code and be lost; give an absolute run.dir=/… on storage that all nodes "
+                "share, or set PAVLOV_RUNS to such a folder"
             )
     return runs_path(name)
 
@@ -168,5 +167,7 @@ class RunFolder:
                 return path, state
             damaged.append(f"{path.name} ({wrong[0]})")
         if damaged:
-            raise CheckpointError(f"every checkpoint in {self.path} is damaged: {', '.join(damaged)}")
+            raise CheckpointError(
+                f"every checkpoint in {self.path} is damaged: {', '.join(damaged)}"
+            )
         return None

@@ -53,7 +53,7 @@ class Guard:
         )
 
     def watch(self) -> None:
-        """Name the present descendants and the shared-memory files that they and this process map."""
+        """Name the present descendants, and the shared-memory files that they and this one map."""
         # Guards, this process's own and those of actors, outlive everybody on purpose.
         below = [pid for pid in _descendants(os.getpid()) if not _runs(pid, b"cluster.guard")]
         for pid in below:
@@ -89,7 +89,7 @@ def marked_processes(token: str) -> list[int]:
 
 
 def _start_time(pid: int) -> str:
-    """When a process started, in ticks since boot: with its number, it names one process for good."""
+    """When a process started, in ticks since boot: with its number, it names one for good."""
     with contextlib.suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     return ""
@@ -163,7 +163,7 @@ def main() -> None:
     _kill(left())
     for path in files:
         with contextlib.suppress(OSError):
-            os.unlink(path)
+            Path(path).unlink()
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -30,7 +30,9 @@ def actor_environment(layout: CpuLayout, gpus: float) -> dict[str, str]:
     """Environment of an actor: its threads, and where its children find the code."""
     environment = {
         "PYTHONPATH": os.pathsep.join(
-            filter(None, [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")])
+            filter(
+                None, [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")]
+            )
         ),
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_NO_USAGE_STATS": "1",

@@ -73,7 +73,9 @@ def ray_session(run_name: str, *, num_cpus: int | None = None) -> Iterator[str]:
             configure_logging=False,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ResourceError(f"Ray at {address!r} cannot be joined: {str(error).splitlines()[0]}") from None
+        raise ResourceError(
+            f"Ray at {address!r} cannot be joined: {str(error).splitlines()[0]}"
+        ) from None
     if threading.current_thread() is threading.main_thread():
         # Ray puts a handler of its own in the place of ours.
         signal.signal(signal.SIGTERM, on_sigterm)

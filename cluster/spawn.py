@@ -90,7 +90,7 @@ def spawn(
                     "runtime_env": {"env_vars": actor_environment(layout, role.placement.gpus)},
                     "scheduling_strategy": PlacementGroupSchedulingStrategy(group, bundle),
                 }
-                remote = ray.remote(role.cls).options(**options)
+                remote: Any = ray.remote(role.cls).options(**options)
                 handles[role.name].append(remote.remote(**role.arguments(number)))
                 bundle += 1
         _wait_until_ready(handles, timeout_s, say)

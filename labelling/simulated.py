@@ -28,12 +28,14 @@ from rlhf.seeding import derive_seed
 SOURCE = "simulated-assessor"
 _WORD = re.compile(r"[a-z0-9']+")
 _STOP_WORDS = frozenset(
-    "about above after again also always another because been before being best better between "
-    "both could does doing down during each every find from give good have having help here into "
-    "just keep know like make many maybe more most much must need never only other over please "
-    "quick same should simple small some someone something such suggest tell than that their them "
-    "then there these they thing things think this those through using very want what when where "
-    "which while will with without word words would write your".split()
+    """
+    about above after again also always another because been before being best better between
+    both could does doing down during each every find from give good have having help here into
+    just keep know like make many maybe more most much must need never only other over please
+    quick same should simple small some someone something such suggest tell than that their them
+    then there these they thing things think this those through using very want what when where
+    which while will with without word words would write your
+    """.split()  # noqa: SIM905 - a list of words reads best as words
 )
 _TOPIC_WORDS = 3
 

@@ -63,7 +63,7 @@ class ChatTokenizer:
             add_generation_prompt=True,
             tokenize=False,
         )
-        return self._encode(text)
+        return self._encode(str(text))
 
     def reply_ids(self, text: str, *, finished: bool) -> tuple[int, ...]:
         """Token ids of an assistant's reply; a finished one ends with the end-of-turn token."""
@@ -71,7 +71,7 @@ class ChatTokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of completion tokens, without special tokens."""
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def save(self, folder: Path) -> None:
         """Write tokenizer and template beside a model."""

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from rlhf.errors import ModelError
 
@@ -72,9 +73,10 @@ def _convert(gguf: Path, target: Path) -> None:
     config = type(quantised.config).from_dict(
         {k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}
     )
-    model = type(quantised)(config).to(torch.bfloat16)
+    model: Any = type(quantised)(config)
+    model.to(dtype=torch.bfloat16)
     model.load_state_dict(quantised.state_dict())
-    model.generation_config = GenerationConfig(
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

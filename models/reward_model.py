@@ -25,7 +25,6 @@ from rlhf.losses import bradley_terry_loss
 from rlhf.records import Message
 from rlhf.seeding import derive_seed
 
-
 _BATCH_TOKENS = 4096
 """Padded tokens a scoring pass may hold."""
 
@@ -200,7 +199,7 @@ class RewardModel:
 
     @classmethod
     def load(cls, folder: Path) -> RewardModel:
-        """Read a reward-model folder.
+        """Read a reward-model folder, or the one in a run's folder.
 
         Raises:
             ModelError: it is not one, or its files do not fit each other.

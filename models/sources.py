@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from models.embedded import embedded_model
+from rlhf.config import runs_path
 from rlhf.errors import ModelError
 
 EMBEDDED = "embedded"
@@ -30,6 +31,12 @@ def resolve_model(name: str) -> Path:
     return _download(name)
 
 
+def resolve_reward_model(name: str) -> Path:
+    """A reward-model folder: as named from here, else below PAVLOV_RUNS."""
+    here = Path(name).expanduser()
+    return here.resolve() if here.is_dir() else runs_path(name)
+
+
 def check_folder(folder: Path) -> Path:
     """`folder`, if it is a Hugging Face model folder with safetensors weights."""
     if not (folder / "config.json").is_file():
@@ -46,7 +53,9 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"])
+        folder = snapshot_download(
+            name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]
+        )
     except Exception as error:
         raise ModelError(
             f"{name} is neither a folder nor a model that the hub gives: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +96,7 @@ class Trunk:
         return features_ND
 
 
-def cut_layers(model: nn.Module, depth: float) -> int:
+def cut_layers(model: Any, depth: float) -> int:
     """Keep the first `depth` share of the model's layers, without the final norm; returns how many.
 
     Raises:
@@ -111,7 +112,7 @@ def cut_layers(model: nn.Module, depth: float) -> int:
     if len(stacks) != 1:
         raise ModelError(f"the layers of {type(model).__name__} cannot be cut")
     parent, name = stacks[0]
-    kept = max(1, round(total * depth))
+    kept: int = max(1, round(total * depth))
     setattr(parent, name, getattr(parent, name)[:kept])
     model.config.num_hidden_layers = kept
     if hasattr(model, "norm"):

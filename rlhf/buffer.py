@@ -142,6 +142,4 @@ class RolloutBuffer(Generic[Item]):
             try:
                 await asyncio.wait_for(self._changed.wait_for(condition), timeout_s)
             except TimeoutError:
-                raise TimeoutError(
-                    f"waited {timeout_s:.0f} s for {describe()}"
-                ) from None
+                raise TimeoutError(f"waited {timeout_s:.0f} s for {describe()}") from None

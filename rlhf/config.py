@@ -62,7 +62,7 @@ class RunSection(Section):
     """Where a run keeps its files."""
 
     dir: str | None = None
-    """The run's folder; default `<PAVLOV_RUNS>/<config's name>`. Relative means below PAVLOV_RUNS."""
+    """The run's folder, relative to PAVLOV_RUNS; default: the config's name."""
     checkpoint_every: PositiveInt = 5
     """Steps between checkpoints. The last step always writes one."""
     keep_checkpoints: PositiveInt = 2
@@ -100,7 +100,7 @@ class RewardSection(Section):
     """The reward-model ensemble that scores completions."""
 
     model: str
-    """A reward-model folder, as `pavlov reward` writes it to `<run>/reward`."""
+    """A reward-model folder, from here or below PAVLOV_RUNS; `pavlov reward` writes `<run>/reward`."""
     domain_shift: DomainShiftSection = DomainShiftSection()
     """The answer to disagreement."""
 
@@ -109,7 +109,7 @@ class PromptsSection(Section):
     """Where prompts come from."""
 
     prompts: list[str] = Field(min_length=1)
-    """Files (JSONL, JSONL.gz, Parquet), resolved against PAVLOV_DATA; HH transcripts are recognised."""
+    """Files (JSONL, JSONL.gz, Parquet) relative to PAVLOV_DATA; HH transcripts are recognised."""
     max_prompt_tokens: PositiveInt = 256
     """Longer prompts are left out and counted."""
     limit: PositiveInt | None = None
@@ -120,7 +120,7 @@ class AlgorithmSection(Section):
     """How rewards become a loss."""
 
     type: Literal["grpo", "rloo"] = "grpo"
-    """`grpo`: reward against the group's mean and deviation; `rloo`: against the mean of the others."""
+    """`grpo`: against the group's mean and deviation; `rloo`: against the mean of the others."""
     divide_by_deviation: bool = True
     """GRPO only: divide by the group's standard deviation (false: Dr. GRPO)."""
     clip_low: Fraction = 0.2
@@ -164,7 +164,7 @@ class RLSection(Section):
     completions_per_prompt: Annotated[int, Field(ge=2)] = 8
     """Siblings of a prompt, G."""
     max_staleness: NonNegativeInt = 0
-    """Publishes by which a completion may lag behind the learner; 0 is the synchronous algorithm."""
+    """Publishes by which a completion may lag behind the learner; 0 is synchronous."""
     max_tokens: PositiveInt = 64
     """Tokens a completion may have."""
     temperature: PositiveFloat = 1.0
@@ -369,7 +369,7 @@ class EnsembleSection(Section):
     """Share of the layers that are run; deeper ones add cost, not accuracy (measured)."""
     max_tokens: PositiveInt = 256
     """Longer prompts are cut on the left, longer replies on the right."""
-    l2: list[PositiveFloat] = Field([0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0], min_length=1)
+    l2: list[PositiveFloat] = Field(default=[0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0], min_length=1)
     """Candidates for the weight of the squared norm; cross-validation chooses."""
     folds: Annotated[int, Field(ge=2)] = 5
     """Folds of the cross-validation, by first user turn."""

@@ -85,7 +85,8 @@ def clipped_policy_loss(
 
 def entropy_from_logits(logits_NV: Tensor) -> Tensor:
     """Exact entropy in nats of each row's softmax; shape (N,)."""
-    return torch.special.entr(torch.softmax(logits_NV, dim=-1)).sum(dim=-1)
+    entropies_NV: Tensor = torch.special.entr(torch.softmax(logits_NV, dim=-1))
+    return entropies_NV.sum(dim=-1)
 
 
 def bradley_terry_loss(

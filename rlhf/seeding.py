@@ -6,7 +6,7 @@ import hashlib
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed in [0, 2**31) from a path of names and numbers, e.g. ``(run, prompt, epoch, sibling)``.
+    """A seed in [0, 2**31) from names and numbers, e.g. ``(run, prompt, epoch, sibling)``.
 
     SHA-256 of the parts, so that it is the same on every machine and in every process.
     """

@@ -6,7 +6,7 @@
     2 compare   a *simulated* assessor with a published rule and noise (labelling/simulated.py)
     3 reward    a Bradley-Terry ensemble from the comparisons
     4 rl        the policy against the ensemble; held-out prompts are answered again at its end
-    5 judge     tuned against base on the held-out prompts, by the rule that took no part in training
+    5 judge     tuned against base on the held-out prompts, by the rule, which did not train it
 
 Each stage leaves a file in the output folder and is skipped where its file is there, so that an
 interrupted demo goes on where it was.
@@ -112,26 +112,24 @@ def _sample_base(config: DemoConfig, out: Path, console: Console) -> dict[str, l
     if not path.is_file():
         train = demo_prompts("train", config.train_prompts)
         held = demo_prompts("heldout", config.heldout_prompts)
-        sampling = {
-            "seed": config.seed,
-            "max_tokens": config.rl.max_tokens,
-            "temperature": config.rl.temperature,
-        }
-        requests = requests_for(train, 2, **sampling) + requests_for(held, 1, **sampling)  # type: ignore[arg-type]
+        requests = requests_for(train, 2, config.rl, config.seed)
+        requests += requests_for(held, 1, config.rl, config.seed)
         console.print("1 sample    starting an engine")
-        with ray_session(f"{out.name}-sample", num_cpus=usable_cores()) as run:
-            with Progressing(console, "1 sample   ", len(requests)) as progress:
-                drawn = asyncio.run(
-                    sample_with_engine(
-                        resolve_model(config.policy.model),
-                        config.rollout,
-                        config.cluster,
-                        requests,
-                        run,
-                        say=console.print,
-                        done=progress.advance,
-                    )
+        with (
+            ray_session(f"{out.name}-sample", num_cpus=usable_cores()) as run,
+            Progressing(console, "1 sample   ", len(requests)) as progress,
+        ):
+            drawn = asyncio.run(
+                sample_with_engine(
+                    resolve_model(config.policy.model),
+                    config.rollout,
+                    config.cluster,
+                    requests,
+                    run,
+                    say=console.print,
+                    done=progress.advance,
                 )
+            )
         _write_answers(path, [request.prompt for request in requests], drawn)
     answers = _read_answers(path)
     console.print(f"1 sample    {sum(map(len, answers.values()))} answers of the base policy")
@@ -174,13 +172,7 @@ def _reinforce(config: DemoConfig, out: Path, console: Console) -> None:
         return
     settings = rl_config(config, out)
     held = demo_prompts("heldout", config.heldout_prompts)
-    requests = requests_for(
-        held,
-        1,
-        seed=config.seed,
-        max_tokens=config.rl.max_tokens,
-        temperature=config.rl.temperature,
-    )
+    requests = requests_for(held, 1, config.rl, config.seed)
 
     async def answer(fleet: Fleet) -> None:
         with Progressing(console, "4 answer   ", len(requests)) as progress:
@@ -292,10 +284,11 @@ def _show(out: Path, summary: dict[str, Any], console: Console) -> None:
     table.add_row("reward", f"{summary['reward_base']:+.2f}", f"{summary['reward_tuned']:+.2f}")
     table.add_row("finished", f"{summary['finished_base']:.0%}", f"{summary['finished_tuned']:.0%}")
     console.print(table)
+    share, low, high = (summary[f"win_rate{end}"] for end in ("", "_low", "_high"))
     console.print(
-        f"by the rule, tuned wins {summary['win_rate']:.0%} "
-        f"[{summary['win_rate_low']:.0%}, {summary['win_rate_high']:.0%}]; difference "
-        f"{summary['rule_difference']:+.2f} [{summary['rule_low']:+.2f}, {summary['rule_high']:+.2f}]"
+        f"by the rule, tuned wins {share:.0%} [{low:.0%}, {high:.0%}]; difference "
+        f"{summary['rule_difference']:+.2f} "
+        f"[{summary['rule_low']:+.2f}, {summary['rule_high']:+.2f}]"
     )
     rows = [json.loads(line) for line in (out / "comparison.jsonl").read_text().splitlines()]
     for row in rows[:3]:
@@ -303,8 +296,8 @@ def _show(out: Path, summary: dict[str, Any], console: Console) -> None:
         console.print(f"  base:  {' '.join(row['base'].split())}", markup=False)
         console.print(f"  tuned: {' '.join(row['tuned'].split())}", markup=False)
     console.print(
-        f"\n{summary['steps']} steps, {summary['wall_s'] / 60:.1f} min. The assessor was simulated; "
-        f"every answer stands in {out / 'comparison.jsonl'}",
+        f"\n{summary['steps']} steps, {summary['wall_s'] / 60:.1f} min. The assessor was "
+        f"simulated; every answer stands in {out / 'comparison.jsonl'}",
         markup=False,
     )
 
@@ -321,4 +314,6 @@ def _write_answers(
 
 def _read_answers(path: Path) -> dict[str, list[Answer]]:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return {row["id"]: [Answer(text, finished) for text, finished in row["answers"]] for row in rows}
+    return {
+        row["id"]: [Answer(text, finished) for text, finished in row["answers"]] for row in rows
+    }

@@ -172,9 +172,7 @@ class Fleet:
             async with self._scoring:
                 self._scoring.notify_all()
 
-    async def score(
-        self, groups: Sequence[RolloutGroup]
-    ) -> list[ScoredGroup | GenerationError]:
+    async def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup | GenerationError]:
         """Rewards and reference logprobs. Groups that arrive together are scored together."""
         futures = [asyncio.get_running_loop().create_future() for _ in groups]
         async with self._scoring:
@@ -258,7 +256,7 @@ class Fleet:
         transmit = self._learners[0].transmit_weights.remote()
         updates = [self._update(index) for index in range(len(self._rollouts))]
         gaps = await asyncio.gather(*updates, self._call(transmit, "learner-0"))
-        return max(gaps[: len(self._rollouts)])
+        return float(max(gaps[: len(self._rollouts)]))
 
     async def _update(self, index: int) -> float:
         assert self._published is not None
@@ -347,7 +345,7 @@ class Fleet:
         import ray
 
         try:
-            return await asyncio.wait_for(asyncio.ensure_future(_awaited(reference)), self._timeout_s)
+            return await asyncio.wait_for(_awaited(reference), self._timeout_s)
         except TimeoutError:
             raise RunError(f"{name} did not answer within {self._timeout_s:.0f} s") from None
         except ray.exceptions.RayTaskError as error:

@@ -139,9 +139,7 @@ class Loop:
                 return
         for ticket, prompt, epoch in work:
             if ticket in reasons:
-                failed = FailedGroup(
-                    prompt, epoch, reasons[ticket], self._config.rl.max_attempts
-                )
+                failed = FailedGroup(prompt, epoch, reasons[ticket], self._config.rl.max_attempts)
                 await self._buffer.fill(ticket, Produced(failed, 0.0, 0.0))
 
     async def _learn(self) -> None:

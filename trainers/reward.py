@@ -178,7 +178,7 @@ def cross_validate(
     """Fit on all folds but one, score that one; for every fold."""
     margins_KN = torch.empty(members, len(labels_N))
     spread_N = torch.empty(2, len(labels_N))
-    for fold in folds_N.unique():
+    for fold in sorted(set(folds_N.tolist())):
         held, fit = folds_N == fold, folds_N != fold
         heads = _fit(
             chosen_ND[fit], rejected_ND[fit], labels_N[fit], weights_N[fit], members, l2, seed

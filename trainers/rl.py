@@ -17,7 +17,7 @@ from cluster.session import ray_session, shared_memory_folder
 from models.chat import ChatTokenizer
 from models.preferences import read_prompts
 from models.reward_model import RewardModel
-from models.sources import resolve_model
+from models.sources import resolve_model, resolve_reward_model
 from rlhf.config import RLConfig, data_path
 from rlhf.errors import CheckpointError, DataError, PavlovError, RunError
 from rlhf.prompts import PromptCursor
@@ -65,7 +65,7 @@ def resolve_models(config: RLConfig) -> Models:
     """The folders of policy, reference and reward model; a wrong one is refused here."""
     policy = resolve_model(config.policy.model)
     reference = resolve_model(config.reference.model) if config.reference.model else policy
-    reward = Path(config.reward.model).expanduser().resolve()
+    reward = resolve_reward_model(config.reward.model)
     RewardModel.load(reward)
     return Models(policy, reference, reward)
 
@@ -85,7 +85,9 @@ def usable_prompts(config: RLConfig, policy: Path, console: Console) -> list[Pro
     limit = config.data.max_prompt_tokens
     kept = [p for p in prompts if len(tokenizer.prompt_ids(p.messages)) <= limit]
     if len(kept) < len(prompts):
-        console.print(f"{len(prompts) - len(kept)} prompts are longer than {limit} tokens: left out")
+        console.print(
+            f"{len(prompts) - len(kept)} prompts are longer than {limit} tokens: left out"
+        )
     if not kept:
         raise DataError(f"all {len(prompts)} prompts are longer than {limit} tokens")
     return kept
@@ -170,7 +172,9 @@ def _summary(metrics: dict[str, Any]) -> str:
         ("flagged", "ensemble/flagged_share", ".0%"),
     ]
     return "  ".join(
-        f"{label} {metrics[key]:{form}}" for label, key, form in parts if metrics.get(key) is not None
+        f"{label} {metrics[key]:{form}}"
+        for label, key, form in parts
+        if metrics.get(key) is not None
     )
 
 
@@ -190,4 +194,3 @@ def _first_cause(group: BaseException) -> BaseException:
     if isinstance(leaves[0], TimeoutError):
         return RunError(str(leaves[0]))
     return leaves[0]
-

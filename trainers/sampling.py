@@ -11,7 +11,7 @@ from actors.rollout import GroupRequest, RolloutActor
 from cluster.layout import choose_layout
 from cluster.session import shared_memory_folder
 from cluster.spawn import Role, spawn
-from rlhf.config import ClusterSection, RolloutSection
+from rlhf.config import ClusterSection, RLSection, RolloutSection
 from rlhf.errors import RunError
 from rlhf.records import Completion, Prompt, RolloutGroup
 from rlhf.seeding import derive_seed
@@ -20,16 +20,16 @@ Generate = Callable[[Sequence[GroupRequest]], Any]
 
 
 def requests_for(
-    prompts: Sequence[Prompt], count: int, *, seed: int, max_tokens: int, temperature: float
+    prompts: Sequence[Prompt], count: int, settings: RLSection, seed: int
 ) -> list[GroupRequest]:
-    """A request for `count` answers to every prompt; seeds follow from run seed and prompt."""
+    """A request for `count` answers to every prompt, sampled as the loop samples."""
     return [
         GroupRequest(
             prompt,
             0,
             tuple(derive_seed(seed, "sampling", prompt.id, index) for index in range(count)),
-            max_tokens,
-            temperature,
+            settings.max_tokens,
+            settings.temperature,
         )
         for prompt in prompts
     ]

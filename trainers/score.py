@@ -12,6 +12,7 @@ from rich.console import Console
 
 from models.preferences import SingleCompletion, read_scoring_rows
 from models.reward_model import RewardModel
+from models.sources import resolve_reward_model
 from rlhf.ensemble import aggregate, expected_calibration_error
 from rlhf.errors import DataError
 from rlhf.records import Message, PreferencePair
@@ -21,7 +22,7 @@ _ONE_SUFFIX = [""]
 _PAIR_SUFFIXES = ["_chosen", "_rejected"]
 
 
-def run_score(reward: Path, data: Path, out: Path | None, console: Console) -> dict[str, Any]:
+def run_score(reward: str, data: Path, out: Path | None, console: Console) -> dict[str, Any]:
     """Score every usable row; returns the summary, writes rows to `out` where it is given.
 
     Raises:
@@ -29,7 +30,7 @@ def run_score(reward: Path, data: Path, out: Path | None, console: Console) -> d
     """
     if out is not None and (out.suffix != ".parquet" or not out.absolute().parent.is_dir()):
         raise DataError(f"--out {out} must be a .parquet file in a folder that exists")
-    model = RewardModel.load(reward)
+    model = RewardModel.load(resolve_reward_model(reward))
     rows, report = read_scoring_rows(data)
     console.print(report.sentence())
     trunk = model.trunk()

@@ -45,7 +45,7 @@ class WeightSender(ABC):
     def prepare(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> WeightManifest:
         """Make the tensors available and say where. Earlier versions may be dropped."""
 
-    def transmit(self) -> None:
+    def transmit(self) -> None:  # noqa: B027 - most mechanisms have nothing to push
         """Send what was prepared, for mechanisms that push; returns when all engines have it."""
 
     @abstractmethod
@@ -56,7 +56,7 @@ class WeightSender(ABC):
 def checksum(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, as 16 hexadecimal digits."""
     data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(data).hexdigest()[:16]
+    return hashlib.sha256(memoryview(data)).hexdigest()[:16]
 
 
 def entry(tensor: Tensor) -> TensorEntry:
@@ -88,7 +88,9 @@ def verified(
             raise WeightUpdateError("checksum", f"{name} differs from what the learner sent")
         yield name, tensor
     if missing:
-        raise WeightUpdateError("names", f"{len(missing)} tensors did not come, {min(missing)} first")
+        raise WeightUpdateError(
+            "names", f"{len(missing)} tensors did not come, {min(missing)} first"
+        )
 
 
 def make_sender(transport: str, folder: Path) -> WeightSender:
@@ -120,5 +122,7 @@ def fetch(manifest: WeightManifest, folder: Path) -> Path:
         return fetch_to_file(manifest, folder)
     path = Path(manifest.location)
     if not path.is_file():
-        raise WeightUpdateError("version", f"version {manifest.version} is no longer at {path.name}")
+        raise WeightUpdateError(
+            "version", f"version {manifest.version} is no longer at {path.name}"
+        )
     return path

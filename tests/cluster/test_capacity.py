@@ -1,0 +1,99 @@
+"""Memory is asked for before anything starts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from cluster.capacity import memory_estimate_gib, require_memory
+from rlhf.config import RLConfig, parse_config
+from rlhf.errors import ResourceError
+
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.fixture
+def free_gib(monkeypatch: pytest.MonkeyPatch):
+    def pretend(gib: float) -> None:
+        memory = SimpleNamespace(available=gib * GIB, total=64 * GIB)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+
+    return pretend
+
+
+def config(**sections: object) -> RLConfig:
+    plain = {"dtype": "float32"}
+    values = {
+        "reward": {"model": "r"},
+        "data": {"prompts": ["p"]},
+        "policy": plain,
+        "reference": plain,
+        "rollout": plain,
+    }
+    return parse_config(RLConfig, {**values, **sections}, "test")
+
+
+def model_of(folder: Path, parameters: int) -> Path:
+    """A model folder with so many parameters that takes no disk: the file has a hole."""
+    import json
+
+    folder.mkdir()
+    header = json.dumps(
+        {"w": {"dtype": "F32", "shape": [parameters], "data_offsets": [0, 4 * parameters]}}
+    ).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 4 * parameters)
+    return folder
+
+
+def test_a_run_that_does_not_fit_is_refused_with_both_numbers(tiny_model, free_gib):
+    wanted = memory_estimate_gib([tiny_model, tiny_model], config())
+    free_gib(2.5)
+    with pytest.raises(ResourceError) as caught:
+        require_memory([tiny_model, tiny_model], config())
+    numbers = re.findall(r"\d+\.\d", str(caught.value))
+    assert numbers == [f"{wanted:.1f}", "2.5"]
+    assert "rollout.kv_cache_gib" in str(caught.value)
+
+
+def test_a_run_that_fits_is_accepted(tiny_model, free_gib):
+    wanted = memory_estimate_gib([tiny_model, tiny_model], config())
+    free_gib(wanted + 0.01)
+    require_memory([tiny_model, tiny_model], config())
+    free_gib(wanted - 0.01)
+    with pytest.raises(ResourceError):
+        require_memory([tiny_model, tiny_model], config())
+
+
+def test_the_estimate_counts_weights_optimiser_cache_and_processes(tmp_path, tiny_model):
+    quarter = GIB // 4  # parameters: 1 GiB of float32
+    big = model_of(tmp_path / "big", quarter)
+    small = memory_estimate_gib([tiny_model, tiny_model], config())
+    # An engine 1, the learner 16 / 4 and a copy on the wire 1, reference and reward trunk 1 each.
+    assert memory_estimate_gib([big, big], config()) - small == pytest.approx(8, abs=0.05)
+    # A small reference instead saves 1, bfloat16 in the engine a half twice.
+    assert memory_estimate_gib([big, tiny_model], config()) - small == pytest.approx(7, abs=0.05)
+    half = config(rollout={"dtype": "bfloat16"})
+    assert memory_estimate_gib([big, big], half) - small == pytest.approx(7, abs=0.05)
+    more_cache = config(rollout={"dtype": "float32", "kv_cache_gib": 3.0})
+    assert memory_estimate_gib([tiny_model] * 2, more_cache) - small == pytest.approx(2, abs=0.01)
+    engines = config(cluster={"rollout": {"actors": 2}})
+    assert memory_estimate_gib([big, big], engines) - memory_estimate_gib([big, big], config()) > 2
+
+
+def test_elsewhere_ray_places_by_resources(tiny_model, free_gib, monkeypatch):
+    free_gib(0.1)
+    on_gpus = config(cluster={"rollout": {"gpus": 1}, "learner": {"gpus": 1}})
+    require_memory([tiny_model, tiny_model], on_gpus)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    require_memory([tiny_model, tiny_model], config())

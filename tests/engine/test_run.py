@@ -1,0 +1,206 @@
+"""`pavlov rl` as a user runs it: the run folder, a kill, a resume, and what is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+pytestmark = pytest.mark.engine
+
+ROOT = Path(__file__).parents[2]
+STEPS = 4
+LEFT_BEHIND_S = 15
+
+REQUIRED_METRICS = [
+    "step",
+    "weight_version",
+    "reward/mean",
+    "reward/std",
+    "ensemble/disagreement",
+    "ensemble/flagged_share",
+    "kl/mean",
+    "kl/coefficient",
+    "entropy/mean",
+    "staleness/mean",
+    "staleness/max",
+    "completion/length_mean",
+    "time/step_s",
+    "time/rollout_s",
+    "time/learn_s",
+    "time/weights_s",
+    "tokens/step",
+]
+
+
+class Runs:
+    """Starts `pavlov rl` on the tiny model, in a folder of its own."""
+
+    def __init__(self, folder: Path, model: Path, reward: Path) -> None:
+        self.folder = folder
+        prompts = folder / "prompts.jsonl"
+        words = ["bread", "rice", "nets", "school", "river", "town", "hill", "pasta"]
+        rows = [{"id": word, "prompt": f"Tell me about {word}."} for word in words]
+        prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.config = folder / "tiny.toml"
+        self.config.write_text(
+            f"""
+deterministic = true
+policy = {{ model = "{model}", dtype = "float32" }}
+reference.dtype = "float32"
+reward.model = "{reward}"
+data = {{ prompts = ["{prompts}"], max_prompt_tokens = 64 }}
+run.checkpoint_every = 1
+rl = {{ num_steps = {STEPS}, prompts_per_step = 2, completions_per_prompt = 4, max_tokens = 24 }}
+learner.learning_rate = 1e-3
+rollout = {{ dtype = "float32", max_sequences = 8 }}
+"""
+        )
+
+    def start(self, name: str, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "pavlov.py", "rl", str(self.config), f"run.dir={name}"]
+        return subprocess.Popen(
+            [*command, *arguments],
+            cwd=ROOT,
+            env={**os.environ, "PAVLOV_RUNS": str(self.folder)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def metrics(self, name: str) -> list[dict[str, Any]]:
+        path = self.folder / name / "metrics.jsonl"
+        return (
+            [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        )
+
+    def rollouts(self, name: str) -> list[dict[str, Any]]:
+        paths = sorted((self.folder / name / "rollouts").glob("*.parquet"))
+        return [row for path in paths for row in pq.read_table(path).to_pylist()]
+
+    def until_step(self, name: str, process: subprocess.Popen[str], steps: int) -> None:
+        deadline = time.monotonic() + 240
+        while len(self.metrics(name)) < steps:
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert time.monotonic() < deadline, "no step within 240 s"
+            time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_reward_model: Path
+) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"), tiny_model, tiny_reward_model)
+
+
+@pytest.fixture(scope="module")
+def unbroken(runs: Runs) -> str:
+    process = runs.start("unbroken")
+    _, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors
+    return "unbroken"
+
+
+def everything_below(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+def assert_nothing_left(processes: list[psutil.Process], before: set[str]) -> None:
+    deadline = time.monotonic() + LEFT_BEHIND_S
+    while time.monotonic() < deadline:
+        alive = [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        files = shared_memory() - before
+        if not alive and not files:
+            return
+        time.sleep(0.5)
+    raise AssertionError(f"after {LEFT_BEHIND_S} s: {alive}, {files}")
+
+
+def test_a_run_leaves_the_promised_folder(runs: Runs, unbroken: str) -> None:
+    folder = runs.folder / unbroken
+    metrics = runs.metrics(unbroken)
+    assert [row["step"] for row in metrics] == list(range(STEPS))
+    assert all(key in row for row in metrics for key in REQUIRED_METRICS)
+    assert all(row["staleness/max"] == 0 for row in metrics)
+    assert len(runs.rollouts(unbroken)) == STEPS * 2 * 4
+    assert json.loads((folder / "config.json").read_text())["rl"]["num_steps"] == STEPS
+    assert list((folder / "tensorboard").iterdir())
+    assert (folder / "policy" / "model.safetensors").is_file()
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
+        "step-000003",
+        "step-000004",
+    ]
+
+
+def test_a_run_killed_in_step_three_leaves_nothing_and_resumes_token_for_token(
+    runs: Runs, unbroken: str
+) -> None:
+    before = shared_memory()
+    process = runs.start("killed")
+    runs.until_step("killed", process, 2)
+    below = everything_below(process.pid)
+    assert any("VLLM" in part for p in below for part in p.cmdline())
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert_nothing_left(below, before)
+    assert len(runs.metrics("killed")) < STEPS
+    resumed = runs.start("killed", "--resume")
+    output, errors = resumed.communicate(timeout=400)
+    assert resumed.returncode == 0, errors
+    assert "resuming" in output
+    assert_same_run(runs, unbroken, "killed")
+
+
+def assert_same_run(runs: Runs, first: str, second: str) -> None:
+    timeless = [
+        [{k: v for k, v in row.items() if not k.startswith(("time/", "learner/"))} for row in rows]
+        for rows in (runs.metrics(first), runs.metrics(second))
+    ]
+    assert runs.rollouts(first) == runs.rollouts(second)
+    assert timeless[0] == timeless[1]
+
+
+def test_a_run_whose_raylet_is_killed_ends_and_leaves_nothing(runs: Runs, unbroken: str) -> None:
+    before = shared_memory()
+    process = runs.start("headless")
+    runs.until_step("headless", process, 1)
+    below = everything_below(process.pid)
+    [raylet] = [p for p in below if p.name() == "raylet"]
+    raylet.kill()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode not in (0, None)
+    assert "Traceback" not in errors
+    assert_nothing_left(below, before)
+
+
+def test_an_interrupted_run_ends_cleanly(runs: Runs, unbroken: str) -> None:
+    before = shared_memory()
+    process = runs.start("interrupted")
+    runs.until_step("interrupted", process, 1)
+    below = everything_below(process.pid)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in errors
+    assert_nothing_left(below, before)
+
+
+def test_a_folder_that_holds_a_run_is_refused(runs: Runs, unbroken: str) -> None:
+    process = runs.start(unbroken)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "--resume" in errors
+    assert len(errors.strip().splitlines()) == 1
