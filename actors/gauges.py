@@ -5,6 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 
+def in_ray_actor() -> bool:
+    """Whether this process is a Ray actor, and not a test that builds the class directly."""
+    import ray
+
+    return ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
+
+
 class Gauges:
     """Gauges named ``pavlov_<name>``, tagged with run and actor; created on first use.
 

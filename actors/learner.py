@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from actors.engine import TrainingEngine
-from actors.gauges import Gauges
+from actors.gauges import Gauges, in_ray_actor
 from cluster.files import folder_beside
 from cluster.guard import Guard
 from cluster.weights import WeightManifest, WeightSender, make_sender
@@ -51,7 +51,8 @@ class LearnerActor:
         world_size: int = 1,
         gpus: float = 0,
     ) -> None:
-        self._guard = Guard(Path(shared_memory)) if rank == 0 else Guard()
+        folders = [Path(shared_memory)] if rank == 0 else []
+        self._guard = Guard(*folders, with_parent=in_ray_actor())
         self._gauges = Gauges(run, name)
         self._folder = Path(model)
         self._tokenizer = ChatTokenizer(self._folder)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from actors.gauges import in_ray_actor
+from cluster.guard import Guard
 from models.chat import ChatTokenizer
 from models.logprobs import TokenLogprobs, load_causal_model, reply_logprobs
 from rlhf.records import RolloutGroup
@@ -23,6 +25,7 @@ class ReferenceActor:
     def __init__(
         self, model: str, dtype: str, temperature: float, batch_tokens: int, gpus: float = 0
     ) -> None:
+        self._guard = Guard(with_parent=in_ray_actor())
         self._module = TokenLogprobs(load_causal_model(Path(model), dtype))
         self._module.requires_grad_(False)
         if gpus:

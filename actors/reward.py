@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from actors.gauges import Gauges
+from actors.gauges import Gauges, in_ray_actor
+from cluster.guard import Guard
 from models.reward_model import RewardModel
 from rlhf.ensemble import aggregate
 from rlhf.errors import GenerationError, PavlovError
@@ -33,6 +34,7 @@ class RewardActor:
     def __init__(
         self, model: str, disagreement_penalty: float, run: str, name: str, gpus: float = 0
     ) -> None:
+        self._guard = Guard(with_parent=in_ray_actor())
         self._gauges = Gauges(run, name)
         self._model = RewardModel.load(Path(model))
         self._model.trunk("cuda" if gpus else "cpu")

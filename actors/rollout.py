@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.gauges import Gauges
+from actors.gauges import Gauges, in_ray_actor
 from cluster.guard import Guard
 from cluster.weights.base import WeightManifest, fetch
 from cluster.weights.probe import Probe, check_probe
@@ -63,7 +63,7 @@ class RolloutActor:
     ) -> None:
         # Weights fetched from the object store lie in a folder of this actor's own.
         self._shared_memory = Path(shared_memory) / name
-        self._guard = Guard(self._shared_memory)
+        self._guard = Guard(self._shared_memory, with_parent=in_ray_actor())
         self._gauges = Gauges(run, name)
         self._settings = settings
         self._dtype = resolve_dtype(settings.dtype)

@@ -14,17 +14,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
 MARKER = "PAVLOV_OWNER"
 _SHARED_MEMORY = Path("/dev/shm")
 _TRACKERS_GRACE_S = 3.0
+_LOOK_EVERY_S = 1.0
+_CLOSE_S = 10.0
 
 
 class Guard:
@@ -32,49 +36,70 @@ class Guard:
 
     Args:
         folders: folders to remove when this process is gone.
+        with_parent: end this process when its parent dies. An actor's parent is the raylet, and
+            an actor that is busy in a long computation does not notice by itself.
     """
 
-    def __init__(self, *folders: Path) -> None:
+    def __init__(self, *folders: Path, with_parent: bool = False) -> None:
         token = uuid4().hex
         # Appended: a driver's children carry its marker and their own.
         os.environ[MARKER] = f"{os.environ.get(MARKER, '')}:{token}".lstrip(":")
         environment = {k: v for k, v in os.environ.items() if k != MARKER}
         environment["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
-        self._folders = folders
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "cluster.guard", token, *map(str, folders)],
+        # What is there already belongs to somebody else.
+        self._others = set(_descendants(os.getpid()))
+        self._other_files = self._mapped_by([os.getpid(), *self._others])
+        launcher = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "cluster.guard", token),
+                *(_identity(os.getpid()), _identity(os.getppid()) if with_parent else "-"),
+                *map(str, folders),
+            ],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
             close_fds=True,
             cwd="/",
             env=environment,
         )
+        assert launcher.stdin is not None
+        assert launcher.stdout is not None
+        self._pipe = launcher.stdin
+        self.pid = int(launcher.stdout.readline())
+        launcher.stdout.close()
+        launcher.wait(timeout=30)
 
     def watch(self) -> None:
-        """Name the present descendants, and the shared-memory files that they and this one map."""
+        """Name what was started since this guard was: descendants, and the files they map."""
         # Guards, this process's own and those of actors, outlive everybody on purpose.
-        below = [pid for pid in _descendants(os.getpid()) if not _runs(pid, b"cluster.guard")]
+        below = [
+            pid
+            for pid in _descendants(os.getpid())
+            if pid not in self._others and not _runs(pid, b"-m\0cluster.guard\0")
+        ]
         for pid in below:
-            self._tell(f"pid {pid} {_start_time(pid)}")
-        for pid in [os.getpid(), *below]:
-            for path in _mapped_shared_memory(pid):
-                self._tell(f"file {path}")
+            self._tell(f"pid {_identity(pid)}")
+        for path in self._mapped_by([os.getpid(), *below]) - self._other_files:
+            self._tell(f"file {path}")
+
+    @staticmethod
+    def _mapped_by(pids: list[int]) -> set[str]:
+        return set().union(*map(_mapped_shared_memory, pids))
 
     def close(self) -> None:
-        """Remove the folders and let the guard go: the owner has ended its children itself."""
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.wait(timeout=10)
-        for folder in self._folders:
-            shutil.rmtree(folder, ignore_errors=True)
+        """Let the guard go: the owner has ended its children. Files and folders are removed."""
+        self._tell("close")
+        with contextlib.suppress(BrokenPipeError):
+            self._pipe.close()
+        deadline = time.monotonic() + _CLOSE_S
+        while _start_time(self.pid) and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     def _tell(self, line: str) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(f"{line}\n".encode())
-            self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError, ValueError):
+            self._pipe.write(f"{line}\n".encode())
+            self._pipe.flush()
 
 
 def marked_processes(token: str) -> list[int]:
@@ -89,10 +114,28 @@ def marked_processes(token: str) -> list[int]:
 
 
 def _start_time(pid: int) -> str:
-    """When a process started, in ticks since boot: with its number, it names one for good."""
+    """When a process started, in ticks since boot.
+
+    Empty for a process that is gone, also where its parent has not collected it yet.
+    """
     with contextlib.suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]
     return ""
+
+
+def _identity(pid: int) -> str:
+    """A process by number and start time: numbers come again, both together do not."""
+    return f"{pid}@{_start_time(pid)}"
+
+
+def _pid(identity: str) -> int:
+    return int(identity.partition("@")[0])
+
+
+def _is_alive(identity: str) -> bool:
+    started = identity.partition("@")[2]
+    return bool(started) and _start_time(_pid(identity)) == started
 
 
 def _descendants(pid: int) -> list[int]:
@@ -111,14 +154,31 @@ def _descendants(pid: int) -> list[int]:
 
 
 def _mapped_shared_memory(pid: int) -> set[str]:
-    paths = set()
-    with contextlib.suppress(OSError):
+    """Files in shared memory that a process maps, by inode.
+
+    By name would miss semaphores: glibc makes them under another name and links them.
+    """
+    inodes = set()
+    with contextlib.suppress(OSError, ValueError):
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-            _, _, path = line.partition(f"{_SHARED_MEMORY}/")
-            # Ray's own object store belongs to the raylet, not to an actor that maps it.
-            if path and not path.endswith("(deleted)") and not path.startswith("plasma"):
-                paths.add(f"{_SHARED_MEMORY}/{path}")
-    return paths
+            fields = line.split(maxsplit=5)
+            if len(fields) == 6 and fields[5].startswith(f"{_SHARED_MEMORY}/"):
+                inodes.add(int(fields[4]))
+    if not inodes:
+        return set()
+    present = {}
+    for path in _SHARED_MEMORY.iterdir():
+        with contextlib.suppress(OSError):
+            present[path.stat().st_ino] = str(path)
+    return {path for inode, path in present.items() if inode in inodes}
+
+
+def _remove(files: Iterable[str], folders: Iterable[Path | str]) -> None:
+    for path in files:
+        with contextlib.suppress(OSError):
+            Path(path).unlink()
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _runs(pid: int, word: bytes) -> bool:
@@ -133,24 +193,45 @@ def _kill(pids: list[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def _lines_while_alive(processes: set[str]) -> Iterator[str]:
+    """Lines from the pipe until it closes or one of the processes is gone.
+
+    The pipe alone is not enough: a forked child of the owner holds it open.
+    """
+    buffer = b""
+    while all(map(_is_alive, processes)):
+        if not select.select([0], [], [], _LOOK_EVERY_S)[0]:
+            continue
+        if not (data := os.read(0, 65536)):
+            return
+        *lines, buffer = (buffer + data).split(b"\n")
+        yield from (line.decode() for line in lines)
+
+
 def main() -> None:
     """Wait for the owner's death, then clean up after it."""
-    token, *folders = sys.argv[1:]
+    # No child of the owner's: Ray's workers kill their children when they exit.
+    if child := os.fork():
+        print(child, flush=True)
+        os._exit(0)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    token, owner, parent, *folders = sys.argv[1:]
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
-    named: list[tuple[int, str]] = []
+    named = {owner}
     files: set[str] = set()
-    for line in sys.stdin:
-        kind, _, rest = line.strip().partition(" ")
+    for line in _lines_while_alive({owner, parent} - {"-"}):
+        kind, _, rest = line.partition(" ")
+        if kind == "close":
+            _remove(files, folders)
+            return
         if kind == "file":
             files.add(rest)
         else:
-            pid, _, started = rest.partition(" ")
-            named.append((int(pid), started))
+            named.add(rest)
 
     def left() -> list[int]:
-        alive = [pid for pid, started in named if started and _start_time(pid) == started]
-        return sorted({*marked_processes(token), *alive})
+        return sorted({*marked_processes(token), *(_pid(name) for name in named if _is_alive(name))})
 
     for pid in left():
         files |= _mapped_shared_memory(pid)
@@ -161,11 +242,7 @@ def main() -> None:
         _kill([pid for pid in left() if not _runs(pid, b"resource_tracker")])
         time.sleep(0.1)
     _kill(left())
-    for path in files:
-        with contextlib.suppress(OSError):
-            Path(path).unlink()
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+    _remove(files, folders)
 
 
 if __name__ == "__main__":

@@ -358,6 +358,8 @@ class Fleet:
             raise RunError(f"{name} failed: {type(cause).__name__}: {first_line(cause)}") from error
         except ray.exceptions.RayActorError as error:
             raise ActorLostError(f"{name} died: {first_line(error)}") from None
+        except ray.exceptions.RayError as error:
+            raise RunError(f"Ray failed under {name}: {first_line(error)}") from None
 
     def _restart(self, name: str) -> None:
         """An actor whose engine died is no use any more: end it, so that Ray starts it again."""

@@ -64,7 +64,7 @@ def test_inside_a_ray_job_a_relative_folder_is_refused_with_the_remedy(
         monkeypatch.setenv("PAVLOV_RUNS", variable)
     assert in_ray_job()
     for directory in (None, "mine"):
-        with pytest.raises(RunFolderError, match="inside a Ray job .*PAVLOV_RUNS"):
+        with pytest.raises(RunFolderError, match=r"inside a Ray job .*PAVLOV_RUNS"):
             resolve_run_folder(directory, Path("rl.toml"))
 
 

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,35 +28,52 @@ import json, mmap, os, subprocess, sys, time
 from pathlib import Path
 from cluster.guard import Guard
 
-folder, mapped, watches = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "watch"
-SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
+folder, mapped, how = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+
+def start(code, **options):
+    arguments = [sys.executable, "-c", code, str(mapped)]
+    return subprocess.Popen(arguments, stdout=subprocess.DEVNULL, **options).pid
+
+MAP = "import mmap, sys, time; f = open(sys.argv[1], 'r+b'); m = mmap.mmap(f.fileno(), 4096); "
+SLEEP = "import time; time.sleep(600)"
+DEAF = "import signal; [signal.signal(s, signal.SIG_IGN) for s in (1, 2, 15)]; " + SLEEP
+DAEMON = '''import subprocess, sys
+code = "import time; time.sleep(600)"
+sleeper = subprocess.Popen(
+    [sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL
+)
+print(sleeper.pid)
+'''
+
 guard = Guard(folder)
-pids = {"guard": guard._process.pid}
+pids = {"guard": guard.pid}
 folder.mkdir()
 (folder / "version-1.safetensors").write_bytes(b"weights")
 mapped.write_bytes(bytes(4096))
-with mapped.open("r+b") as file:
-    memory = mmap.mmap(file.fileno(), 4096)
 
-pids["child"] = subprocess.Popen(SLEEP).pid
-pids["own session"] = subprocess.Popen(SLEEP, start_new_session=True).pid
-# Of a parent that is gone at once: re-parented, in a session of its own.
-daemon = "import subprocess, sys; print(subprocess.Popen(sys.argv[1:], start_new_session=True).pid)"
-made = subprocess.run([sys.executable, "-c", daemon, *SLEEP], stdout=subprocess.PIPE)
-pids["orphan"] = int(made.stdout)
-stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); signal.signal(1, signal.SIG_IGN); time.sleep(600)"
-pids["stubborn"] = subprocess.Popen([sys.executable, "-c", stubborn]).pid
-if watches:
+pids["child"] = start(SLEEP)
+pids["child in a session of its own"] = start(SLEEP, start_new_session=True)
+pids["deaf child"] = start(DEAF)
+# Of a parent that is gone at once: re-parented, and in a session of its own.
+made = subprocess.run([sys.executable, "-c", DAEMON], stdout=subprocess.PIPE)
+pids["orphan in a session of its own"] = int(made.stdout)
+if how == "plain":
+    pids["child that maps a file"] = start(MAP + "time.sleep(600)")
+else:
+    with mapped.open("r+b") as file:
+        memory = mmap.mmap(file.fileno(), 4096)
     # Like a process that renamed itself: its environment can no longer be read.
-    pids["unmarked"] = subprocess.Popen(SLEEP, env={}).pid
+    pids["child without a marker"] = start(SLEEP, env={})
+    if how == "forked":
+        pids["child by fork"] = os.fork()
+        if not pids["child by fork"]:
+            time.sleep(600)
+            os._exit(0)
     guard.watch()
-if sys.argv[4] == "fork":
-    pids["fork"] = os.fork() or time.sleep(600)
+time.sleep(0.3)
 print(json.dumps(pids), flush=True)
-sys.stdin.read()
-if sys.argv[4] == "exit":
-    sys.exit(0)
-raise RuntimeError("a crash")
+if sys.stdin.readline() == "crash\\n":
+    raise RuntimeError("a crash")
 """
 
 
@@ -80,20 +96,26 @@ def within(seconds: float, condition: Callable[[], bool]) -> bool:
 class Owned:
     """A process with a guard, what it started, and what it put into shared memory."""
 
-    def __init__(self, *, watch: bool = False, ending: str = "crash") -> None:
+    def __init__(self, how: str) -> None:
         token = uuid4().hex[:8]
         self.folder = SHARED_MEMORY / f"pavlovtest-{token}"
         self.mapped = SHARED_MEMORY / f"pavlovtest-{token}.map"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(OWNER), self.folder, self.mapped]
-            + ["watch" if watch else "no", ending],
+            [sys.executable, "-c", OWNER, self.folder, self.mapped, how],
             env={k: v for k, v in os.environ.items() if k != MARKER} | {"PYTHONPATH": str(ROOT)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            text=True,
         )
+        self.pids: dict[str, int] = {}
+
+    def read_pids(self) -> None:
         assert self.process.stdout is not None
-        self.pids: dict[str, int] = json.loads(self.process.stdout.readline())
+        self.pids = json.loads(self.process.stdout.readline())
+
+    def everything(self) -> list[str]:
+        return [*self.pids, self.folder.name, self.mapped.name]
 
     def left(self) -> list[str]:
         names = [name for name, pid in self.pids.items() if alive(pid)]
@@ -117,9 +139,10 @@ class Owned:
 def owned() -> Iterator[Callable[..., Owned]]:
     made: list[Owned] = []
 
-    def make(**how: object) -> Owned:
-        made.append(Owned(**how))  # type: ignore[arg-type]
-        assert not set(made[-1].pids) - set(made[-1].left())
+    def make(how: str = "plain") -> Owned:
+        made.append(Owned(how))
+        made[-1].read_pids()
+        assert made[-1].left() == made[-1].everything()
         return made[-1]
 
     yield make
@@ -127,44 +150,33 @@ def owned() -> Iterator[Callable[..., Owned]]:
         one.clear_away()
 
 
-@pytest.mark.parametrize("watch", [False, True])
-def test_a_killed_owner_leaves_no_process_and_no_shared_memory(owned, watch):
-    owner = owned(watch=watch)
-    assert {owner.folder.name, owner.mapped.name} <= set(owner.left())
+@pytest.mark.parametrize("how", ["plain", "watched", "forked"])
+def test_a_killed_owner_leaves_no_process_and_no_shared_memory(owned, how):
+    owner = owned(how)
     os.kill(owner.process.pid, signal.SIGKILL)
     assert within(PATIENCE_S, lambda: not owner.left()), owner.left()
 
 
-def test_an_owner_that_crashes_or_just_ends_leaves_nothing_either(owned):
-    for ending in ("crash", "exit"):
-        owner = owned(ending=ending)
-        owner.process.stdin.close()
-        assert within(PATIENCE_S, lambda owner=owner: not owner.left()), owner.left()
-
-
-def test_an_owner_that_forked_leaves_nothing_either(owned):
-    """A child by fork has a copy of the pipe's end and an environment from before the marker."""
-    owner = owned(watch=True, ending="fork")
-    os.kill(owner.process.pid, signal.SIGKILL)
-    assert within(PATIENCE_S, lambda: set(owner.left()) <= {"fork"}), owner.left()
+@pytest.mark.parametrize("ending", ["crash", "exit"])
+def test_an_owner_that_crashes_or_just_ends_leaves_nothing_either(owned, ending):
+    owner = owned()
+    owner.process.communicate(f"{ending}\n", timeout=30)
+    assert within(PATIENCE_S, lambda: not owner.left()), owner.left()
 
 
 def test_while_its_owner_lives_a_guard_touches_nothing(owned):
-    owner = owned(watch=True)
-    before = owner.left()
-    os.kill(owner.pids["guard"], signal.SIGINT)
-    os.kill(owner.pids["guard"], signal.SIGTERM)
-    os.kill(owner.pids["guard"], signal.SIGHUP)
-    time.sleep(1)
-    assert owner.left() == before
+    owner = owned("watched")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(owner.pids["guard"], number)
+    time.sleep(0.5)
+    assert owner.left() == owner.everything()
 
 
 def test_the_death_of_one_owner_is_nothing_to_another(owned):
     one, other = owned(), owned()
-    before = other.left()
     os.kill(one.process.pid, signal.SIGKILL)
-    assert within(PATIENCE_S, lambda: not one.left())
-    assert other.left() == before
+    assert within(PATIENCE_S, lambda: not one.left()), one.left()
+    assert other.left() == other.everything()
 
 
 NESTED = """
@@ -205,6 +217,45 @@ def test_an_owner_takes_along_what_is_below_it_and_not_what_is_above(killed, gon
         process.wait(timeout=10)
 
 
+DROPS = """
+import gc, subprocess, sys, time
+from cluster.guard import Guard
+
+def work():
+    guard = Guard()
+    raise RuntimeError("the engine did not start")
+
+try:
+    work()
+except RuntimeError:
+    pass
+gc.collect()
+code = "import time; time.sleep(600)"
+child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+time.sleep(3)
+print("lives", child.pid, flush=True)
+"""
+
+
+def test_an_owner_that_drops_its_guard_lives_on_and_leaves_nothing_in_the_end():
+    """An actor whose constructor fails must still be able to say why."""
+    done = subprocess.run(
+        [sys.executable, "-c", DROPS],
+        env={k: v for k, v in os.environ.items() if k != MARKER} | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0
+    lives, child = done.stdout.split()
+    assert lives == "lives"
+    try:
+        assert within(PATIENCE_S, lambda: not alive(int(child)))
+    finally:
+        with contextlib.suppress(OSError):
+            os.kill(int(child), signal.SIGKILL)
+
+
 def test_closing_a_guard_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv(MARKER, "outer")
     folder, bystander = tmp_path / "weights", tmp_path / "other"
@@ -212,11 +263,10 @@ def test_closing_a_guard_leaves_nothing(tmp_path, monkeypatch):
     folder.mkdir()
     bystander.mkdir()
     (folder / "version-1.safetensors").write_bytes(b"weights")
-    pid = guard._process.pid
+    pid = guard.pid
     assert alive(pid)
     guard.close()
     assert not alive(pid)
-    assert not Path(f"/proc/{pid}").exists()
     assert not folder.exists()
     assert bystander.exists()
 
@@ -224,7 +274,7 @@ def test_closing_a_guard_leaves_nothing(tmp_path, monkeypatch):
 def test_closing_twice_or_after_the_guard_died_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setenv(MARKER, "outer")
     guard = Guard(tmp_path / "weights")
-    os.kill(guard._process.pid, signal.SIGKILL)
+    os.kill(guard.pid, signal.SIGKILL)
     guard.watch()
     guard.close()
     guard.close()
@@ -237,6 +287,6 @@ def test_children_inherit_the_markers_of_all_their_owners(monkeypatch):
         outer, own = os.environ[MARKER].split(":")
         assert outer == "outer"
         assert len(own) == 32
-        assert MARKER.encode() not in Path(f"/proc/{guard._process.pid}/environ").read_bytes()
+        assert MARKER.encode() not in Path(f"/proc/{guard.pid}/environ").read_bytes()
     finally:
         guard.close()

@@ -104,7 +104,7 @@ def test_a_learner_that_shuts_down_drops_its_weights(shared, tiny_model, monkeyp
         "run",
         "learner-0",
     )
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "version-1.safetensors").write_bytes(b"weights")
     actor.shutdown()
     assert not folder.exists()

@@ -108,7 +108,7 @@ def test_a_faulty_update_is_refused_by_name_of_check_and_tensor(fault, check, na
 
 def test_a_tensor_that_comes_twice_is_refused():
     sent = version(2)
-    with pytest.raises(WeightUpdateError, match="names check: scale .* twice"):
+    with pytest.raises(WeightUpdateError, match=r"names check: scale .* twice"):
         list(verified([*sent.items(), ("scale", sent["scale"])], announced(sent)))
 
 

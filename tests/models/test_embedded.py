@@ -1,4 +1,4 @@
-"""The conversion into the cache: whole or not at all, and once, whoever asks. No real conversion."""
+"""The conversion into the cache: whole or not at all, and once, whoever asks. It is faked here."""
 
 from __future__ import annotations
 

@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 from models import sources
-from models.sources import check_folder, resolve_model, weights_fingerprint
+from models.sources import (
+    check_folder,
+    resolve_model,
+    resolve_reward_model,
+    weights_fingerprint,
+)
 from rlhf.errors import ModelError
 
 
@@ -88,3 +93,12 @@ def test_the_fingerprint_is_of_config_and_weights_wherever_they_lie(tiny_model, 
         assert weights_fingerprint(model_copy) != fingerprint
         (model_copy / name).write_bytes(original)
     assert weights_fingerprint(model_copy) == fingerprint
+
+
+def test_a_reward_model_is_found_from_here_or_else_below_pavlov_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PAVLOV_RUNS", str(tmp_path / "runs"))
+    assert resolve_reward_model("mine") == tmp_path / "runs" / "mine"
+    assert resolve_reward_model("/elsewhere/reward") == Path("/elsewhere/reward")
+    (tmp_path / "mine").mkdir()
+    assert resolve_reward_model("mine") == (tmp_path / "mine").resolve()

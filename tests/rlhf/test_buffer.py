@@ -184,6 +184,24 @@ def test_two_takers_never_get_the_same_groups():
     assert run(scenario()) != [[0], [0]]
 
 
+@pytest.mark.parametrize("turns", range(8))
+def test_who_is_cancelled_while_waiting_stops_even_if_the_wait_ends_in_that_moment(turns):
+    """A taker that went on would learn from a run that is over, and wait for groups in vain."""
+
+    async def scenario():
+        buffer = RolloutBuffer(1, 0)
+        (ticket,) = await buffer.admit(1, timeout_s=5)
+        taker = await start(buffer.take(timeout_s=50))
+        await buffer.fill(ticket, "x")
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if taker.cancel():
+            with pytest.raises(asyncio.CancelledError):
+                await taker
+
+    run(scenario())
+
+
 def test_depth_counts_slots_and_ready_counts_groups_that_wait_for_the_learner():
     async def scenario():
         buffer = RolloutBuffer(1, 2)

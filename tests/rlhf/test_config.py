@@ -328,7 +328,7 @@ def test_the_demo_refuses_what_reinforcement_learning_refuses(tmp_path, override
 @pytest.mark.parametrize("root", [RLConfig, DemoConfig])
 def test_every_command_with_a_loop_has_the_same_sections_for_it(root):
     assert issubclass(root, LoopConfig)
-    shared = {key for key in known_keys(LoopConfig)}
+    shared = set(known_keys(LoopConfig))
     assert {"seed", "policy.model", "rl.kl.coefficient", "cluster.learner.actors"} <= shared
     assert shared <= set(known_keys(root))
 

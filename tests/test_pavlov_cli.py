@@ -1,0 +1,301 @@
+"""The one door: a user's mistake is one sentence and exit code 2, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import pavlov
+from rlhf.config import DemoConfig, RewardConfig, RLConfig, load_config
+from rlhf.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = [command.callback.__name__ for command in pavlov.app.registered_commands]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call answered."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Place:
+    """An empty folder to stand in, with runs beside it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.here, self.runs, self.cache = folder / "here", folder / "runs", folder / "cache"
+        self.here.mkdir()
+        self.environment = {
+            **os.environ,
+            "PAVLOV_RUNS": str(self.runs),
+            "PAVLOV_CACHE": str(self.cache),
+            "PAVLOV_DATA": str(self.here),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+            self.environment.pop(name, None)
+
+    def call(self, *arguments: object) -> Outcome:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "pavlov.py"), *map(str, arguments)],
+            cwd=self.here,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    def write(self, name: str, text: str) -> Path:
+        (self.here / name).write_text(text)
+        return self.here / name
+
+    def everything(self) -> set[str]:
+        roots = [self.here, self.runs, self.cache]
+        return {str(path) for root in roots if root.exists() for path in [root, *root.rglob("*")]}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+@pytest.fixture
+def refused(place: Place) -> Callable[..., str]:
+    """The sentence with which a call is refused; nothing is written by it."""
+
+    def refused(*arguments: object) -> str:
+        before = place.everything()
+        outcome = place.call(*arguments)
+        assert outcome.code == 2, outcome.err
+        assert "Traceback" not in outcome.err + outcome.out
+        [sentence] = [line for line in outcome.err.splitlines() if line.startswith("pavlov: ")]
+        assert outcome.err.splitlines()[-1] == sentence
+        assert place.everything() == before
+        return sentence.removeprefix("pavlov: ")
+
+    return refused
+
+
+RL = """
+[policy]
+model = "{model}"
+[reward]
+model = "{reward}"
+[data]
+prompts = ["prompts.jsonl"]
+[rl]
+num_steps = 1
+[rollout]
+kv_cache_gib = 1.0
+"""
+
+
+@pytest.fixture
+def rl_file(place: Place, tiny_model: Path, tiny_reward_model: Path) -> Path:
+    """A configuration with nothing wrong in it; it would start the actors."""
+    place.write("prompts.jsonl", '{"prompt": "What is a good name for a cat?"}\n')
+    return place.write("rl.toml", RL.format(model=tiny_model, reward=tiny_reward_model))
+
+
+# A configuration that is wrong
+
+
+def test_a_missing_file_is_named(place, refused):
+    assert refused("rl", "missing.toml") == "there is no configuration file missing.toml"
+    assert refused("reward", "missing.toml") == "there is no configuration file missing.toml"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["rl.num_step=3"], "rl.num_step is not a known key; did you mean rl.num_steps?"),
+        (["rl.num_steps=many"], "rl.num_steps = 'many': input should be"),
+        (["rl.top_p=0.9"], "rl.top_p = 0.9 with a ratio loss"),
+        (["rl.num_steps"], "an override is written key=value, got 'rl.num_steps'"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence_with_its_key(place, rl_file, refused, arguments, says):
+    assert says in refused("rl", rl_file, *arguments)
+
+
+def test_a_file_that_is_not_toml_is_named(place, refused):
+    place.write("broken.toml", "[rl\n")
+    assert refused("rl", "broken.toml").startswith("broken.toml is not valid TOML")
+
+
+# Models and data that cannot be used
+
+
+def test_a_model_folder_without_weights_is_refused(place, rl_file, refused, tiny_model):
+    bare = place.here / "bare"
+    bare.mkdir()
+    shutil.copy(tiny_model / "config.json", bare)
+    assert f"{bare} has no weights" in refused("rl", rl_file, f"policy.model={bare}")
+
+
+def test_a_missing_reward_model_is_refused(place, rl_file, refused):
+    message = refused("rl", rl_file, "reward.model=/no/such/reward")
+    assert message.startswith("/no/such/reward is not a reward model")
+    message = refused("score", "--reward", "/no/such/reward", "--data", "pairs.jsonl", "--json")
+    assert message.startswith("/no/such/reward is not a reward model")
+
+
+def test_data_that_cannot_be_read_is_refused(place, rl_file, refused):
+    assert "there is no data file" in refused("rl", rl_file, 'data.prompts=["none.jsonl"]')
+    place.write("prompts.jsonl", "no json\n{}\n")
+    message = refused("rl", rl_file)
+    assert "none of the 2 rows" in message
+    assert "line 1" in message
+
+
+def test_a_run_folder_that_holds_something_is_refused(place, rl_file, refused):
+    run = place.runs / "rl"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("{}\n")
+    assert f"{run} already holds a run; go on with --resume" in refused("rl", rl_file)
+
+
+@pytest.fixture
+def busy(place: Place) -> Iterator[Path]:
+    """A run folder that another process holds."""
+    run = place.runs / "busy"
+    code = (
+        "import sys; from pathlib import Path; from cluster.files import RunFolder; "
+        f"folder = RunFolder.claim(Path({str(run)!r}), {{}}, resume=False); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=place.environment | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    yield run
+    holder.kill()
+    holder.communicate(timeout=30)
+
+
+def test_a_run_folder_in_use_is_refused(place, rl_file, refused, busy):
+    recorded = (busy / "config.json").read_text()
+    message = refused("rl", rl_file, "run.dir=busy")
+    assert message == f"{busy} is in use by another process"
+    assert (busy / "config.json").read_text() == recorded
+
+
+def test_a_demo_does_not_move_into_a_folder_of_something_else(place, refused):
+    place.write("thesis.tex", "years of work")
+    message = refused("demo", "--out", place.here)
+    assert f"{place.here} is not empty and holds no demo" in message
+
+
+# Help and output
+
+
+@pytest.fixture(scope="module")
+def helped() -> dict[str, str]:
+    """The help of every command, in this process."""
+    runner = CliRunner()
+    outcomes = {name: runner.invoke(pavlov.app, [name, "--help"]) for name in COMMANDS}
+    assert {outcome.exit_code for outcome in outcomes.values()} == {0}
+    return {name: outcome.output for name, outcome in outcomes.items()}
+
+
+def example(text: str) -> list[str]:
+    found = re.search(r"Example: (pavlov [^\n]*(?:\n +[^\n]+)*)", text)
+    assert found, text
+    return shlex.split(found.group(1))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_every_command_shows_an_example_of_it(helped, name):
+    words = example(helped[name])
+    assert words[:2] == ["pavlov", name]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_example_names_files_options_and_keys_that_exist(helped, name):
+    words = example(helped[name])[2:]
+    for option in (word for word in words if word.startswith("--")):
+        assert option in helped[name].partition("Example:")[0]
+    configs = [ROOT / word for word in words if word.endswith(".toml")]
+    overrides = [word for word in words if "=" in word]
+    assert all(path.is_file() for path in configs)
+    assert not overrides or configs
+    for path in configs:
+        read(path, overrides)
+
+
+def test_help_in_a_shell_lists_the_commands(place):
+    outcome = place.call("--help")
+    assert outcome.code == 0
+    assert all(re.search(rf"^ +{name} ", outcome.out, re.MULTILINE) for name in COMMANDS)
+    without = place.call()
+    assert "Usage" in without.out + without.err
+
+
+def test_an_unknown_command_or_a_missing_argument_is_a_usage_error(place):
+    for arguments in (["train"], ["rl"], ["score"]):
+        outcome = place.call(*arguments)
+        assert outcome.code == 2
+        assert "Traceback" not in outcome.err
+
+
+def test_doctor_in_json_prints_one_object_and_nothing_else(place):
+    outcome = place.call("doctor", "--json")
+    findings = json.loads(outcome.out)
+    assert {"ok", "problems", "versions", "cpus", "gpus", "memory_gib"} <= set(findings)
+    assert outcome.code == (0 if findings["ok"] else 1)
+    assert not place.cache.exists()
+
+
+# The configurations that are shipped
+
+
+def read(path: Path, overrides: list[str]) -> object:
+    """The configuration by the class of its command, told by the file's name where it can be."""
+    by_name = {"rl": RLConfig, "gpu": RLConfig, "reward": RewardConfig, "demo": DemoConfig}
+    if root := by_name.get(path.stem.partition("_")[0]):
+        return load_config(root, path, overrides)
+    import rlhf.config
+
+    roots = [
+        value
+        for name, value in vars(rlhf.config).items()
+        if name.endswith("Config") and isinstance(value, type) and name != "LoopConfig"
+    ]
+    reasons = []
+    for root in roots:
+        try:
+            return load_config(root, path, overrides)
+        except ConfigError as error:
+            reasons.append(str(error))
+    pytest.fail(f"{path.name} is of no command: {reasons}")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.name)
+def test_every_shipped_configuration_is_valid(path):
+    read(path, [])
+
+
+def test_configurations_are_shipped_for_every_command_that_takes_one():
+    names = {path.name for path in (ROOT / "configs").glob("*.toml")}
+    assert {"demo.toml", "rl_hh_cpu.toml", "reward_hh_cpu.toml", "gpu_8x.toml"} <= names
