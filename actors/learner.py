@@ -16,6 +16,7 @@ from actors.engine import TrainingEngine
 from actors.gauges import Gauges, in_ray_actor
 from cluster.files import folder_beside
 from cluster.guard import Guard
+from cluster.session import hold_shared_memory
 from cluster.weights import WeightManifest, WeightSender, make_sender
 from cluster.weights.probe import PROBE_TEXT, Probe
 from models.chat import ChatTokenizer
@@ -53,6 +54,7 @@ class LearnerActor:
     ) -> None:
         folders = [Path(shared_memory)] if rank == 0 else []
         self._guard = Guard(*folders, with_parent=in_ray_actor())
+        self._held = hold_shared_memory(Path(shared_memory)) if rank == 0 else None
         self._gauges = Gauges(run, name)
         self._folder = Path(model)
         self._tokenizer = ChatTokenizer(self._folder)

@@ -14,7 +14,6 @@ from rlhf.ensemble import aggregate
 from rlhf.errors import GenerationError, PavlovError
 from rlhf.records import GroupScores, RolloutGroup
 
-
 EMPTY_REWARD = -3.0
 """What a completion without visible text gets, in deviations. There is nothing to judge, and a head
 that likes finished answers would like the empty one best: trained on human comparisons heads put it

@@ -11,6 +11,7 @@ from typing import Any
 
 from actors.gauges import Gauges, in_ray_actor
 from cluster.guard import Guard
+from cluster.session import hold_shared_memory
 from cluster.weights.base import WeightManifest, fetch
 from cluster.weights.probe import Probe, check_probe
 from models.chat import ChatTokenizer
@@ -62,7 +63,8 @@ class RolloutActor:
         worker_extension: str = "actors.vllm_worker.WeightLoader",
     ) -> None:
         # Weights fetched from the object store lie in a folder of this actor's own.
-        self._shared_memory = Path(shared_memory) / name
+        self._shared_memory = Path(f"{shared_memory}-{name}")
+        self._held = hold_shared_memory(self._shared_memory)
         self._guard = Guard(self._shared_memory, with_parent=in_ray_actor())
         self._gauges = Gauges(run, name)
         self._settings = settings

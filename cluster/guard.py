@@ -1,8 +1,8 @@
 """The guard: whatever its owner leaves behind, it removes.
 
 Every process of a run that has children or shared-memory files starts a guard: a small process in
-a session of its own that reads a pipe. When the owner dies, however it dies, the pipe closes, and
-the guard kills every process that carries the owner's marker in its environment and removes the
+a session of its own that reads a pipe and looks. When the owner dies, however it dies, the guard
+kills every process that carries the owner's marker in its environment and removes the
 owner's files. Children inherit the environment, so grandchildren that were re-parented are found
 too. A process that renamed itself (as Ray's and vLLM's do) has overwritten its environment: those
 are named to the guard while their parents live, by number and start time. Linux only.
@@ -194,15 +194,19 @@ def _kill(pids: list[int]) -> None:
 
 
 def _lines_while_alive(processes: set[str]) -> Iterator[str]:
-    """Lines from the pipe until it closes or one of the processes is gone.
+    """Lines from the pipe until one of the processes is gone.
 
-    The pipe alone is not enough: a forked child of the owner holds it open.
+    The pipe's end is not enough to go by: a forked child of the owner holds it open.
     """
     buffer = b""
     while all(map(_is_alive, processes)):
         if not select.select([0], [], [], _LOOK_EVERY_S)[0]:
             continue
         if not (data := os.read(0, 65536)):
+            # An owner may drop its guard and live on.
+            time.sleep(0.05)
+            while all(map(_is_alive, processes)):
+                time.sleep(_LOOK_EVERY_S)
             return
         *lines, buffer = (buffer + data).split(b"\n")
         yield from (line.decode() for line in lines)
@@ -231,7 +235,9 @@ def main() -> None:
             named.add(rest)
 
     def left() -> list[int]:
-        return sorted({*marked_processes(token), *(_pid(name) for name in named if _is_alive(name))})
+        return sorted(
+            {*marked_processes(token), *(_pid(name) for name in named if _is_alive(name))}
+        )
 
     for pid in left():
         files |= _mapped_shared_memory(pid)

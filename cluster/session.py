@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import signal
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from cluster.files import in_ray_job
@@ -17,27 +21,71 @@ from cluster.guard import Guard
 from rlhf.errors import ResourceError
 
 
+def _watch_raylet(ended: threading.Event) -> None:
+    """Ends this process as SIGTERM does when the raylet it started is gone.
+
+    Ray would wait for a node that never comes back, to start the lost actors again.
+    """
+    import psutil
+
+    raylets = [p for p in psutil.Process().children() if p.name() == "raylet"]
+    while raylets and not ended.wait(1.0):
+        if not all(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in raylets):
+            print("pavlov: Ray on this machine died; go on with --resume", file=sys.stderr)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+
+
 def shared_memory_folder(run_id: str) -> Path:
     """Where the weights of a run pass from process to process on one node."""
     return Path("/dev/shm") / f"pavlov-{run_id}"
 
 
+def hold_shared_memory(folder: Path) -> Any:
+    """Make a folder in shared memory and mark it as used by this process, for as long as it lives.
+
+    Keep what is returned: the mark goes with it.
+    """
+    from filelock import FileLock
+
+    with _sweeping():
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "alive.lock")
+        lock.acquire(timeout=10)
+    return lock
+
+
 def sweep_shared_memory() -> None:
-    """Remove shared-memory folders whose runs are gone from this node (no lock is held)."""
+    """Remove shared-memory folders that no living process on this node holds.
+
+    Guards leave none behind; this is for those whose guard was killed too.
+    """
+    with _sweeping():
+        for folder in Path("/dev/shm").glob("pavlov-*"):
+            if not _is_held(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweeping() -> Any:
+    """Held while folders are made or swept, so that none is swept before it is marked."""
+    from filelock import FileLock
+
+    return FileLock(Path(tempfile.gettempdir()) / "pavlov-sweep.lock", timeout=60)
+
+
+def _is_held(folder: Path) -> bool:
     from filelock import FileLock, Timeout
 
-    for folder in Path("/dev/shm").glob("pavlov-*"):
-        lock = FileLock(folder / "alive.lock")
-        try:
-            lock.acquire(timeout=0)
-        except (Timeout, OSError):
-            continue
-        for path in folder.iterdir():
-            path.unlink(missing_ok=True)
-        lock.release()
-        with contextlib.suppress(OSError):
-            (folder / "alive.lock").unlink(missing_ok=True)
-            folder.rmdir()
+    mark = folder / "alive.lock"
+    if not mark.exists():
+        return False
+    lock = FileLock(mark)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
 
 
 @contextlib.contextmanager
@@ -79,11 +127,15 @@ def ray_session(run_name: str, *, num_cpus: int | None = None) -> Iterator[str]:
     if threading.current_thread() is threading.main_thread():
         # Ray puts a handler of its own in the place of ours.
         signal.signal(signal.SIGTERM, on_sigterm)
+    ended = threading.Event()
     if guard is not None:
         guard.watch()
+        watch = threading.Thread(target=_watch_raylet, args=(ended,), daemon=True)
+        watch.start()
     try:
         yield namespace
     finally:
+        ended.set()
         ray.shutdown()
         if guard is not None:
             time.sleep(0.2)

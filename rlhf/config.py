@@ -100,7 +100,7 @@ class RewardSection(Section):
     """The reward-model ensemble that scores completions."""
 
     model: str
-    """A reward-model folder, from here or below PAVLOV_RUNS; `pavlov reward` writes `<run>/reward`."""
+    """A reward-model folder, from here or below PAVLOV_RUNS: `<run>/reward` of `pavlov reward`."""
     domain_shift: DomainShiftSection = DomainShiftSection()
     """The answer to disagreement."""
 

@@ -33,6 +33,8 @@ from rlhf.records import GroupScores, RolloutGroup, ScoredGroup, StepReport, Tra
 
 Result = TypeVar("Result")
 
+_CLOSE_S = 8.0
+
 
 @dataclass(frozen=True, slots=True)
 class Models:
@@ -307,10 +309,11 @@ class Fleet:
         """End the engines and drop weights in flight; what does not answer is ended by Ray."""
         if self._scorer is not None:
             self._scorer.cancel()
-        ends = [actor.shutdown.remote() for actor in self._rollouts + self._learners]
-        for end in ends:
-            with contextlib.suppress(PavlovError, TimeoutError):
-                await asyncio.wait_for(self._call(end, "an actor"), 20)
+        ends = [
+            asyncio.wait_for(self._call(actor.shutdown.remote(), "an actor"), _CLOSE_S)
+            for actor in self._rollouts + self._learners
+        ]
+        await asyncio.gather(*ends, return_exceptions=True)
 
     async def _pause(self) -> None:
         await self._on_rollouts("pause")

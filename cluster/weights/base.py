@@ -55,8 +55,8 @@ class WeightSender(ABC):
 
 def checksum(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, as 16 hexadecimal digits."""
-    data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(memoryview(data)).hexdigest()[:16]
+    data: Any = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def entry(tensor: Tensor) -> TensorEntry:
