@@ -20,7 +20,8 @@ from cluster.session import hold_shared_memory
 from cluster.weights import WeightManifest, WeightSender, make_sender
 from cluster.weights.probe import PROBE_TEXT, Probe
 from models.chat import ChatTokenizer
-from models.logprobs import TokenLogprobs, load_causal_model, reply_logprobs
+from models.loading import load_causal_model
+from models.logprobs import TokenLogprobs, reply_logprobs
 from models.packing import PackedBatch, Row, collate, micro_batches, pack
 from models.precision import resolve_dtype
 from rlhf.config import LearnerSection, RLSection

@@ -8,7 +8,8 @@ from pathlib import Path
 from actors.gauges import in_ray_actor
 from cluster.guard import Guard
 from models.chat import ChatTokenizer
-from models.logprobs import TokenLogprobs, load_causal_model, reply_logprobs
+from models.loading import load_causal_model
+from models.logprobs import TokenLogprobs, reply_logprobs
 from rlhf.records import RolloutGroup
 
 

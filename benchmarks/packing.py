@@ -13,7 +13,8 @@ import time
 import torch
 
 from models.chat import ChatTokenizer
-from models.logprobs import TokenLogprobs, load_causal_model
+from models.loading import load_causal_model
+from models.logprobs import TokenLogprobs
 from models.packing import MAX_ROW_TOKENS, collate, micro_batches, pack
 from models.sources import resolve_model
 from rlhf.records import Message

@@ -161,7 +161,7 @@ class RunFolder:
                     for name, size in state["files"].items()
                     if not (path / name).is_file() or (path / name).stat().st_size != size
                 ]
-            except (OSError, ValueError, KeyError):
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 wrong = ["state.json"]
             if not wrong:
                 return path, state

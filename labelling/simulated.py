@@ -88,7 +88,8 @@ class SimulatedAssessor:
             question, second.text, finished=second.finished
         )
         draw = random.Random(derive_seed(self._seed, SOURCE, prompt.id, first.text, second.text))
-        prefers_first = draw.random() < 1 / (1 + math.exp(-difference / self._noise))
+        # The sigmoid by tanh: an exponential would overflow where there is hardly any noise.
+        prefers_first = draw.random() < 0.5 + 0.5 * math.tanh(difference / self._noise / 2)
         chosen, rejected = (first, second) if prefers_first else (second, first)
         return PreferencePair(
             prompt.messages,

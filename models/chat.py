@@ -13,7 +13,9 @@ from rlhf.records import Message
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ message.role | capitalize }}: {{ message.content }}"
-    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}\n\n"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    # As an expression: a newline of the template's own right after a block is trimmed.
+    "{{ '\\n\\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )

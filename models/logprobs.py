@@ -6,14 +6,11 @@ Shapes as in `models.packing`: B rows, N replies of up to T tokens; V vocabulary
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from models.packing import PackedBatch, TokenIds, collate, micro_batches, pack
-from models.precision import resolve_dtype
-from rlhf.errors import ModelError
 
 
 class TokenLogprobs(nn.Module):
@@ -79,20 +76,3 @@ def reply_logprobs(
             for row, index in zip(logprobs_NT.tolist(), batch.indices, strict=True):
                 results[index] = tuple(row[: len(replies[index])])
     return results
-
-
-def load_causal_model(folder: Path, dtype: str, *, attention: str = "sdpa") -> nn.Module:
-    """A causal language model from a folder, in evaluation mode.
-
-    Raises:
-        ModelError: the weights do not fit the configuration, or the architecture is unknown.
-    """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, resolve_dtype(dtype)), attn_implementation=attention
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
-    return model.eval()

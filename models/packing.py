@@ -91,11 +91,18 @@ def micro_batches(rows: Sequence[Row], budget_tokens: int) -> list[list[Row]]:
     """
     batches: list[list[Row]] = []
     for row in sorted(rows, key=lambda row: (-row.length, row.indices)):
-        if batches and batches[-1][0].length * (len(batches[-1]) + 1) <= budget_tokens:
+        if batches and padded_tokens([*batches[-1], row]) <= budget_tokens:
             batches[-1].append(row)
         else:
             batches.append([row])
     return batches
+
+
+def padded_tokens(rows: Sequence[Row]) -> int:
+    """Tokens of a batch with its padding: prompts and replies are padded apart."""
+    prompt_width = max(len(row.prompt) for row in rows)
+    reply_width = max(row.length - len(row.prompt) for row in rows)
+    return (prompt_width + reply_width) * len(rows)
 
 
 def collate(rows: Sequence[Row], pad_id: int, device: torch.device | str = "cpu") -> PackedBatch:

@@ -370,8 +370,8 @@ def _pair(row: Row, source: str, line: int) -> PreferencePair:
         weight=_number(row, "weight", default=1.0),
         source=_optional_text(row, "source", source),
         criterion=_criterion(row),
-        chosen_finished=row.get("chosen_finished") is not False,
-        rejected_finished=row.get("rejected_finished") is not False,
+        chosen_finished=_flag(row, "chosen_finished", default=True),
+        rejected_finished=_flag(row, "rejected_finished", default=True),
     )
 
 
@@ -531,6 +531,15 @@ def _number(row: Row, name: str, default: float) -> float:
         return float(value)
     except OverflowError:
         raise ValueError(f"{name} that is too large") from None
+
+
+def _flag(row: Row, name: str, default: bool) -> bool:
+    value = row.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} that is neither true nor false")
+    return value
 
 
 def _criterion(row: Row) -> str:

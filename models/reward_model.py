@@ -20,7 +20,7 @@ from torch import Tensor
 from models.sources import resolve_model, weights_fingerprint
 from models.trunk import Trunk
 from rlhf.ensemble import aggregate, disagreement, standardise
-from rlhf.errors import ModelError
+from rlhf.errors import DataError, ModelError
 from rlhf.losses import bradley_terry_loss
 from rlhf.records import Message
 from rlhf.seeding import derive_seed
@@ -62,6 +62,16 @@ class Heads:
     member_mean_K: Tensor
     member_deviation_K: Tensor
 
+    def fit_together(self) -> bool:
+        """Whether the tensors agree on K and D."""
+        if self.weights_KD.ndim != 2:
+            return False
+        members, features = self.weights_KD.shape
+        return {self.feature_mean_D.shape, self.feature_deviation_D.shape} == {(features,)} and {
+            self.member_mean_K.shape,
+            self.member_deviation_K.shape,
+        } == {(members,)}
+
     def rewards(self, features_ND: Tensor) -> Tensor:
         """Standardised rewards, shape (K, N)."""
         raw_KN = self.raw(features_ND)
@@ -90,7 +100,15 @@ def fit_heads(
     `difference_ND` is chosen minus rejected; `labels_N` the probability that chosen is preferred.
     Each member minimises its Bradley-Terry cross-entropy over a bootstrap draw of the weighted
     pairs plus ``l2 * |w|^2``. The members are independent problems solved side by side.
+
+    Raises:
+        DataError: no pair has any weight.
     """
+    live_N = weights_N > 0
+    if not live_N.any():
+        raise DataError("every pair has weight 0: there is nothing to train on")
+    # Drawn from pairs that count: a draw of pairs without weight would have no mean.
+    difference_ND, labels_N, weights_N = difference_ND[live_N], labels_N[live_N], weights_N[live_N]
     pairs = difference_ND.shape[0]
     counts_KN = torch.zeros(members, pairs)
     for member in range(members):
@@ -212,10 +230,10 @@ class RewardModel:
         try:
             card = RewardCard.model_validate_json((folder / "reward.json").read_text())
             heads = Heads(**load_file(folder / "heads.safetensors"))
-        except (ValidationError, SafetensorError, OSError, TypeError) as error:
+        except (ValidationError, SafetensorError, OSError, TypeError, UnicodeDecodeError) as error:
             raise ModelError(
                 f"{folder} is a damaged reward model: {str(error).splitlines()[0]}"
             ) from None
-        if heads.weights_KD.shape[0] != card.members:
+        if not heads.fit_together() or heads.weights_KD.shape[0] != card.members:
             raise ModelError(f"{folder} is a damaged reward model: heads and card disagree")
         return cls(card, heads)

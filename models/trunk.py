@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from models.chat import ChatTokenizer
+from models.loading import load_backbone
 from models.logprobs import attention_mask
 from models.packing import TokenIds, collate, micro_batches, pack
-from models.precision import resolve_dtype
 from rlhf.errors import ModelError
 from rlhf.records import Message
 
@@ -36,10 +36,8 @@ class Trunk:
         batch_tokens: int,
         device: str = "cpu",
     ) -> None:
-        from transformers import AutoModel
-
         self.tokenizer = ChatTokenizer(folder)
-        model = AutoModel.from_pretrained(folder, dtype=getattr(torch, resolve_dtype(dtype))).eval()
+        model: Any = load_backbone(folder, dtype)
         model.requires_grad_(False)
         self.layers = cut_layers(model, depth)
         self._model = model.to(device)
@@ -58,7 +56,8 @@ class Trunk:
         if len(reply_ids) == int(finished):
             raise ModelError("an empty reply cannot be scored")
         prompt_ids = self.tokenizer.prompt_ids(messages)
-        kept_prompt = max(_MIN_PROMPT_TOKENS, self._max_tokens - len(reply_ids))
+        least = min(_MIN_PROMPT_TOKENS, self._max_tokens // 2)
+        kept_prompt = max(least, self._max_tokens - len(reply_ids))
         prompt_ids = prompt_ids[-kept_prompt:]
         return prompt_ids, reply_ids[: self._max_tokens - len(prompt_ids)]
 

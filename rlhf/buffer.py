@@ -140,6 +140,9 @@ class RolloutBuffer(Generic[Item]):
     ) -> None:
         async with self._changed:
             try:
-                await asyncio.wait_for(self._changed.wait_for(condition), timeout_s)
+                # Not `asyncio.wait_for`: in Python 3.11 it swallows a cancellation that comes in
+                # the moment in which the wait ends.
+                async with asyncio.timeout(timeout_s):
+                    await self._changed.wait_for(condition)
             except TimeoutError:
                 raise TimeoutError(f"waited {timeout_s:.0f} s for {describe()}") from None

@@ -367,7 +367,7 @@ class EnsembleSection(Section):
     """K. Disagreement of fewer than eight is a lottery (measured)."""
     depth: Annotated[float, Field(gt=0, le=1)] = 0.67
     """Share of the layers that are run; deeper ones add cost, not accuracy (measured)."""
-    max_tokens: PositiveInt = 256
+    max_tokens: Annotated[int, Field(ge=16)] = 256
     """Longer prompts are cut on the left, longer replies on the right."""
     l2: list[PositiveFloat] = Field(default=[0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0], min_length=1)
     """Candidates for the weight of the squared norm; cross-validation chooses."""

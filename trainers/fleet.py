@@ -189,12 +189,15 @@ class Fleet:
                 work, self._unscored = self._unscored, []
             try:
                 results = await self._score_batch([group for group, _ in work])
-            except PavlovError as error:
+            except Exception as error:
+                # Whoever waits for a score gets the error; the next batch may fare better.
                 results = [error] * len(work)
             for (_, future), result in zip(work, results, strict=True):
-                if isinstance(result, PavlovError) and not isinstance(result, GenerationError):
+                if future.done():
+                    continue
+                if isinstance(result, Exception) and not isinstance(result, GenerationError):
                     future.set_exception(result)
-                elif not future.done():
+                else:
                     future.set_result(result)
 
     def _enough_to_score(self) -> bool:
@@ -348,7 +351,8 @@ class Fleet:
         import ray
 
         try:
-            return await asyncio.wait_for(_awaited(reference), self._timeout_s)
+            async with asyncio.timeout(self._timeout_s):
+                return await reference
         except TimeoutError:
             raise RunError(f"{name} did not answer within {self._timeout_s:.0f} s") from None
         except ray.exceptions.RayTaskError as error:
@@ -371,7 +375,3 @@ class Fleet:
         role, _, number = name.rpartition("-")
         if role == "rollout":
             ray.kill(self._rollouts[int(number)], no_restart=False)
-
-
-async def _awaited(reference: Awaitable[Result]) -> Result:
-    return await reference

@@ -63,7 +63,9 @@ def run_score(reward: str, data: Path, out: Path | None, console: Console) -> di
         table.append(values)
     if out is not None:
         beside = out.with_name(f".{out.name}.part")
-        pq.write_table(pa.Table.from_pylist(table), beside)
+        # Pairs and single completions have columns of their own; the table has all of them.
+        names = dict.fromkeys(name for values in table for name in values)
+        pq.write_table(pa.table({name: [v.get(name) for v in table] for name in names}), beside)
         beside.rename(out)
     every = [first for firsts in pairs.values() for first in firsts]
     summary = _figures(model, raw_KN, every)

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models.logprobs import TokenLogprobs, load_causal_model, reply_logprobs
+from models.loading import load_causal_model
+from models.logprobs import TokenLogprobs, reply_logprobs
 from models.packing import PackedBatch, collate, micro_batches, pack
 from rlhf.errors import ModelError
 
