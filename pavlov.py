@@ -7,6 +7,7 @@ when it is needed, so that `--help` and a wrong key answer at once.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -139,6 +140,9 @@ def main() -> None:
     # The progress bars are ours; the libraries' own say nothing that a user can act on.
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("DeepSpeed").addFilter(
+        lambda record: "Setting accelerator to CPU" not in record.getMessage()
+    )
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         app()

@@ -160,10 +160,17 @@ def _deepspeed_config(settings: LearnerSection, dtype: str) -> dict[str, Any]:
 
 
 def _safe_checkpoint_engine(engine: Any) -> Any:
-    """DeepSpeed's checkpoint engine, reading tensors and plain data only, never pickled code."""
+    """DeepSpeed's checkpoint engine, reading tensors, plain data and the few plain records that a
+    sharded optimiser's state is made of; never other pickled code."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    records: list[Any] = [LossScaler, ZeroStageEnum, fragment_address]
 
     def load(path: str, map_location: Any = None) -> Any:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        with torch.serialization.safe_globals(records):
+            return torch.load(path, map_location=map_location, weights_only=True)
 
     engine.load = load
     return engine

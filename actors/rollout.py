@@ -74,7 +74,8 @@ class RolloutActor:
         self._weight_version: int | None = None
         self._requests = 0
         self._tokens = 0
-        self._busy_since: float | None = None
+        self._waiting = 0
+        self._since = (time.monotonic(), 0)
         self._holds = 0
         self._updating = asyncio.Lock()
         self._updated = asyncio.Event()
@@ -171,20 +172,22 @@ class RolloutActor:
             collectors.append(
                 await self._engine.add_request(f"r{self._requests}", engine_prompt, parameters)
             )
-        if self._busy_since is None:
-            self._busy_since = time.monotonic()
+        self._waiting += len(collectors)
         return request, prompt_ids, collectors
 
     async def _collect(self, admitted: Any) -> RolloutGroup | GenerationError:
         if isinstance(admitted, GenerationError):
             return admitted
         request, prompt_ids, collectors = admitted
-        outputs = await asyncio.gather(*(collector.get() for collector in collectors))
+        try:
+            outputs = await asyncio.gather(*(collector.get() for collector in collectors))
+        finally:
+            self._waiting -= len(collectors)
         completions = tuple(
             self._completion(output.outputs[0], seed)
             for output, seed in zip(outputs, request.seeds, strict=True)
         )
-        self._tokens += sum(completion.length for completion in completions)
+        self._report(sum(completion.length for completion in completions))
         return RolloutGroup(request.prompt, request.epoch, prompt_ids, completions)
 
     def _completion(self, output: Any, seed: int) -> Completion:
@@ -201,6 +204,22 @@ class RolloutActor:
             oldest_version=min(versions),
             newest_version=max(versions),
             seed=seed,
+        )
+
+    def _report(self, tokens: int) -> None:
+        """Export what was generated, at most once a second."""
+        self._tokens += tokens
+        now = time.monotonic()
+        seconds, before = now - self._since[0], self._since[1]
+        if seconds < 1 and self._waiting:
+            return
+        self._since = (now, self._tokens)
+        self._gauges.set(
+            {
+                "rollout/tokens": self._tokens,
+                "rollout/tokens_per_s": (self._tokens - before) / seconds,
+                "rollout/queue_depth": self._waiting,
+            }
         )
 
     async def pause(self, *, clear_cache: bool = False) -> None:
@@ -313,11 +332,6 @@ class RolloutActor:
         """The weight version this engine serves, None before the first; waits for an update."""
         async with self._updating:
             return self._weight_version
-
-    async def tokens_generated(self) -> int:
-        """Completion tokens since the start; also exported, with the rate since the last call."""
-        self._gauges.set({"rollout/tokens": self._tokens})
-        return self._tokens
 
     async def shutdown(self) -> None:
         """End the engine and its processes."""

@@ -16,7 +16,7 @@ from typing import Any
 from cluster.layout import CpuLayout, actor_environment
 from rlhf import errors
 from rlhf.config import RolePlacement
-from rlhf.errors import ActorLostError, PavlovError, ResourceError, RunError
+from rlhf.errors import PavlovError, ResourceError, RunError
 
 _SAY_EVERY_S = 30.0
 
@@ -153,7 +153,7 @@ def _wait_until_ready(
                 raise _start_error(name, error) from None
         now = time.monotonic()
         if pending and now - started > timeout_s:
-            raise ActorLostError(
+            raise RunError(
                 f"not ready after {timeout_s:.0f} s: {', '.join(sorted(pending.values()))}"
             )
         if pending and now - said > _SAY_EVERY_S:

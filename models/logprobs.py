@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.packing import PackedBatch, TokenIds, collate, micro_batches, pack
+from rlhf.losses import entropy_from_logits
 
 
 class TokenLogprobs(nn.Module):
@@ -38,8 +39,7 @@ class TokenLogprobs(nn.Module):
         normaliser_R = torch.logsumexp(logits_RV, dim=-1)
         chosen_NT = logits_RV[batch.predictors_NT, batch.reply_ids_NT]
         with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-            probabilities_RV = torch.exp(logits_RV - normaliser_R.unsqueeze(-1))
-            entropy_R = normaliser_R - (probabilities_RV * logits_RV).sum(dim=-1)
+            entropy_R = entropy_from_logits(logits_RV, normaliser_R)
         return chosen_NT - normaliser_R[batch.predictors_NT], entropy_R[batch.predictors_NT]
 
 

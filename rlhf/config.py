@@ -251,6 +251,8 @@ class ClusterSection(Section):
     """How long to wait for resources and for actors to start."""
     call_timeout_s: PositiveFloat = 1800
     """How long any single call to an actor may take."""
+    restarts: NonNegativeInt = 2
+    """How often a run that lost its learner goes on by itself, from its newest checkpoint."""
     rollout: RolePlacement = RolePlacement()
     """vLLM engines."""
     reward: RolePlacement = RolePlacement()

@@ -83,10 +83,16 @@ def clipped_policy_loss(
     return PolicyLoss(loss, ratio_BT.detach(), (held_BT < free_BT).detach() & ~padding_BT)
 
 
-def entropy_from_logits(logits_NV: Tensor) -> Tensor:
-    """Exact entropy in nats of each row's softmax; shape (N,)."""
-    entropies_NV: Tensor = torch.special.entr(torch.softmax(logits_NV, dim=-1))
-    return entropies_NV.sum(dim=-1)
+def entropy_from_logits(logits_NV: Tensor, normaliser_N: Tensor | None = None) -> Tensor:
+    """Exact entropy in nats of each row's softmax; shape (N,).
+
+    log Z - sum p x, whose gradient stays finite where a probability underflows to zero (that of
+    -p log p does not). `normaliser_N` is log Z where the caller has it already.
+    """
+    if normaliser_N is None:
+        normaliser_N = torch.logsumexp(logits_NV, dim=-1)
+    probabilities_NV = torch.exp(logits_NV - normaliser_N.unsqueeze(-1))
+    return normaliser_N - (probabilities_NV * logits_NV).sum(dim=-1)
 
 
 def bradley_terry_loss(

@@ -98,21 +98,8 @@ def build_tiny_model(folder: Path, *, chat_template: str | None = CHATML, seed: 
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder with a tiny random chat model. Shared: copy it before changing it."""
-    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="session")
-def tiny_base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model without a chat template, as a raw base model."""
-    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny-base", chat_template=None)
-
-
-@pytest.fixture(scope="session")
-def tiny_reward_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """A reward-model folder: three random heads on the whole of `tiny_model`."""
+def build_tiny_reward_model(folder: Path, model: Path) -> Path:
+    """A reward-model folder: three random heads on the whole of a tiny model."""
     import torch
 
     from models.chat import ChatTokenizer
@@ -122,9 +109,9 @@ def tiny_reward_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path
     generator = torch.Generator().manual_seed(0)
     card = RewardCard(
         version="tiny",
-        model=str(tiny_model),
-        model_fingerprint=weights_fingerprint(tiny_model),
-        tokenizer_fingerprint=ChatTokenizer(tiny_model).fingerprint,
+        model=str(model),
+        model_fingerprint=weights_fingerprint(model),
+        tokenizer_fingerprint=ChatTokenizer(model).fingerprint,
         dtype="float32",
         depth=1.0,
         layers=2,
@@ -145,10 +132,27 @@ def tiny_reward_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path
         torch.zeros(3),
         torch.ones(3),
     )
-    folder = tmp_path_factory.mktemp("reward") / "reward"
     folder.mkdir()
     RewardModel(card, heads).save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder with a tiny random chat model. Shared: copy it before changing it."""
+    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model without a chat template, as a raw base model."""
+    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny-base", chat_template=None)
+
+
+@pytest.fixture(scope="session")
+def tiny_reward_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """Three random heads on `tiny_model`. Shared: copy it before changing it."""
+    return build_tiny_reward_model(tmp_path_factory.mktemp("reward") / "reward", tiny_model)
 
 
 @pytest.fixture(scope="session")

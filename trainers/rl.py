@@ -19,7 +19,7 @@ from models.preferences import read_prompts
 from models.reward_model import RewardModel
 from models.sources import resolve_model, resolve_reward_model
 from rlhf.config import RLConfig, data_path
-from rlhf.errors import CheckpointError, DataError, PavlovError, RunError
+from rlhf.errors import ActorLostError, CheckpointError, DataError, PavlovError, RunError
 from rlhf.prompts import PromptCursor
 from rlhf.records import FailedGroup, Prompt, ScoredGroup
 from trainers.fleet import Fleet, Models
@@ -53,12 +53,27 @@ def run_rl(
     require_memory([models.policy, models.reference], config)
     folder = RunFolder.claim(folder_path, config.model_dump(mode="json"), resume=resume)
     try:
-        asyncio.run(_train(config, models, prompts, folder, console, resume, finish))
-    except ExceptionGroup as group:
-        raise _first_cause(group) from group
+        for left in range(config.cluster.restarts, -1, -1):
+            try:
+                _attempt(config, models, prompts, folder, console, resume, finish)
+                break
+            except ActorLostError as error:
+                if not left:
+                    raise
+                console.print(f"{error}; going on from the newest checkpoint")
+                resume = True
     finally:
         folder.release()
     return folder.path
+
+
+def _attempt(*arguments: Any) -> None:
+    """Train with actors of its own, until the end or until something is lost that Ray cannot
+    replace: the learner, whose state stands in the checkpoints."""
+    try:
+        asyncio.run(_train(*arguments))
+    except ExceptionGroup as group:
+        raise _first_cause(group) from group
 
 
 def resolve_models(config: RLConfig) -> Models:

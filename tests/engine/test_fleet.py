@@ -121,6 +121,9 @@ def test_actors_export_gauges_that_prometheus_can_scrape(bench: Bench) -> None:
         "pavlov_ensemble_disagreement",
         "pavlov_ensemble_flagged_share",
         "pavlov_entropy_mean",
+        "pavlov_rollout_tokens_per_s",
+        "pavlov_rollout_queue_depth",
+        "pavlov_learner_tokens_per_s",
     }
     missing = wanted
     for _ in range(30):

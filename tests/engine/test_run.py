@@ -11,15 +11,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
+
+from tests.leftovers import assert_nothing_left, below, shared_memory
 
 pytestmark = pytest.mark.engine
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4
-LEFT_BEHIND_S = 15
 
 REQUIRED_METRICS = [
     "step",
@@ -110,25 +110,6 @@ def unbroken(runs: Runs) -> str:
     return "unbroken"
 
 
-def everything_below(pid: int) -> list[psutil.Process]:
-    return psutil.Process(pid).children(recursive=True)
-
-
-def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
-
-
-def assert_nothing_left(processes: list[psutil.Process], before: set[str]) -> None:
-    deadline = time.monotonic() + LEFT_BEHIND_S
-    while time.monotonic() < deadline:
-        alive = [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-        files = shared_memory() - before
-        if not alive and not files:
-            return
-        time.sleep(0.5)
-    raise AssertionError(f"after {LEFT_BEHIND_S} s: {alive}, {files}")
-
-
 def test_a_run_leaves_the_promised_folder(runs: Runs, unbroken: str) -> None:
     folder = runs.folder / unbroken
     metrics = runs.metrics(unbroken)
@@ -151,11 +132,11 @@ def test_a_run_killed_in_step_three_leaves_nothing_and_resumes_token_for_token(
     before = shared_memory()
     process = runs.start("killed")
     runs.until_step("killed", process, 2)
-    below = everything_below(process.pid)
-    assert any("VLLM" in part for p in below for part in p.cmdline())
+    processes = below(process.pid)
+    assert any("VLLM" in part for p in processes for part in p.cmdline())
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert_nothing_left(below, before)
+    assert_nothing_left(processes, before)
     assert len(runs.metrics("killed")) < STEPS
     resumed = runs.start("killed", "--resume")
     output, errors = resumed.communicate(timeout=400)
@@ -173,29 +154,44 @@ def assert_same_run(runs: Runs, first: str, second: str) -> None:
     assert timeless[0] == timeless[1]
 
 
+def test_a_run_that_loses_its_learner_goes_on_by_itself_token_for_token(
+    runs: Runs, unbroken: str
+) -> None:
+    process = runs.start("bereft")
+    runs.until_step("bereft", process, 2)
+    titles = {" ".join(p.cmdline()): p for p in below(process.pid)}
+    [learner] = [p for title, p in titles.items() if title.startswith("ray::learner-0")]
+    learner.kill()
+    output, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors
+    assert "learner-0 died" in output
+    assert "going on from the newest checkpoint" in output
+    assert_same_run(runs, unbroken, "bereft")
+
+
 def test_a_run_whose_raylet_is_killed_ends_and_leaves_nothing(runs: Runs, unbroken: str) -> None:
     before = shared_memory()
     process = runs.start("headless")
     runs.until_step("headless", process, 1)
-    below = everything_below(process.pid)
-    [raylet] = [p for p in below if p.name() == "raylet"]
+    processes = below(process.pid)
+    [raylet] = [p for p in processes if p.name() == "raylet"]
     raylet.kill()
     _, errors = process.communicate(timeout=120)
     assert process.returncode not in (0, None)
     assert "Traceback" not in errors
-    assert_nothing_left(below, before)
+    assert_nothing_left(processes, before)
 
 
 def test_an_interrupted_run_ends_cleanly(runs: Runs, unbroken: str) -> None:
     before = shared_memory()
     process = runs.start("interrupted")
     runs.until_step("interrupted", process, 1)
-    below = everything_below(process.pid)
+    processes = below(process.pid)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=90)
     assert process.returncode == 128 + signal.SIGTERM
     assert "Traceback" not in errors
-    assert_nothing_left(below, before)
+    assert_nothing_left(processes, before)
 
 
 def test_a_folder_that_holds_a_run_is_refused(runs: Runs, unbroken: str) -> None:
