@@ -17,7 +17,7 @@ stamp = printf '%s\n' "$(CURDIR)" "$$(cat requirements/cpu.txt pyproject.toml | 
 fresh = $(python) -c '' 2>/dev/null && $(stamp) | cmp -s - .venv/.complete
 
 help:   ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
+	@sed -n 's/^\([a-z%-]*\):.*## /  make \1	/p' Makefile
 
 setup:  ## make .venv/ from requirements/cpu.txt, or bring it up to date
 	@{ $(fresh); } || $(MAKE) --no-print-directory environment
@@ -42,6 +42,9 @@ demo: setup  ## the whole pipeline on the embedded model, into runs/demo
 
 test: setup  ## the tests (those marked slow: pytest -m slow)
 	$(python) -m pytest
+
+prove-%: setup  ## the long proofs of an area (foundation), resumable; writes docs/proofs/
+	$(python) -m tests.proofs.$*
 
 bench: setup  ## speed, as ratios: benchmarks/
 	$(python) -m benchmarks.packing

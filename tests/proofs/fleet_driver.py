@@ -76,9 +76,9 @@ def say() -> None:
     pids = {"driver": os.getpid()}
     for process in psutil.Process().children(recursive=True):
         title = " ".join(process.cmdline())
-        for name in ("rollout-0", "reward-0", "reference-0", "learner-0"):
-            if title.startswith(f"ray::{name}"):
-                pids[name] = process.pid
+        for role in ("rollout", "reward", "reference", "learner"):
+            if title.startswith("ray::") and f"{role.capitalize()}Actor" in title:
+                pids[f"{role}-0"] = process.pid
         if process.name() == "raylet":
             pids["raylet"] = process.pid
         if title.startswith("VLLM::EngineCore"):
