@@ -109,8 +109,10 @@ class TrainingEngine:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
-    def weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Full parameters in `dtype` on the CPU, gathered where ZeRO 3 shards them.
+    def weights(
+        self, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Copies of the full parameters, gathered where ZeRO 3 shards them.
 
         A collective: every rank must walk through all of them. Tied parameters appear once.
         """
@@ -119,7 +121,7 @@ class TrainingEngine:
         sharded = self._settings.zero_stage == 3
         for name, parameter in self.module.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], enabled=sharded):
-                yield name, parameter.detach().to("cpu", dtype, copy=True)
+                yield name, parameter.detach().to(device, dtype, copy=True)
 
     def save(self, folder: Path) -> None:
         """Write this rank's part of a checkpoint into `folder` (the same for all ranks)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from actors.engine import TrainingEngine
 from actors.gauges import Gauges, in_ray_actor
 from cluster.files import folder_beside
 from cluster.guard import Guard
-from cluster.session import hold_shared_memory
+from cluster.session import free_port, hold_shared_memory, node_address
 from cluster.weights import WeightManifest, WeightSender, make_sender
 from cluster.weights.probe import PROBE_TEXT, Probe
 from models.chat import ChatTokenizer
@@ -73,11 +72,8 @@ class LearnerActor:
 
     def address(self) -> str:
         """``host:port`` on this node where the ranks can meet; asked of rank 0."""
-        with socket.socket() as free:
-            free.bind(("", 0))
-            port = free.getsockname()[1]
-        host = "127.0.0.1" if self._world_size == 1 else socket.gethostbyname(socket.gethostname())
-        return f"{host}:{port}"
+        host = "127.0.0.1" if self._world_size == 1 else node_address()
+        return f"{host}:{free_port()}"
 
     def start(self, master: str) -> None:
         """Build the DeepSpeed engine; returns when all ranks have met at `master`."""
@@ -202,15 +198,19 @@ class LearnerActor:
         names = sorted(set(totals) - {"tokens"})
         sums = torch.tensor([totals[name] for name in names], dtype=torch.float64)
         if self._world_size > 1:
+            assert self._engine is not None
+            sums = sums.to(self._engine.device)
             torch.distributed.all_reduce(sums)
         return dict(zip(names, (sums / totals["tokens"]).tolist(), strict=True))
 
     def export_weights(self, version: int) -> WeightManifest | None:
         """Make the weights available as `version`; rank 0 returns the manifest. A collective."""
         assert self._engine is not None
+        on_device = self._sender is not None and self._sender.sends_from_device
+        device = self._engine.device if on_device else "cpu"
         tensors = (
             (name.removeprefix("model."), tensor)
-            for name, tensor in self._engine.weights(self._wire_dtype)
+            for name, tensor in self._engine.weights(self._wire_dtype, device)
         )
         if self._sender is None:
             for _ in tensors:

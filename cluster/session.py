@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -34,6 +35,20 @@ def _watch_raylet(ended: threading.Event) -> None:
             print("pavlov: Ray on this machine died; go on with --resume", file=sys.stderr)
             os.kill(os.getpid(), signal.SIGTERM)
             return
+
+
+def node_address() -> str:
+    """This node's address as the other nodes of the cluster know it."""
+    import ray
+
+    return str(ray.util.get_node_ip_address())
+
+
+def free_port() -> int:
+    """A port that the system hands out."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 def shared_memory_folder(run_id: str) -> Path:

@@ -41,6 +41,9 @@ class WeightManifest:
 class WeightSender(ABC):
     """The learner's end of a transport. Held by rank 0."""
 
+    sends_from_device = False
+    """Whether it wants tensors where the learner computes, and not on the CPU."""
+
     @abstractmethod
     def prepare(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> WeightManifest:
         """Make the tensors available and say where. Earlier versions may be dropped."""

@@ -6,17 +6,19 @@ control plane through the rollout actors, which forward its four calls.
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from cluster.session import free_port, node_address
 from cluster.weights.base import WeightManifest, WeightSender
 
 
 class NcclSender(WeightSender):
     """Broadcasts to all engines at once."""
+
+    sends_from_device = True
 
     def __init__(self) -> None:
         self._tensors: list[tuple[str, Tensor]] = []
@@ -30,8 +32,8 @@ class NcclSender(WeightSender):
         self._engine = WeightTransferTrainerFactory.trainer_init(
             NCCLTrainerInitInfo(
                 rank=0,
-                master_address=socket.gethostbyname(socket.gethostname()),
-                master_port=_free_port(),
+                master_address=node_address(),
+                master_port=free_port(),
                 world_size=1 + len(rollouts) * ranks_per_engine,
             ),
             client=_EngineClient(rollouts, ranks_per_engine),
@@ -98,9 +100,3 @@ def _source(tensors: list[tuple[str, Tensor]]) -> Any:
             return iter(tensors)
 
     return ListSource()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
