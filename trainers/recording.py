@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from rich.progress import (
 from cluster.files import write_atomically
 from rlhf.records import FailedGroup, ScoredGroup
 from rlhf.tables import rollout_table
+
+_SAY_EVERY_S = 30.0
 
 
 def progress_bar(console: Console) -> Progress:
@@ -91,13 +94,15 @@ def _step_of(line: str) -> int:
 
 
 class Progressing:
-    """A bar in a terminal, and one line a step elsewhere."""
+    """A bar in a terminal; elsewhere a line for every note, and one every half minute."""
 
     def __init__(self, console: Console, title: str, total: int, done: int = 0) -> None:
         self._console = console
         self._title = title
         self._total = total
         self._done = done
+        self._began = (time.monotonic(), done)
+        self._said = time.monotonic()
         self._progress = progress_bar(console)
         self._task: TaskID = self._progress.add_task(title, total=total, completed=done, note="")
 
@@ -112,5 +117,11 @@ class Progressing:
         """`count` more are done."""
         self._done += count
         self._progress.update(self._task, advance=count, note=note)
-        if not self._console.is_terminal and note:
-            self._console.print(f"{self._title} {self._done}/{self._total}  {note}")
+        now = time.monotonic()
+        if not self._console.is_terminal and (note or now - self._said > _SAY_EVERY_S):
+            self._said = now
+            started, before = self._began
+            per_item_s = (now - started) / max(1, self._done - before)
+            minutes, seconds = divmod(round(per_item_s * (self._total - self._done)), 60)
+            line = f"{self._title} {self._done}/{self._total}  {minutes}:{seconds:02d} left  {note}"
+            self._console.print(line.rstrip())
