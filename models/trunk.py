@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from models.chat import ChatTokenizer
 from models.loading import load_backbone
 from models.logprobs import attention_mask
 from models.packing import TokenIds, collate, micro_batches, pack
+from models.precision import resolve_dtype
+from models.sources import weights_fingerprint
 from rlhf.errors import ModelError
 from rlhf.records import Message
 
@@ -22,8 +26,8 @@ _MIN_PROMPT_TOKENS = 32
 class Trunk:
     """Features of (conversation, reply): hidden state of the last token, and the reply's mean.
 
-    D = 2 x hidden size. A finished reply ends with the end-of-turn token, so the last-token
-    features know whether the reply was cut off.
+    D = `width` = 2 x hidden size. A finished reply ends with the end-of-turn token, so the
+    last-token features know whether the reply was cut off.
     """
 
     def __init__(
@@ -40,9 +44,23 @@ class Trunk:
         model: Any = load_backbone(folder, dtype)
         model.requires_grad_(False)
         self.layers = cut_layers(model, depth)
+        self.width = 2 * model.config.hidden_size
+        self._folder = folder
+        self._dtype = resolve_dtype(dtype)
         self._model = model.to(device)
         self._max_tokens = max_tokens
         self._batch_tokens = batch_tokens
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What features depend on beside the tokens: weights, tokenizer, template, layers,
+        precision, pooling."""
+        parts = [
+            weights_fingerprint(self._folder),
+            self.tokenizer.fingerprint,
+            *(str(self.layers), self._dtype, "last+mean"),
+        ]
+        return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
 
     def tokenise(
         self, messages: Sequence[Message], reply: str, *, finished: bool = True
@@ -70,8 +88,7 @@ class Trunk:
 
         Neighbours with the same prompt share its pass. `progress` gets the number of rows done.
         """
-        hidden_size = self._model.config.hidden_size
-        features_ND = torch.empty(len(rows), 2 * hidden_size)
+        features_ND = torch.empty(len(rows), self.width)
         device = next(self._model.parameters()).device
         packed = pack([prompt for prompt, _ in rows], [reply for _, reply in rows])
         with torch.inference_mode():

@@ -16,6 +16,8 @@ from rich.console import Console
 from torch import Tensor
 
 from cluster.files import RunFolder, folder_beside, resolve_run_folder
+from models.embedded import cache_folder
+from models.feature_store import FeatureStore
 from models.preferences import ReadReport, folds_by_first_user_turn, read_pairs
 from models.reward_model import (
     Heads,
@@ -100,8 +102,9 @@ def train_reward_model(
         batch_tokens=settings.batch_tokens,
     )
     with Progressing(console, "features", 2 * (len(pairs) + len(validation))) as progress:
-        chosen_ND, rejected_ND = _features(trunk, pairs, progress)
-        validation_features = _features(trunk, validation, progress)
+        store = FeatureStore(cache_folder() / "features", trunk)
+        chosen_ND, rejected_ND = _features(store, trunk, pairs, progress)
+        validation_features = _features(store, trunk, validation, progress)
     features_s = time.monotonic() - started
     labels_N, weights_N = _labels(pairs)
     folds_N = torch.tensor(folds_by_first_user_turn(pairs, settings.folds, seed))
@@ -245,13 +248,13 @@ def describe(card: RewardCard) -> str:
 
 
 def _features(
-    trunk: Trunk, pairs: Sequence[PreferencePair], progress: Progressing
+    store: FeatureStore, trunk: Trunk, pairs: Sequence[PreferencePair], progress: Progressing
 ) -> tuple[Tensor, Tensor]:
     rows = []
     for pair in pairs:
         rows.append(trunk.tokenise(pair.prompt, pair.chosen, finished=pair.chosen_finished))
         rows.append(trunk.tokenise(pair.prompt, pair.rejected, finished=pair.rejected_finished))
-    features_ND = trunk.features(rows, progress.advance)
+    features_ND = store.features(rows, progress.advance)
     return features_ND[0::2], features_ND[1::2]
 
 
