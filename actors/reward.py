@@ -64,21 +64,25 @@ class RewardActor:
             rows += tokenised
             empty += [not c.text.strip() for c in group.completions]
             owners.append((index, len(tokenised)))
-        rewards_KN, disagreement_N, shift_N = self._model.score_features(trunk.features(rows))
+        scores = self._model.score_features(trunk.features(rows))
+        rewards_KN, disagreement_N = scores.rewards_KN, scores.disagreement_N
         empty_N = torch.tensor(empty, dtype=torch.bool)
         rewards_KN[:, empty_N] = EMPTY_REWARD
         disagreement_N[empty_N] = 0.0
-        shift_N |= empty_N
+        shifted_N = scores.shifted_N | empty_N
         rewards_N = aggregate(rewards_KN, disagreement_penalty=self._penalty)
         begin = 0
         for index, count in owners:
             part = slice(begin, begin + count)
             results[index] = GroupScores(
-                tuple(map(tuple, rewards_KN[:, part].tolist())),
-                tuple(rewards_N[part].tolist()),
-                tuple(disagreement_N[part].tolist()),
-                tuple(shift_N[part].tolist()),
-                self._model.card.version,
+                rewards_KG=tuple(map(tuple, rewards_KN[:, part].tolist())),
+                rewards_G=tuple(rewards_N[part].tolist()),
+                disagreement_G=tuple(disagreement_N[part].tolist()),
+                distance_G=tuple(scores.distance_N[part].tolist()),
+                shift_G=tuple(scores.shift_N[part].tolist()),
+                data_shift_G=tuple(shifted_N[part].tolist()),
+                domain_shift_G=tuple(shifted_N[part].tolist()),
+                reward_version=self._model.card.version,
             )
             begin += count
         if begin:
@@ -86,7 +90,7 @@ class RewardActor:
                 {
                     "reward/mean": float(rewards_N.mean()),
                     "ensemble/disagreement": float(disagreement_N.mean()),
-                    "ensemble/flagged_share": float(shift_N.float().mean()),
+                    "ensemble/flagged_share_data": float(shifted_N.float().mean()),
                 }
             )
         return [result for result in results if result is not None]

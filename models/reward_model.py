@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models.sources import resolve_model, weights_fingerprint
 from models.trunk import Trunk
-from rlhf.ensemble import aggregate, disagreement, standardise
+from rlhf.ensemble import aggregate, disagreement, distance, shift_score, standardise
 from rlhf.errors import DataError, ModelError
 from rlhf.losses import bradley_terry_loss
 from rlhf.records import Message
@@ -45,8 +45,13 @@ class RewardCard(BaseModel):
     members: int
     l2: float
     temperature: float
+    signal_mean: tuple[float, float]
+    """Disagreement and distance on held-out replies."""
+    signal_deviation: tuple[float, float]
     threshold: float | None
+    """Of the shift score, on held-out replies; None where they are too few to promise the rate."""
     false_alarm_rate: float
+    false_alarm_interval: tuple[float, float]
     seed: int
     data: dict[str, Any]
     metrics: dict[str, Any]
@@ -54,19 +59,27 @@ class RewardCard(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """K linear heads on standardised features, and the scale of each member's output."""
+    """K linear heads on standardised features, the scale of each member's output, and how the
+    training replies lie: a whitening matrix for each of the F families that the features are made
+    of (last token, mean), D = F x H."""
 
     weights_KD: Tensor
     feature_mean_D: Tensor
     feature_deviation_D: Tensor
     member_mean_K: Tensor
     member_deviation_K: Tensor
+    whitening_FHH: Tensor
 
     def fit_together(self) -> bool:
         """Whether the tensors agree on K and D."""
         if self.weights_KD.ndim != 2:
             return False
         members, features = self.weights_KD.shape
+        if self.whitening_FHH.ndim != 3:
+            return False
+        families, width, again = self.whitening_FHH.shape
+        if width != again or families * width != features:
+            return False
         return {self.feature_mean_D.shape, self.feature_deviation_D.shape} == {(features,)} and {
             self.member_mean_K.shape,
             self.member_deviation_K.shape,
@@ -81,9 +94,29 @@ class Heads:
         """Rewards on the Bradley-Terry scale (differences are log-odds), shape (K, N)."""
         return self.weights_KD @ self.standardised(features_ND).T
 
+    def distance(self, features_ND: Tensor) -> Tensor:
+        """Mahalanobis distance from the training replies, the mean over families; shape (N,)."""
+        families, width, _ = self.whitening_FHH.shape
+        parts_NFH = self.standardised(features_ND).reshape(-1, families, width)
+        distances_FN = [
+            distance(parts_NFH[:, family], self.whitening_FHH[family]) for family in range(families)
+        ]
+        return torch.stack(distances_FN).mean(dim=0)
+
     def standardised(self, features_ND: Tensor) -> Tensor:
         """Features by the training set's mean and deviation, shape (N, D)."""
         return (features_ND - self.feature_mean_D) / self.feature_deviation_D
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What an ensemble says of N replies. `shifted_N`: by the threshold of held-out replies."""
+
+    rewards_KN: Tensor
+    disagreement_N: Tensor
+    distance_N: Tensor
+    shift_N: Tensor
+    shifted_N: Tensor
 
 
 def fit_heads(
@@ -185,21 +218,25 @@ class RewardModel:
             self._trunk = trunk
         return self._trunk
 
-    def score(
-        self, rows: Sequence[tuple[Sequence[Message], str, bool]]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(rewards_KN, disagreement_N, domain_shift_N) of (conversation, reply, finished) rows."""
+    def score(self, rows: Sequence[tuple[Sequence[Message], str, bool]]) -> Scores:
+        """Scores of (conversation, reply, finished) rows."""
         trunk = self.trunk()
         tokenised = [trunk.tokenise(m, reply, finished=finished) for m, reply, finished in rows]
         return self.score_features(trunk.features(tokenised))
 
-    def score_features(self, features_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(rewards_KN, disagreement_N, domain_shift_N) of trunk features."""
+    def score_features(self, features_ND: Tensor) -> Scores:
+        """Scores of trunk features."""
         rewards_KN = self.heads.rewards(features_ND)
         disagreement_N = disagreement(rewards_KN)
+        distance_N = self.heads.distance(features_ND)
+        shift_N = shift_score(
+            torch.stack([disagreement_N, distance_N]),
+            torch.tensor(self.card.signal_mean),
+            torch.tensor(self.card.signal_deviation),
+        )
         # Without a threshold (too few held-out replies to promise the rate) nothing is flagged.
         threshold = float("inf") if self.card.threshold is None else self.card.threshold
-        return rewards_KN, disagreement_N, disagreement_N > threshold
+        return Scores(rewards_KN, disagreement_N, distance_N, shift_N, shift_N > threshold)
 
     def probability(self, chosen_ND: Tensor, rejected_ND: Tensor) -> Tensor:
         """Calibrated P(chosen over rejected) by the mean member, shape (N,)."""

@@ -22,6 +22,9 @@ from rlhf.records import Message
 
 _MIN_PROMPT_TOKENS = 32
 
+FAMILIES = 2
+"""Features come in families of H: the last token's state, then the reply's mean."""
+
 
 class Trunk:
     """Features of (conversation, reply): hidden state of the last token, and the reply's mean.
@@ -44,7 +47,7 @@ class Trunk:
         model: Any = load_backbone(folder, dtype)
         model.requires_grad_(False)
         self.layers = cut_layers(model, depth)
-        self.width = 2 * model.config.hidden_size
+        self.width = FAMILIES * model.config.hidden_size
         self._folder = folder
         self._dtype = resolve_dtype(dtype)
         self._model = model.to(device)

@@ -92,6 +92,11 @@ class DomainShiftSection(Section):
 
     response: Literal["mark", "mask"] = "mark"
     """`mark` records it; `mask` also keeps flagged completions out of the loss."""
+    calibration_completions: NonNegativeInt = 128
+    """Completions of the start policy that the run's threshold is set by: a small policy cut off at
+    a few tokens is far from human-rated replies from the start. 0: the reward model's own."""
+    false_alarm_rate: Fraction = 0.05
+    """Share of the start policy's completions that the run's threshold may flag."""
     disagreement_penalty: NonNegativeFloat = 0.0
     """Standard deviations over members subtracted from the mean reward."""
 

@@ -6,6 +6,9 @@ and deviation 1 on held-out replies, so that no member outvotes another by scale
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -32,19 +35,94 @@ def aggregate(rewards_KN: Tensor, *, disagreement_penalty: float = 0.0) -> Tenso
     return rewards_KN.mean(dim=0) - disagreement_penalty * disagreement(rewards_KN)
 
 
-def quantile_threshold(values_N: Tensor, false_alarm_rate: float) -> float:
-    """Smallest threshold that at most `false_alarm_rate` of exchangeable values exceed.
+def whitening(standardised_ND: Tensor, shrinkage: float = 0.1) -> Tensor:
+    """The matrix W (D, D) with |W z| the Mahalanobis distance of z from the origin.
 
-    The split-conformal quantile, order statistic ceil((N + 1)(1 - rate)) (Vovk et al., 2005);
-    infinite when N is too small to promise the rate.
+    The covariance of the standardised features is shrunk towards the identity,
+    (1 - s) S + s I (Ledoit & Wolf, 2004, with a fixed weight), so that it can be inverted with
+    fewer rows than features; W is the inverse of its Cholesky factor.
+    """
+    count, width = standardised_ND.shape
+    covariance_DD = standardised_ND.T.double() @ standardised_ND.double() / max(1, count)
+    identity_DD = torch.eye(width, dtype=torch.float64)
+    shrunk_DD = (1 - shrinkage) * covariance_DD + shrinkage * identity_DD
+    lower_DD = torch.linalg.cholesky(shrunk_DD)
+    inverse_DD: Tensor = torch.linalg.solve_triangular(lower_DD, identity_DD, upper=False)
+    return inverse_DD.float()
+
+
+def distance(standardised_ND: Tensor, whitening_DD: Tensor) -> Tensor:
+    """Mahalanobis distance of each row from the training set, shape (N,).
+
+    Lee et al. (2018), A Simple Unified Framework for Detecting Out-of-Distribution Samples,
+    equation 2, with one class.
+    """
+    distance_N: Tensor = torch.linalg.vector_norm(standardised_ND @ whitening_DD.T, dim=1)
+    return distance_N
+
+
+def shift_score(signals_SN: Tensor, mean_S: Tensor, deviation_S: Tensor) -> Tensor:
+    """One number for "not what the members know": the sum of the signals, each standardised by
+    what it is on held-out replies; shape (N,)."""
+    return standardise(signals_SN, mean_S, deviation_S).sum(dim=0)
+
+
+def conformal_rank(count: int, false_alarm_rate: float) -> int:
+    """Which of `count` sorted calibration values is the threshold: ceil((n + 1)(1 - rate)).
+
+    Beyond `count` there are too few values to promise the rate.
     """
     if not 0 < false_alarm_rate < 1:
         raise ValueError(f"false_alarm_rate must lie in (0, 1), got {false_alarm_rate}")
+    return int(-(-((count + 1) * (1 - false_alarm_rate)) // 1))
+
+
+def quantile_threshold(values_N: Tensor, false_alarm_rate: float) -> float:
+    """Smallest threshold that at most `false_alarm_rate` of exchangeable values exceed.
+
+    The split-conformal quantile (Vovk et al., 2005); infinite when N is too small to promise the
+    rate.
+    """
     count = values_N.numel()
-    rank = -int(-((count + 1) * (1 - false_alarm_rate)) // 1)
+    rank = conformal_rank(count, false_alarm_rate)
     if rank > count:
         return float("inf")
     return float(torch.sort(values_N).values[rank - 1])
+
+
+def false_alarm_interval(count: int, false_alarm_rate: float) -> tuple[float, float]:
+    """Where the true false-alarm rate of a conformal threshold lies with 95 % probability.
+
+    Over calibration sets of `count` values it is distributed as Beta(n + 1 - k, k) for the rank k
+    (Vovk, 2012, Conditional validity of inductive conformal predictors, section 4).
+    """
+    rank = conformal_rank(count, false_alarm_rate)
+    if rank > count:
+        return 0.0, 0.0
+    first = count + 1 - rank
+
+    def below(rate: float) -> float:
+        """P(Beta(first, rank) <= rate) = P(Binomial(count, rate) >= first)."""
+        terms = (
+            math.lgamma(count + 1)
+            - math.lgamma(hits + 1)
+            - math.lgamma(count - hits + 1)
+            + hits * math.log(rate)
+            + (count - hits) * math.log1p(-rate)
+            for hits in range(first)
+        )
+        return 1 - sum(map(math.exp, terms))
+
+    return _solve(below, 0.025), _solve(below, 0.975)
+
+
+def _solve(rising: Callable[[float], float], value: float) -> float:
+    """Where a rising function on (0, 1) takes a value, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rising(middle) < value else (low, middle)
+    return (low + high) / 2
 
 
 def expected_calibration_error(

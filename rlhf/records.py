@@ -91,13 +91,19 @@ class RolloutGroup:
 class GroupScores:
     """What the ensemble says of one group.
 
-    `rewards_KG` are standardised per member, `rewards_G` aggregated over members,
-    `disagreement_G` the spread over members, `domain_shift_G` whether it passes the threshold.
+    `rewards_KG` are standardised per member, `rewards_G` aggregated over members. Two signals say
+    how far a completion is from what the members know: `disagreement_G`, their spread, and
+    `distance_G`, from the replies they were trained on; `shift_G` is both in one number.
+    `data_shift_G` is whether it passes the threshold of human-rated replies, `domain_shift_G` that
+    of the start policy's completions, where there is one: a run acts upon the second.
     """
 
     rewards_KG: tuple[tuple[float, ...], ...]
     rewards_G: tuple[float, ...]
     disagreement_G: tuple[float, ...]
+    distance_G: tuple[float, ...]
+    shift_G: tuple[float, ...]
+    data_shift_G: tuple[bool, ...]
     domain_shift_G: tuple[bool, ...]
     reward_version: str
 
@@ -115,8 +121,12 @@ class ScoredGroup:
         if [len(row) for row in self.reference_logprobs_GT] != lengths:
             raise ValueError("reference logprobs do not match the completions' lengths")
         scores = self.scores
-        columns = [scores.rewards_G, scores.disagreement_G, scores.domain_shift_G]
-        if any(len(column) != len(lengths) for column in [*columns, *scores.rewards_KG]):
+        columns = [
+            *(scores.rewards_G, scores.disagreement_G, scores.distance_G, scores.shift_G),
+            *(scores.data_shift_G, scores.domain_shift_G),
+            *scores.rewards_KG,
+        ]
+        if any(len(column) != len(lengths) for column in columns):
             raise ValueError("rewards do not match the number of completions")
 
     @property

@@ -119,8 +119,11 @@ def build_tiny_reward_model(folder: Path, model: Path) -> Path:
         members=3,
         l2=0.1,
         temperature=1.0,
+        signal_mean=(0.0, 0.0),
+        signal_deviation=(1.0, 1.0),
         threshold=None,
         false_alarm_rate=0.05,
+        false_alarm_interval=(0.0, 0.0),
         seed=0,
         data={},
         metrics={},
@@ -131,6 +134,7 @@ def build_tiny_reward_model(folder: Path, model: Path) -> Path:
         torch.ones(256),
         torch.zeros(3),
         torch.ones(3),
+        torch.eye(128).repeat(2, 1, 1),
     )
     folder.mkdir()
     RewardModel(card, heads).save(folder)

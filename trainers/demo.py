@@ -220,7 +220,7 @@ def _judge(
     pairs = [(p, base[p.id][0], tuned[p.id][0]) for p in held]
     usable = [(p, b, t) for p, b, t in pairs if b.text.strip() and t.text.strip()]
     texts = [(p.messages, a.text, a.finished) for p, b, t in usable for a in (b, t)]
-    rewards = aggregate(model.score(texts)[0]).tolist()
+    rewards = aggregate(model.score(texts).rewards_KN).tolist()
     scores = {p.id: (rewards[2 * i], rewards[2 * i + 1]) for i, (p, _, _) in enumerate(usable)}
     rows = [
         {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -118,6 +118,8 @@ class Fleet:
         self._outstanding = [0] * len(self._rollouts)
         self._recovering = [asyncio.Lock() for _ in self._rollouts]
         self._published: tuple[WeightManifest, Probe] | None = None
+        self.shift_threshold: float | None = None
+        """Of the shift score, on the start policy's completions; None: the reward model's own."""
         layout = choose_layout(config.cluster.cpu_layout)
         on_cpu = config.cluster.learner.gpus == 0
         self.turns = Turns(self._pause, self._resume, enabled=on_cpu and layout == "turns")
@@ -174,6 +176,15 @@ class Fleet:
             async with self._scoring:
                 self._scoring.notify_all()
 
+    async def sample(self, requests: Sequence[GroupRequest]) -> list[RolloutGroup]:
+        """Groups outside of training, those that failed left out; repeatable where the run is."""
+        if self._config.deterministic:
+            drawn = await self.generate(requests, 0, together=True)
+        else:
+            calls = [self.generate([request], 0, together=False) for request in requests]
+            drawn = [group for groups in await asyncio.gather(*calls) for group in groups]
+        return [group for group in drawn if isinstance(group, RolloutGroup)]
+
     async def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup | GenerationError]:
         """Rewards and reference logprobs. Groups that arrive together are scored together."""
         futures = [asyncio.get_running_loop().create_future() for _ in groups]
@@ -217,9 +228,21 @@ class Fleet:
             else:
                 scores, logprobs = await asyncio.gather(scoring, references)
         return [
-            ScoredGroup(group, score, reference) if isinstance(score, GroupScores) else score
+            ScoredGroup(group, self._flagged(group, score), reference)
+            if isinstance(score, GroupScores)
+            else score
             for group, score, reference in zip(groups, scores, logprobs, strict=True)
         ]
+
+    def _flagged(self, group: RolloutGroup, scores: GroupScores) -> GroupScores:
+        """Flags by this run's threshold, where it has one; empty text is always flagged."""
+        if self.shift_threshold is None:
+            return scores
+        flags_G = tuple(
+            shift > self.shift_threshold or not completion.text.strip()
+            for shift, completion in zip(scores.shift_G, group.completions, strict=True)
+        )
+        return replace(scores, domain_shift_G=flags_G)
 
     async def _spread(
         self, handles: list[Any], role: str, method: str, groups: list[RolloutGroup]

@@ -27,13 +27,16 @@ from models.reward_model import (
     fit_temperature,
 )
 from models.sources import EMBEDDED, resolve_model, weights_fingerprint
-from models.trunk import Trunk
+from models.trunk import FAMILIES, Trunk
 from rlhf.config import EnsembleSection, RewardConfig, data_path
 from rlhf.ensemble import (
     aggregate,
     disagreement,
     expected_calibration_error,
+    false_alarm_interval,
     quantile_threshold,
+    shift_score,
+    whitening,
 )
 from rlhf.errors import DataError
 from rlhf.losses import bradley_terry_loss
@@ -116,7 +119,10 @@ def train_reward_model(
     ]
     best = min(candidates, key=lambda candidate: candidate.loss)
     heads = _fit(chosen_ND, rejected_ND, labels_N, weights_N, settings.members, best.l2, seed)
-    threshold = quantile_threshold(best.disagreement_N, settings.false_alarm_rate)
+    signals_SN = torch.stack([best.disagreement_N, best.distance_N])
+    signal_mean_S, signal_deviation_S = signals_SN.mean(dim=1), signals_SN.std(dim=1) + 1e-6
+    shift_N = shift_score(signals_SN, signal_mean_S, signal_deviation_S)
+    threshold = quantile_threshold(shift_N, settings.false_alarm_rate)
     card = RewardCard(
         version=hashlib.sha256(heads.weights_KD.numpy().tobytes()).hexdigest()[:12],
         model=settings.model if settings.model == EMBEDDED else str(folder),
@@ -129,8 +135,11 @@ def train_reward_model(
         members=settings.members,
         l2=best.l2,
         temperature=best.temperature,
+        signal_mean=tuple(signal_mean_S.tolist()),
+        signal_deviation=tuple(signal_deviation_S.tolist()),
         threshold=threshold if math.isfinite(threshold) else None,
         false_alarm_rate=settings.false_alarm_rate,
+        false_alarm_interval=false_alarm_interval(len(shift_N), settings.false_alarm_rate),
         seed=seed,
         data={
             "pairs": len(pairs),
@@ -140,7 +149,7 @@ def train_reward_model(
         metrics={},
     )
     model = RewardModel(card, heads)
-    flagged_N = best.disagreement_N > (card.threshold or math.inf)
+    flagged_N = shift_N > threshold
     metrics: dict[str, Any] = {
         "cross_validation": pair_metrics(best.margins_KN, best.temperature, flagged_N),
         "loss": {str(candidate.l2): candidate.loss for candidate in candidates},
@@ -149,8 +158,8 @@ def train_reward_model(
     }
     if validation:
         margins_KN = heads.raw(validation_features[0]) - heads.raw(validation_features[1])
-        _, _, shift_N = model.score_features(torch.cat(validation_features))
-        metrics["validation"] = pair_metrics(margins_KN, best.temperature, shift_N)
+        shifted_N = model.score_features(torch.cat(validation_features)).shifted_N
+        metrics["validation"] = pair_metrics(margins_KN, best.temperature, shifted_N)
     return RewardModel(card.model_copy(update={"metrics": metrics}), heads)
 
 
@@ -158,7 +167,8 @@ def train_reward_model(
 class CrossValidation:
     """What heads with one L2 say of pairs whose prompts they did not see.
 
-    `loss` is the cross-entropy after `temperature`; `disagreement_N` is of all replies.
+    `loss` is the cross-entropy after `temperature`; `disagreement_N` and `distance_N` are of all
+    replies, chosen ones first.
     """
 
     l2: float
@@ -166,6 +176,7 @@ class CrossValidation:
     temperature: float
     margins_KN: Tensor
     disagreement_N: Tensor
+    distance_N: Tensor
 
 
 def cross_validate(
@@ -180,19 +191,23 @@ def cross_validate(
 ) -> CrossValidation:
     """Fit on all folds but one, score that one; for every fold."""
     margins_KN = torch.empty(members, len(labels_N))
-    spread_N = torch.empty(2, len(labels_N))
+    spread_2N = torch.empty(2, len(labels_N))
+    distance_2N = torch.empty(2, len(labels_N))
     for fold in sorted(set(folds_N.tolist())):
         held, fit = folds_N == fold, folds_N != fold
         heads = _fit(
             chosen_ND[fit], rejected_ND[fit], labels_N[fit], weights_N[fit], members, l2, seed
         )
         margins_KN[:, held] = heads.raw(chosen_ND[held]) - heads.raw(rejected_ND[held])
-        spread_N[0, held] = disagreement(heads.rewards(chosen_ND[held]))
-        spread_N[1, held] = disagreement(heads.rewards(rejected_ND[held]))
+        for side, features_ND in enumerate((chosen_ND[held], rejected_ND[held])):
+            spread_2N[side, held] = disagreement(heads.rewards(features_ND))
+            distance_2N[side, held] = heads.distance(features_ND)
     margins_N = aggregate(margins_KN)
     temperature = fit_temperature(margins_N, labels_N, weights_N)
     loss = float(bradley_terry_loss(margins_N / temperature, labels_N, weights_N))
-    return CrossValidation(l2, loss, temperature, margins_KN, spread_N.flatten())
+    return CrossValidation(
+        l2, loss, temperature, margins_KN, spread_2N.flatten(), distance_2N.flatten()
+    )
 
 
 def _fit(
@@ -209,8 +224,17 @@ def _fit(
     mean_D, deviation_D = both_ND.mean(dim=0), both_ND.std(dim=0) + 1e-6
     difference_ND = (chosen_ND - rejected_ND) / deviation_D
     weights_KD = fit_heads(difference_ND, labels_N, weights_N, members=members, l2=l2, seed=seed)
-    raw_KN = weights_KD @ ((both_ND - mean_D) / deviation_D).T
-    return Heads(weights_KD, mean_D, deviation_D, raw_KN.mean(dim=1), raw_KN.std(dim=1) + 1e-6)
+    standardised_ND = (both_ND - mean_D) / deviation_D
+    raw_KN = weights_KD @ standardised_ND.T
+    parts_NFH = standardised_ND.reshape(len(both_ND), FAMILIES, -1)
+    return Heads(
+        weights_KD,
+        mean_D,
+        deviation_D,
+        raw_KN.mean(dim=1),
+        raw_KN.std(dim=1) + 1e-6,
+        torch.stack([whitening(parts_NFH[:, family]) for family in range(FAMILIES)]),
+    )
 
 
 def pair_metrics(margins_KN: Tensor, temperature: float, flagged_N: Tensor) -> dict[str, Any]:

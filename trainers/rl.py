@@ -22,6 +22,7 @@ from rlhf.config import RLConfig, data_path
 from rlhf.errors import ActorLostError, CheckpointError, DataError, PavlovError, RunError
 from rlhf.prompts import PromptCursor
 from rlhf.records import FailedGroup, Prompt, ScoredGroup
+from trainers.domain_shift import shift_threshold
 from trainers.fleet import Fleet, Models
 from trainers.loop import Loop
 from trainers.recording import Progressing, Recorder
@@ -134,6 +135,9 @@ async def _train(
         try:
             if checkpoint:
                 await fleet.load_checkpoint(checkpoint[0])
+            fleet.shift_threshold = await shift_threshold(
+                config, fleet, prompts, folder.path, console.print, at_start=step == 0
+            )
             await _steps(config, fleet, cursor, folder, console, namespace, step)
             await fleet.save_policy(folder.path / "policy")
             if finish is not None:

@@ -41,7 +41,8 @@ def run_score(reward: str, data: Path, out: Path | None, console: Console) -> di
     ]
     with Progressing(console, "scoring", len(texts)) as progress:
         features_ND = trunk.features(texts, progress.advance)
-    rewards_KN, disagreement_N, shift_N = model.score_features(features_ND)
+    scores = model.score_features(features_ND)
+    rewards_KN = scores.rewards_KN
     raw_KN = model.heads.raw(features_ND)
     rewards_N = aggregate(rewards_KN)
     pairs: dict[str, list[int]] = {}
@@ -56,8 +57,10 @@ def run_score(reward: str, data: Path, out: Path | None, console: Console) -> di
             values |= {
                 f"rewards{suffix}": rewards_KN[:, index].tolist(),
                 f"reward{suffix}": float(rewards_N[index]),
-                f"disagreement{suffix}": float(disagreement_N[index]),
-                f"domain_shift{suffix}": bool(shift_N[index]),
+                f"disagreement{suffix}": float(scores.disagreement_N[index]),
+                f"distance{suffix}": float(scores.distance_N[index]),
+                f"shift{suffix}": float(scores.shift_N[index]),
+                f"domain_shift{suffix}": bool(scores.shifted_N[index]),
             }
             index += 1
         table.append(values)
@@ -72,7 +75,7 @@ def run_score(reward: str, data: Path, out: Path | None, console: Console) -> di
     return summary | {
         "skipped": len(report.bad),
         "members": model.card.members,
-        "flagged_share": float(shift_N.double().mean()),
+        "flagged_share": float(scores.shifted_N.double().mean()),
         "per_source": {
             source: _figures(model, raw_KN, firsts) for source, firsts in sorted(pairs.items())
         },

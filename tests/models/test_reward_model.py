@@ -138,8 +138,11 @@ def model_of(heads: Heads, **changes: object) -> RewardModel:
         "members": 3,
         "l2": 0.1,
         "temperature": 1.0,
+        "signal_mean": (0.0, 0.0),
+        "signal_deviation": (1.0, 1.0),
         "threshold": 0.5,
         "false_alarm_rate": 0.05,
+        "false_alarm_interval": (0.03, 0.07),
         "seed": 0,
         "data": {},
         "metrics": {},
@@ -153,29 +156,40 @@ HEADS = Heads(
     feature_deviation_D=torch.tensor([2.0, 4.0]),
     member_mean_K=torch.tensor([0.0, 1.0, -1.0]),
     member_deviation_K=torch.tensor([1.0, 2.0, 4.0]),
+    whitening_FHH=torch.tensor([[[1.0]], [[0.5]]]),
 )
 
 
 def test_rewards_by_hand():
     # (3, 10) standardises to (1, 2): raw 1, 2, 3; by member (1-0)/1, (2-1)/2, (3+1)/4.
-    rewards_KN, disagreement_N, _ = model_of(HEADS).score_features(torch.tensor([[3.0, 10.0]]))
-    torch.testing.assert_close(rewards_KN, torch.tensor([[1.0], [0.5], [1.0]]))
+    scores = model_of(HEADS).score_features(torch.tensor([[3.0, 10.0]]))
+    torch.testing.assert_close(scores.rewards_KN, torch.tensor([[1.0], [0.5], [1.0]]))
     # Deviations from 5/6 are 1/6, -1/3, 1/6: the mean square is 1/18.
-    torch.testing.assert_close(disagreement_N, torch.tensor([math.sqrt(1 / 18)]))
+    torch.testing.assert_close(scores.disagreement_N, torch.tensor([math.sqrt(1 / 18)]))
+    # Two families of one feature each, whitened by 1 and 1/2: distances 1 and 1.
+    torch.testing.assert_close(scores.distance_N, torch.tensor([1.0]))
+
+
+def test_the_shift_score_is_the_sum_of_both_signals_by_what_they_are_on_held_out_replies():
+    model = model_of(HEADS, signal_mean=(0.5, 3.0), signal_deviation=(0.25, 2.0))
+    scores = model.score_features(torch.tensor([[3.0, 10.0]]))
+    wanted = (math.sqrt(1 / 18) - 0.5) / 0.25 + (1.0 - 3.0) / 2.0
+    torch.testing.assert_close(scores.shift_N, torch.tensor([wanted]))
 
 
 def test_a_reply_is_flagged_above_the_threshold_and_without_one_never():
-    # The second reply standardises to (0, 0): members give 0, -1/2 and 1/4, deviation sqrt(7/72).
+    # The second reply standardises to (0, 0): members give 0, -1/2 and 1/4, deviation sqrt(7/72),
+    # and it lies where the training replies do, at distance 0.
     features_ND = torch.tensor([[3.0, 10.0], [1.0, 2.0], [1e6, -1e6]])
-    disagreement_N = model_of(HEADS).score_features(features_ND)[1]
-    assert disagreement_N[1] == pytest.approx(math.sqrt(7 / 72))
+    shift_N = model_of(HEADS).score_features(features_ND).shift_N
+    assert shift_N[1] == pytest.approx(math.sqrt(7 / 72))
     flags = {
-        threshold: model_of(HEADS, threshold=threshold).score_features(features_ND)[2].tolist()
-        for threshold in (0.0, 0.3, float(disagreement_N[1]), None)
+        threshold: model_of(HEADS, threshold=threshold).score_features(features_ND).shifted_N
+        for threshold in (0.0, float(shift_N[1]), float(shift_N[0]), None)
     }
-    assert list(flags.values()) == [
+    assert [flagged_N.tolist() for flagged_N in flags.values()] == [
         [True, True, True],
-        [False, True, True],
+        [True, False, True],
         [False, False, True],
         [False, False, False],
     ]
@@ -193,7 +207,8 @@ def test_probability_is_calibrated_and_mirrors_when_the_replies_change_places():
 def test_text_is_scored_by_the_trunks_features_and_a_cut_off_reply_otherwise(tiny_reward_model):
     model = RewardModel.load(tiny_reward_model)
     rows = [(QUESTION, "Tom", True), (QUESTION, "Tom", False), (QUESTION, "Rice", True)]
-    rewards_KN, disagreement_N, shift_N = model.score(rows)
+    scores = model.score(rows)
+    rewards_KN = scores.rewards_KN
     trunk = model.trunk()
     for n, (messages, reply, finished) in enumerate(rows):
         features_1D = trunk.features([trunk.tokenise(messages, reply, finished=finished)])
@@ -201,7 +216,7 @@ def test_text_is_scored_by_the_trunks_features_and_a_cut_off_reply_otherwise(tin
             rewards_KN[:, n], model.heads.rewards(features_1D)[:, 0], atol=1e-4, rtol=1e-4
         )
     assert (rewards_KN[:, 0] - rewards_KN[:, 1]).abs().max() > 1e-3
-    assert disagreement_N.shape == shift_N.shape == (3,)
+    assert scores.disagreement_N.shape == scores.shifted_N.shape == (3,)
 
 
 # The folder
@@ -253,6 +268,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "a tensor more": lambda f: replace_heads(f, other=torch.ones(1)),
     "fewer members": lambda f: edit(f / "reward.json", members=4),
     "other features": lambda f: replace_heads(f, feature_mean_D=torch.zeros(7)),
+    "other families": lambda f: replace_heads(f, whitening_FHH=torch.eye(128).unsqueeze(0)),
+    "no square": lambda f: replace_heads(f, whitening_FHH=torch.ones(2, 128, 64)),
     "other members": lambda f: replace_heads(f, member_mean_K=torch.zeros(2)),
     "broken json": lambda f: (f / "reward.json").write_text('{"version": '),
     "binary json": lambda f: (f / "reward.json").write_bytes(b"\xff\xfe\x00"),

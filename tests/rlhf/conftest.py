@@ -54,6 +54,9 @@ class Make:
             rewards_KG=(rewards_G, rewards_G),
             rewards_G=rewards_G,
             disagreement_G=disagreement_G or (0.0,) * len(rewards_G),
+            distance_G=tuple(10 * d for d in disagreement_G or (0.0,) * len(rewards_G)),
+            shift_G=tuple(-d for d in disagreement_G or (0.0,) * len(rewards_G)),
+            data_shift_G=(True,) * len(rewards_G),
             domain_shift_G=shifted_G or (False,) * len(rewards_G),
             reward_version="r1",
         )

@@ -5,10 +5,15 @@ import torch
 
 from rlhf.ensemble import (
     aggregate,
+    conformal_rank,
     disagreement,
+    distance,
     expected_calibration_error,
+    false_alarm_interval,
     quantile_threshold,
+    shift_score,
     standardise,
+    whitening,
 )
 
 
@@ -58,6 +63,64 @@ def test_false_alarms_stay_below_the_rate_and_as_near_as_order_statistics_allow(
         values[new].item() > quantile_threshold(values[values != new], rate) for new in range(count)
     )
     assert rate - 1 / count < alarms / count <= rate
+
+
+def test_the_distance_of_uncorrelated_features_by_hand():
+    # Deviations 2 and 1, no shrinkage: (2, 2) lies at sqrt((2/2)^2 + (2/1)^2).
+    rows_ND = torch.tensor([[2.0, 1.0], [2.0, -1.0], [-2.0, 1.0], [-2.0, -1.0]])
+    found_N = distance(torch.tensor([[2.0, 2.0], [0.0, 0.0]]), whitening(rows_ND, shrinkage=0.0))
+    torch.testing.assert_close(found_N, torch.tensor([math.sqrt(5.0), 0.0]))
+
+
+def test_the_distance_knows_how_features_go_together():
+    # Covariance [[1, 0.8], [0.8, 1]]: with the correlation (1, 1) is 2 / 1.8 away in squares,
+    # against it (1, -1) is 2 / 0.2.
+    generator = torch.Generator().manual_seed(0)
+    first_N, noise_N = torch.randn(2, 200_000, generator=generator)
+    rows_ND = torch.stack([first_N, 0.8 * first_N + 0.6 * noise_N], dim=1)
+    along, across = distance(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), whitening(rows_ND, 0.0))
+    assert along == pytest.approx(math.sqrt(2 / 1.8), rel=0.02)
+    assert across == pytest.approx(math.sqrt(2 / 0.2), rel=0.02)
+
+
+def test_shrinkage_takes_fewer_rows_than_features():
+    rows_ND = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(RuntimeError):
+        whitening(rows_ND, shrinkage=0.0)
+    whitening_DD = whitening(rows_ND, shrinkage=0.25)
+    assert torch.isfinite(whitening_DD).all()
+    # A direction that no row has is left with the shrinkage alone: variance 1/4, distance doubled.
+    free_D = torch.linalg.svd(rows_ND).Vh[-1]
+    assert distance(free_D.unsqueeze(0), whitening_DD).item() == pytest.approx(2.0, rel=1e-3)
+
+
+def test_the_shift_score_by_hand():
+    signals_SN = torch.tensor([[1.0, 3.0], [10.0, 10.0]])
+    found_N = shift_score(signals_SN, torch.tensor([1.0, 8.0]), torch.tensor([2.0, 4.0]))
+    torch.testing.assert_close(found_N, torch.tensor([0.0 + 0.5, 1.0 + 0.5]))
+
+
+def test_the_interval_of_the_false_alarm_rate_is_that_of_its_beta_distribution():
+    # n = 19, rate 0.05: rank 19, so Beta(1, 19), whose quantile q is 1 - (1 - q)^(1/19).
+    low, high = false_alarm_interval(19, 0.05)
+    assert low == pytest.approx(1 - 0.975 ** (1 / 19), rel=1e-6)
+    assert high == pytest.approx(1 - 0.025 ** (1 / 19), rel=1e-6)
+
+
+@pytest.mark.parametrize(("count", "rate"), [(40, 0.1), (128, 0.05), (1000, 0.05)])
+def test_the_interval_holds_in_simulation(count, rate):
+    generator = torch.Generator().manual_seed(0)
+    # Of uniform values the true false-alarm rate of a threshold t is 1 - t.
+    sorted_RN = torch.rand(4000, count, generator=generator).sort(dim=1).values
+    true_R = 1 - sorted_RN[:, conformal_rank(count, rate) - 1]
+    low, high = false_alarm_interval(count, rate)
+    assert low < rate < high
+    assert (true_R < low).double().mean().item() == pytest.approx(0.025, abs=0.01)
+    assert (true_R > high).double().mean().item() == pytest.approx(0.025, abs=0.01)
+
+
+def test_too_few_values_for_a_threshold_never_alarm():
+    assert false_alarm_interval(18, 0.05) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0, -0.1, 2.0])

@@ -53,6 +53,9 @@ def test_reference_logprobs_of_other_lengths_are_refused(make):
         ("rewards_G", (1.0,)),
         ("rewards_KG", ((1.0, 2.0), (1.0,))),
         ("disagreement_G", (0.0,)),
+        ("distance_G", (0.0,)),
+        ("shift_G", (0.0, 0.0, 0.0)),
+        ("data_shift_G", (False,)),
         ("domain_shift_G", (False, False, False)),
     ],
 )

@@ -141,7 +141,10 @@ def test_the_metrics_of_a_step_by_hand(row):
         "reward/mean": 4.0,  # (1 + 3 + 5 + 7) / 4
         "reward/std": 5**0.5,  # sqrt((9 + 1 + 1 + 9) / 4)
         "ensemble/disagreement": 0.2,
+        "ensemble/distance": 2.0,
+        "ensemble/shift": -0.2,
         "ensemble/flagged_share": 0.25,
+        "ensemble/flagged_share_data": 1.0,
         "kl/mean": 1.0,  # (0.5 + 1.5 - 1 + 3) / 4
         "kl/coefficient": 0.1,
         "entropy/mean": 1.25,

@@ -123,7 +123,8 @@ class FakeActors:
         size = len(group.completions)
         rewards = tuple(float(i) for i in range(size))
         shifted = tuple(self.shifted and i == 0 for i in range(size))
-        scores = GroupScores((rewards,), rewards, (0.0,) * size, shifted, "r1")
+        zeros = (0.0,) * size
+        scores = GroupScores((rewards,), rewards, zeros, zeros, zeros, shifted, shifted, "r1")
         return ScoredGroup(group, scores, ((-0.6, -0.6),) * size)
 
     async def learn(self, batch: TrainingBatch, step: int) -> StepReport:

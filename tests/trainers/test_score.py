@@ -84,7 +84,7 @@ def test_a_reply_that_was_cut_off_is_scored_as_such(scored, tiny_reward_model):
     model = RewardModel.load(tiny_reward_model)
     as_finished, as_cut_off = model.score(
         [(prompt, "The water", True), (prompt, "The water", False)]
-    )[0].T.tolist()
+    ).rewards_KN.T.tolist()
     assert rows[3]["rewards_rejected"] == pytest.approx(as_cut_off, abs=1e-4)
     assert rows[3]["rewards_rejected"] != pytest.approx(as_finished, abs=1e-3)
 

@@ -1,0 +1,80 @@
+"""When a completion counts as outside of what the reward model knows, for one run.
+
+The reward model has a threshold of its own, set on human-rated replies. A small policy that is cut
+off at a few tokens is far from those before it has learned anything, so a run acts upon a second
+one: the conformal quantile of the shift score over completions of its *start policy*, sampled as
+the run samples. What the policy says before it is trained is in the domain by definition.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from cluster.files import write_atomically
+from rlhf.config import RLConfig
+from rlhf.ensemble import false_alarm_interval, quantile_threshold
+from rlhf.prompts import PromptCursor
+from rlhf.records import Prompt, ScoredGroup
+from rlhf.seeding import derive_seed
+from trainers.fleet import Fleet
+from trainers.sampling import requests_for
+
+FILE = "domain_shift.json"
+
+
+async def shift_threshold(
+    config: RLConfig,
+    fleet: Fleet,
+    prompts: Sequence[Prompt],
+    folder: Path,
+    say: Callable[[str], None],
+    *,
+    at_start: bool,
+) -> float | None:
+    """The run's threshold, set once and kept in ``domain_shift.json``.
+
+    None where it is left to the reward model; infinite where there are too few completions to
+    promise the rate.
+
+    Args:
+        at_start: the fleet holds the start policy.
+    """
+    path = folder / FILE
+    if not config.reward.domain_shift.calibration_completions:
+        return None
+    if not path.is_file():
+        if not at_start:
+            say(f"this run has no {FILE}: the reward model's own threshold is used")
+            return None
+        write_atomically(path, json.dumps(await _calibrate(config, fleet, prompts), indent=2))
+    threshold = json.loads(path.read_text())["threshold"]
+    return math.inf if threshold is None else float(threshold)
+
+
+async def _calibrate(
+    config: RLConfig, fleet: Fleet, prompts: Sequence[Prompt]
+) -> dict[str, object]:
+    settings, siblings = config.reward.domain_shift, config.rl.completions_per_prompt
+    cursor = PromptCursor(prompts, derive_seed(config.seed, FILE))
+    drawn = [cursor.next()[0] for _ in range(-(-settings.calibration_completions // siblings))]
+    # A prompt that comes again would only repeat its completions.
+    requests = requests_for(
+        list(dict.fromkeys(drawn)), siblings, config.rl, derive_seed(config.seed, FILE)
+    )
+    await fleet.publish(0)
+    groups = await fleet.score(await fleet.sample(requests))
+    scored = [group for group in groups if isinstance(group, ScoredGroup)]
+    shift_N = torch.tensor([shift for group in scored for shift in group.scores.shift_G])
+    threshold = quantile_threshold(shift_N, settings.false_alarm_rate)
+    return {
+        "threshold": threshold if math.isfinite(threshold) else None,
+        "completions": len(shift_N),
+        "false_alarm_rate": settings.false_alarm_rate,
+        "false_alarm_interval": false_alarm_interval(len(shift_N), settings.false_alarm_rate),
+        "reward_version": scored[0].scores.reward_version if scored else None,
+    }
