@@ -92,7 +92,7 @@ def score(
     from rlhf.config import data_path
     from trainers.score import run_score
 
-    file = data if data.exists() else data_path(str(data))
+    file = data if data.is_file() else data_path(str(data))
     summary = run_score(reward, file, out, _console(to_stderr=as_json))
     if as_json:
         _print_json(summary)
@@ -122,7 +122,8 @@ def rl(
 def _console(*, to_stderr: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=to_stderr, highlight=False, soft_wrap=True)
+    # No markup: what is printed may quote data and file names.
+    return Console(stderr=to_stderr, highlight=False, soft_wrap=True, markup=False)
 
 
 def _print_json(value: dict[str, Any]) -> None:
@@ -149,6 +150,11 @@ def main() -> None:
     except PavlovError as error:
         print(f"pavlov: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"pavlov: {error.filename}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("pavlov: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cluster.layout import tools_path
 from rlhf.config import LearnerSection
 from rlhf.errors import CheckpointError
 
@@ -46,6 +47,7 @@ class TrainingEngine:
             "WORLD_SIZE": str(world_size),
             "MASTER_ADDR": host,
             "MASTER_PORT": port,
+            "PATH": tools_path(),
         }
         import deepspeed
 

@@ -23,6 +23,7 @@ from models.loading import load_causal_model
 from models.logprobs import TokenLogprobs, reply_logprobs
 from models.packing import PackedBatch, Row, collate, micro_batches, pack
 from models.precision import resolve_dtype
+from models.sources import resolve_model
 from rlhf.config import LearnerSection, RLSection
 from rlhf.losses import BatchSize, clipped_policy_loss, reduce_tokens
 from rlhf.records import StepReport, TrainingBatch
@@ -32,7 +33,7 @@ class LearnerActor:
     """One rank. Rank 0 also exports weights.
 
     Args:
-        model: folder of the start policy.
+        model: the start policy, by a name that this node resolves.
         dtype: precision of the forward and backward pass.
         wire_dtype: precision of exported weights, that of the engines.
     """
@@ -56,7 +57,7 @@ class LearnerActor:
         self._guard = Guard(*folders, with_parent=in_ray_actor())
         self._held = hold_shared_memory(Path(shared_memory)) if rank == 0 else None
         self._gauges = Gauges(run, name)
-        self._folder = Path(model)
+        self._folder = resolve_model(model)
         self._tokenizer = ChatTokenizer(self._folder)
         self._dtype = resolve_dtype(dtype)
         self._wire_dtype = getattr(torch, resolve_dtype(wire_dtype))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from actors.gauges import in_ray_actor
 from cluster.guard import Guard
 from models.chat import ChatTokenizer
 from models.loading import load_causal_model
 from models.logprobs import TokenLogprobs, reply_logprobs
+from models.sources import resolve_model
 from rlhf.records import RolloutGroup
 
 
@@ -17,7 +17,7 @@ class ReferenceActor:
     """A frozen causal language model.
 
     Args:
-        model: its folder.
+        model: its name, which this node resolves.
         dtype: precision of the forward pass.
         temperature: the sampling temperature; logprobs are of the distribution at it.
         batch_tokens: padded tokens a forward pass may hold.
@@ -27,11 +27,12 @@ class ReferenceActor:
         self, model: str, dtype: str, temperature: float, batch_tokens: int, gpus: float = 0
     ) -> None:
         self._guard = Guard(with_parent=in_ray_actor())
-        self._module = TokenLogprobs(load_causal_model(Path(model), dtype))
+        folder = resolve_model(model)
+        self._module = TokenLogprobs(load_causal_model(folder, dtype))
         self._module.requires_grad_(False)
         if gpus:
             self._module.cuda()
-        self._pad_id = ChatTokenizer(Path(model)).pad_id
+        self._pad_id = ChatTokenizer(folder).pad_id
         self._temperature = temperature
         self._batch_tokens = batch_tokens
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +18,12 @@ from cluster.weights.base import WeightManifest, fetch
 from cluster.weights.probe import Probe, check_probe
 from models.chat import ChatTokenizer
 from models.precision import resolve_dtype
+from models.sources import resolve_model
 from rlhf.config import RolloutSection
-from rlhf.errors import GenerationError, StaleWeightsError, WeightUpdateError
+from rlhf.errors import GenerationError, ModelError, StaleWeightsError, WeightUpdateError
 from rlhf.records import Completion, Prompt, RolloutGroup
+
+_LOOK_EVERY_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,7 @@ class RolloutActor:
     no answer before it has the current weights (`StaleWeightsError`).
 
     Args:
-        model: folder of the start weights.
+        model: the start weights, by a name that this node resolves.
         settings: the engine.
         max_prompt_tokens: longest prompt admitted.
         max_tokens: longest completion.
@@ -69,7 +74,8 @@ class RolloutActor:
         self._gauges = Gauges(run, name)
         self._settings = settings
         self._dtype = resolve_dtype(settings.dtype)
-        self._tokenizer = ChatTokenizer(Path(model))
+        folder = resolve_model(model)
+        self._tokenizer = ChatTokenizer(folder)
         self._max_prompt_tokens = max_prompt_tokens
         self._weight_version: int | None = None
         self._requests = 0
@@ -80,15 +86,27 @@ class RolloutActor:
         self._updating = asyncio.Lock()
         self._updated = asyncio.Event()
         self._engine = self._start_engine(
-            model, max_prompt_tokens + max_tokens, gpus, weight_transport, worker_extension
+            str(folder), max_prompt_tokens + max_tokens, gpus, weight_transport, worker_extension
         )
         self._guard.watch()
+        self._closing = False
+        if in_ray_actor():
+            threading.Thread(target=self._end_with_engine, daemon=True).start()
+
+    def _end_with_engine(self) -> None:
+        """End this actor when its engine has died: Ray then starts it again.
+
+        Calls to a dead engine need not fail: those that wait for its reply wait for ever
+        (vLLM 0.32 fails requests, but not pauses, updates and resumes).
+        """
+        while not self._closing:
+            if self._engine.errored:
+                os._exit(1)
+            time.sleep(_LOOK_EVERY_S)
 
     def _start_engine(
         self, model: str, max_length: int, gpus: float, transport: str, extension: str
     ) -> Any:
-        import os
-
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -136,18 +154,29 @@ class RolloutActor:
         current = await self.version()
         if current is None or current < version:
             raise StaleWeightsError(f"version {version} was asked for, this engine has {current}")
-        if together:
-            await self.pause(clear_cache=True)
-        admitted = [await self._admit(request) for request in requests]
-        if together:
-            await self.resume()
-        return list(await asyncio.gather(*map(self._collect, admitted)))
+        try:
+            if together:
+                await self.pause(clear_cache=True)
+            try:
+                admitted = [await self._admit(request) for request in requests]
+            finally:
+                if together:
+                    await self.resume()
+            return list(await asyncio.gather(*map(self._collect, admitted)))
+        except Exception:
+            if in_ray_actor() and self._engine.errored:
+                # Before anybody is told: who asks again must not meet this process.
+                os._exit(1)
+            raise
 
     async def _admit(self, request: GroupRequest) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        prompt_ids = self._tokenizer.prompt_ids(request.prompt.messages)
+        try:
+            prompt_ids = self._tokenizer.prompt_ids(request.prompt.messages)
+        except ModelError as error:
+            return GenerationError(f"prompt {request.prompt.id}: {error}")
         if len(prompt_ids) > self._max_prompt_tokens:
             return GenerationError(
                 f"prompt {request.prompt.id} has {len(prompt_ids)} tokens, more than "
@@ -335,5 +364,6 @@ class RolloutActor:
 
     async def shutdown(self) -> None:
         """End the engine and its processes."""
+        self._closing = True
         self._engine.shutdown()
         self._guard.close()

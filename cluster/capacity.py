@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from cluster.memory import free_memory
 from models.precision import resolve_dtype
 from rlhf.config import RLConfig
-from rlhf.errors import ResourceError
+from rlhf.errors import ModelError, ResourceError
 
 _GIB = 2**30
 _PROCESS_GIB = 0.7
@@ -24,8 +26,10 @@ def memory_estimate_gib(models: Sequence[Path], config: RLConfig) -> float:
     engine = policy * _width(config.rollout.dtype)
     # Weights, gradients, two moments in float32; one copy on the wire.
     learner = policy * (16 + _width(config.rollout.dtype))
-    frozen = reference * _width(config.reference.dtype) + policy * 4
     cluster = config.cluster
+    # The reward trunk, taken to be of the policy's size, in the wider precision.
+    frozen = reference * _width(config.reference.dtype) * cluster.reference.actors
+    frozen += policy * 4 * cluster.reward.actors
     processes = 2 + sum(
         role.actors for role in (cluster.learner, cluster.reward, cluster.reference)
     )
@@ -48,12 +52,10 @@ def require_memory(models: Sequence[Path], config: RLConfig) -> None:
     """
     import os
 
-    import psutil
-
     if config.cluster.rollout.gpus or config.cluster.learner.gpus or "RAY_ADDRESS" in os.environ:
         return
     wanted = memory_estimate_gib(models, config)
-    free = psutil.virtual_memory().available / _GIB
+    free = free_memory() / _GIB
     if wanted > free:
         raise ResourceError(
             f"about {wanted:.1f} GiB of memory are wanted and {free:.1f} are free; take a smaller "
@@ -63,16 +65,16 @@ def require_memory(models: Sequence[Path], config: RLConfig) -> None:
 
 def _parameters(folder: Path) -> float:
     """Parameters of a model folder, from the size of its weights and their precision."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     count = 0
     for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                size = 1
-                for extent in file.get_slice(name).get_shape():
-                    size *= extent
-                count += size
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = file.keys()
+                count += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
     return float(count)
 
 

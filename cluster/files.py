@@ -17,6 +17,10 @@ _CLAIM = {"run.lock", "config.json"}
 """What a run leaves that ended before its first step: no reason to refuse the next one."""
 
 
+_MAY_CHANGE = ("rl.num_steps", "run.", "cluster.")
+"""Settings that a resumed run may be given anew."""
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file beside and rename it: a reader sees the old one or the new one, whole."""
     beside = path.with_name(f".{path.name}.part")
@@ -71,6 +75,29 @@ def resolve_run_folder(directory: str | None, config_path: Path) -> Path:
     return runs_path(name)
 
 
+def _left_by_a_start(path: Path) -> bool:
+    """Whether a run that ended before its first step leaves this behind too."""
+    return path.name in _CLAIM or path.name.startswith(".")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat
+
+
+def _refuse_other_settings(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    for key in new:
+        if key in old and old[key] != new[key] and not key.startswith(_MAY_CHANGE):
+            raise RunFolderError(
+                f"{path} was started with {key} = {json.dumps(old[key])} and cannot go on with "
+                f"{json.dumps(new[key])}; resume with the same or choose another run.dir"
+            )
+
+
 class RunFolder:
     """A run's folder, held by one process at a time.
 
@@ -83,12 +110,18 @@ class RunFolder:
         self._lock: Any = None
 
     @classmethod
-    def claim(cls, path: Path, config: dict[str, Any], *, resume: bool) -> RunFolder:
+    def claim(cls, path: Path, config: dict[str, Any], *, resume: bool | None) -> RunFolder:
         """Take the folder for this process; the lock goes with the process.
+
+        A run is resumed with the settings it was started with, but for those that say how long,
+        where and with what placement (`_MAY_CHANGE`).
+
+        Args:
+            resume: None for a command that has no --resume.
 
         Raises:
             RunFolderError: another process holds it, it holds a run and `resume` was not given,
-                or there is nothing to resume.
+                there is nothing to resume, or the settings are others.
         """
         from filelock import FileLock, Timeout
 
@@ -98,10 +131,9 @@ class RunFolder:
             raise RunFolderError(f"{path} is a file, not a run folder")
         if resume and not recorded.is_file():
             raise RunFolderError(f"{path} holds no run to resume")
-        if not resume and path.is_dir() and any(p.name not in _CLAIM for p in path.iterdir()):
-            raise RunFolderError(
-                f"{path} already holds a run; go on with --resume or choose another run.dir"
-            )
+        if not resume and path.is_dir() and not all(map(_left_by_a_start, path.iterdir())):
+            way_on = "" if resume is None else "go on with --resume or "
+            raise RunFolderError(f"{path} already holds a run; {way_on}choose another run.dir")
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -111,8 +143,13 @@ class RunFolder:
             folder._lock.acquire(timeout=0)
         except Timeout:
             raise RunFolderError(f"{path} is in use by another process") from None
-        if not resume:
-            write_atomically(recorded, json.dumps(config, indent=2) + "\n")
+        if resume:
+            try:
+                _refuse_other_settings(path, _flat(json.loads(recorded.read_text())), _flat(config))
+            except RunFolderError:
+                folder.release()
+                raise
+        write_atomically(recorded, json.dumps(config, indent=2) + "\n")
         return folder
 
     def release(self) -> None:

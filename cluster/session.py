@@ -85,7 +85,8 @@ def _sweeping() -> Any:
     """Held while folders are made or swept, so that none is swept before it is marked."""
     from filelock import FileLock
 
-    return FileLock(Path(tempfile.gettempdir()) / "pavlov-sweep.lock", timeout=60)
+    name = f"pavlov-sweep-{os.getuid()}.lock"
+    return FileLock(Path(tempfile.gettempdir()) / name, timeout=60)
 
 
 def _is_held(folder: Path) -> bool:
@@ -97,7 +98,7 @@ def _is_held(folder: Path) -> bool:
     lock = FileLock(mark)
     try:
         lock.acquire(timeout=0)
-    except Timeout:
+    except (Timeout, PermissionError):  # held, or another user's
         return True
     lock.release()
     return False
@@ -117,6 +118,8 @@ def ray_session(run_name: str, *, num_cpus: int | None = None) -> Iterator[str]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # A thread that still waits for actors when the session has ended must not start another Ray.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     import ray
 
     namespace = f"{run_name}-{uuid4().hex[:6]}"

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from cluster.layout import CpuLayout, actor_environment
 from rlhf import errors
 from rlhf.config import RolePlacement
-from rlhf.errors import PavlovError, ResourceError, RunError
+from rlhf.errors import ActorLostError, PavlovError, ResourceError, RunError
+
+Result = TypeVar("Result")
 
 _SAY_EVERY_S = 30.0
+_CALLS_AT_ONCE = 10_000
+"""Of an asynchronous actor: a call that waits for its completions must not keep out a pause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,7 @@ def spawn(
                     "num_cpus": role.placement.cpus,
                     "num_gpus": role.placement.gpus,
                     "max_restarts": role.restarts,
-                    "max_concurrency": 1000 if _is_async(role.cls) else 1,
+                    "max_concurrency": _CALLS_AT_ONCE if _is_async(role.cls) else 1,
                     "runtime_env": {"env_vars": actor_environment(layout, role.placement.gpus)},
                     "scheduling_strategy": PlacementGroupSchedulingStrategy(group, bundle),
                 }
@@ -172,6 +176,32 @@ def _start_error(name: str, error: BaseException) -> PavlovError:
     if kind.startswith("rlhf.errors.") and own is not None and own is not errors.WeightUpdateError:
         return own(message)
     return RunError(f"{name} did not start: {line}")
+
+
+async def call(reference: Awaitable[Result], name: str, timeout_s: float) -> Result:
+    """Await a call to the actor `name`. Errors of Pavlov's own come out as they were raised.
+
+    Raises:
+        ActorLostError: the actor died.
+        RunError: it did not answer in time, or anything else went wrong inside it.
+    """
+    import ray
+
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await reference
+    # Before TimeoutError: what an actor raised is of its own kind and of Ray's at once.
+    except ray.exceptions.RayTaskError as error:
+        cause = find_cause(error)
+        if isinstance(cause, PavlovError):
+            raise cause from None
+        raise RunError(f"{name} failed: {type(cause).__name__}: {first_line(cause)}") from error
+    except ray.exceptions.RayActorError as error:
+        raise ActorLostError(f"{name} died: {first_line(error)}") from None
+    except ray.exceptions.RayError as error:
+        raise RunError(f"Ray failed under {name}: {first_line(error)}") from None
+    except TimeoutError:
+        raise RunError(f"{name} did not answer within {timeout_s:.0f} s") from None
 
 
 def find_cause(error: BaseException) -> BaseException:

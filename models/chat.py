@@ -30,9 +30,9 @@ class ChatTokenizer:
 
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a damaged tokenizer fails in many ways
             raise ModelError(
-                f"{folder} has no tokenizer that can be read: {str(error).splitlines()[0]}"
+                f"{folder} has no tokenizer that can be read: {_first_line(error)}"
             ) from None
         self.uses_default_template = not self._tokenizer.chat_template
         if self.uses_default_template:
@@ -52,19 +52,37 @@ class ChatTokenizer:
         return self.end_id if pad is None else int(pad)
 
     @property
+    def vocabulary(self) -> str:
+        """Hash of what token ids mean: two models with the same one read the same tokens."""
+        return hashlib.sha256(self._vocabulary().encode()).hexdigest()[:16]
+
+    def _vocabulary(self) -> str:
+        return json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
+
+    @property
     def fingerprint(self) -> str:
         """Hash of vocabulary and template: what must agree for token ids to mean the same."""
-        vocabulary = json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
-        text = f"{vocabulary}\x1f{self._tokenizer.chat_template}\x1f{self.end_id}"
+        text = f"{self._vocabulary()}\x1f{self._tokenizer.chat_template}\x1f{self.end_id}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Token ids of the conversation, up to where the assistant's next turn begins."""
-        text = self._tokenizer.apply_chat_template(
-            [{"role": message.role, "content": message.content} for message in messages],
-            add_generation_prompt=True,
-            tokenize=False,
-        )
+        """Token ids of the conversation, up to where the assistant's next turn begins.
+
+        Raises:
+            ModelError: the template refuses the conversation, e.g. for its system turn.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [{"role": message.role, "content": message.content} for message in messages],
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+        except TemplateError as error:
+            raise ModelError(
+                f"the chat template refuses this conversation: {_first_line(error)}"
+            ) from None
         return self._encode(str(text))
 
     def reply_ids(self, text: str, *, finished: bool) -> tuple[int, ...]:
@@ -84,3 +102,7 @@ class ChatTokenizer:
             return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         except (UnicodeError, TypeError, ValueError) as error:
             raise ModelError(f"this text cannot be tokenised: {text[:60]!r} ({error})") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

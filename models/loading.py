@@ -32,10 +32,12 @@ def load_backbone(folder: Path, dtype: str) -> nn.Module:
 
 def _load(kind: Any, folder: Path, dtype: str, attention: str) -> nn.Module:
     from safetensors import SafetensorError
+    from transformers import AutoConfig
 
     try:
         model, report = kind.from_pretrained(
             folder,
+            config=_without_dropout(AutoConfig.from_pretrained(folder)),
             dtype=getattr(torch, resolve_dtype(dtype)),
             attn_implementation=attention,
             output_loading_info=True,
@@ -50,3 +52,11 @@ def _load(kind: Any, folder: Path, dtype: str, attention: str) -> nn.Module:
         )
     loaded: nn.Module = model.eval()
     return loaded
+
+
+def _without_dropout(config: Any) -> Any:
+    """Engines sample without dropout: a learner with it would compute ratios of noise."""
+    for name, value in config.to_dict().items():
+        if ("dropout" in name or "pdrop" in name) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config

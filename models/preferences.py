@@ -15,7 +15,8 @@ reason. A file that cannot be read, or files without any usable row, are a `Data
 | LLMBar              | input                                                       | prompt       |
 
 A pair may carry label, weight, criterion (or criteria), source, chosen_finished and
-rejected_finished; any other field is ignored.
+rejected_finished, a single completion source and finished (or finish_reason); any other field is
+ignored.
 """
 
 from __future__ import annotations
@@ -100,11 +101,12 @@ class ReadReport:
 
 @dataclass(frozen=True, slots=True)
 class SingleCompletion:
-    """A reply to score that stands alone."""
+    """A reply to score that stands alone; one that was cut off at a limit is not finished."""
 
     prompt: tuple[Message, ...]
     completion: str
     source: str = ""
+    finished: bool = True
 
 
 def read_pairs(
@@ -382,7 +384,8 @@ def _scoring_row(row: Row, source: str, line: int) -> PreferencePair | SingleCom
     if not completion.strip():
         raise ValueError("empty reply")
     prompt = _checked_prompt(_one_prompt(row, turns))
-    return SingleCompletion(prompt, completion, _optional_text(row, "source", source))
+    finished = _flag(row, "finished", default=row.get("finish_reason") != "length")
+    return SingleCompletion(prompt, completion, _optional_text(row, "source", source), finished)
 
 
 class _DistinctPrompts:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models.sources import resolve_model, weights_fingerprint
 from models.trunk import Trunk
-from rlhf.ensemble import aggregate, disagreement, distance, shift_score, standardise
+from rlhf.ensemble import disagreement, distance, shift_score, standardise
 from rlhf.errors import DataError, ModelError
 from rlhf.losses import bradley_terry_loss
 from rlhf.records import Message
@@ -175,7 +175,7 @@ def fit_temperature(margins_N: Tensor, labels_N: Tensor, weights_N: Tensor) -> f
 
     Guo et al. (2017), section 4.2; a grid over the logarithm, which one parameter needs no more of.
     """
-    grid = torch.logspace(-1.5, 1.5, 121)
+    grid = torch.logspace(-2, 2, 161)
     losses = torch.stack([bradley_terry_loss(margins_N / t, labels_N, weights_N) for t in grid])
     return float(grid[losses.argmin()])
 
@@ -237,11 +237,6 @@ class RewardModel:
         # Without a threshold (too few held-out replies to promise the rate) nothing is flagged.
         threshold = float("inf") if self.card.threshold is None else self.card.threshold
         return Scores(rewards_KN, disagreement_N, distance_N, shift_N, shift_N > threshold)
-
-    def probability(self, chosen_ND: Tensor, rejected_ND: Tensor) -> Tensor:
-        """Calibrated P(chosen over rejected) by the mean member, shape (N,)."""
-        margins_KN = self.heads.raw(chosen_ND) - self.heads.raw(rejected_ND)
-        return torch.sigmoid(aggregate(margins_KN) / self.card.temperature)
 
     def save(self, folder: Path) -> None:
         """Write ``heads.safetensors`` and ``reward.json`` into `folder`, which must exist."""

@@ -15,14 +15,16 @@ EMBEDDED = "embedded"
 def resolve_model(name: str) -> Path:
     """The local folder of ``embedded``, of a Hugging Face folder, or of a hub id.
 
+    A relative folder is looked up from here, then below PAVLOV_RUNS. Called on every node that
+    loads the model: caches are each node's own.
+
     Raises:
         ModelError: no such folder, no `config.json`, no safetensors in it, or no hub to ask.
     """
     if name == EMBEDDED:
         return embedded_model()
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return check_folder(folder.resolve())
+    if (folder := _local_folder(name)) is not None:
+        return check_folder(folder)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(
             f"there is no model folder {name}; give a Hugging Face folder, a hub id (owner/name) "
@@ -31,10 +33,23 @@ def resolve_model(name: str) -> Path:
     return _download(name)
 
 
+def portable_name(name: str) -> str:
+    """A model's name as other processes and nodes understand it: a folder made absolute,
+    ``embedded`` and hub ids as they are."""
+    folder = None if name == EMBEDDED else _local_folder(name)
+    return name if folder is None else str(folder)
+
+
 def resolve_reward_model(name: str) -> Path:
     """A reward-model folder: as named from here, else below PAVLOV_RUNS."""
-    here = Path(name).expanduser()
-    return here.resolve() if here.is_dir() else runs_path(name)
+    return _local_folder(name) or runs_path(name)
+
+
+def _local_folder(name: str) -> Path | None:
+    for folder in (Path(name).expanduser(), runs_path(name)):
+        if folder.is_dir():
+            return folder.resolve()
+    return None
 
 
 def check_folder(folder: Path) -> Path:

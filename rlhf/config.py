@@ -284,6 +284,17 @@ class LoopConfig(Section):
     cluster: ClusterSection = ClusterSection()
     """The placement."""
 
+    @property
+    def patience_s(self) -> float:
+        """How long the loop waits for a step: longer than all that may happen in one.
+
+        Attempts of generating, scoring and recovering, then learning, publishing and saving, each
+        with a timeout of its own.
+        """
+        cluster = self.cluster
+        attempt_s = 3 * cluster.call_timeout_s + 2 * cluster.start_timeout_s
+        return self.rl.max_attempts * attempt_s + 4 * cluster.call_timeout_s
+
     @model_validator(mode="after")
     def _cache_is_kept_only_off_policy(self) -> LoopConfig:
         if self.rollout.keep_cache and self.rl.max_staleness == 0:
@@ -415,7 +426,7 @@ class DemoConfig(LoopConfig):
     """The reward model."""
     train_prompts: PositiveInt = 150
     """How many of the shipped training prompts are used."""
-    heldout_prompts: PositiveInt = 100
+    heldout_prompts: Annotated[int, Field(ge=2)] = 100
     """How many of the shipped held-out prompts are compared on."""
 
 

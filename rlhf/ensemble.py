@@ -1,7 +1,7 @@
 """How a family of reward models becomes one reward and one doubt.
 
-Shapes: K members, N completions. Members are standardised before they get here: each has mean 0
-and deviation 1 on held-out replies, so that no member outvotes another by scale.
+Shapes: K members, N completions, S signals. Members are standardised before they get here: each has
+mean 0 and deviation 1 on the replies it was trained on, so that none outvotes another by scale.
 """
 
 from __future__ import annotations
@@ -123,21 +123,3 @@ def _solve(rising: Callable[[float], float], value: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if rising(middle) < value else (low, middle)
     return (low + high) / 2
-
-
-def expected_calibration_error(
-    probabilities_N: Tensor, outcomes_N: Tensor, *, bins: int = 10
-) -> float:
-    """ECE over bins of equal mass: mean |confidence - accuracy|, weighted by bin size.
-
-    `probabilities_N` are of the outcome 1. Confidence is max(p, 1 - p) and an outcome counts as
-    right when the likelier side won (Guo et al., 2017, equation 3, with equal-mass bins).
-    """
-    confidence_N = torch.maximum(probabilities_N, 1 - probabilities_N)
-    right_N = ((probabilities_N > 0.5) == (outcomes_N > 0.5)).to(confidence_N.dtype)
-    order = torch.argsort(confidence_N)
-    error = 0.0
-    for index in torch.tensor_split(order, min(bins, max(1, order.numel()))):
-        gap = (confidence_N[index].mean() - right_N[index].mean()).abs()
-        error += float(gap) * index.numel() / order.numel()
-    return error

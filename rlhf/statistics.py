@@ -18,10 +18,10 @@ def paired_interval(differences: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def wilson_interval(successes: float, trials: int) -> tuple[float, float, float]:
+def wilson_interval(successes: float, trials: float) -> tuple[float, float, float]:
     """Share and its 95 % score interval (Wilson, 1927): (share, low, high).
 
-    `successes` may be fractional where ties count as half.
+    Both may be fractional: where ties count as half, and where trials have weights.
     """
     if trials == 0:
         return math.nan, 0.0, 1.0

@@ -207,6 +207,54 @@ def test_a_demo_does_not_move_into_a_folder_of_something_else(place, refused):
     assert f"{place.here} is not empty and holds no demo" in message
 
 
+def test_a_demo_does_not_move_into_a_file(place, refused):
+    path = place.write("notes.txt", "mine")
+    assert f"{path} is not empty and holds no demo" in refused("demo", "--out", path)
+
+
+def test_inside_a_ray_job_a_demo_wants_a_folder_that_lasts(place, refused):
+    place.environment["RAY_JOB_CONFIG_JSON_ENV_VAR"] = "{}"
+    assert "temporary copy" in refused("demo")
+
+
+REWARD = """
+[data]
+train = ["pairs.jsonl"]
+[ensemble]
+model = "{model}"
+"""
+
+
+def test_what_a_bad_row_says_is_quoted_and_not_obeyed(place, refused, tiny_model):
+    """Text in brackets is markup to a terminal library."""
+    place.write("reward.toml", REWARD.format(model=tiny_model))
+    rows = [
+        {"prompt": [{"role": "[/INST]", "content": "x"}], "chosen": "a", "rejected": "b"},
+        {"prompt": "Why [red]?", "chosen": "a", "rejected": "b"},
+    ]
+    place.write("pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert "1 pairs with 1 different first user turns are too few" in refused(
+        "reward", "reward.toml"
+    )
+
+
+def test_a_reference_that_reads_other_tokens_is_refused(place, rl_file, refused, tiny_model):
+    other = Path(shutil.copytree(tiny_model, place.here / "other"))
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[10:12]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "reads other tokens" in refused("rl", rl_file, f"reference.model={other}")
+
+
+def test_truncated_weights_are_one_sentence(place, rl_file, refused, tiny_model):
+    cut = Path(shutil.copytree(tiny_model, place.here / "cut"))
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "is damaged" in refused("rl", rl_file, f"policy.model={cut}", f"reference.model={cut}")
+
+
 # Help and output
 
 

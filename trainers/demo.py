@@ -25,13 +25,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cluster.files import folder_beside, write_atomically
+from cluster.capacity import require_memory
+from cluster.files import folder_beside, in_ray_job, write_atomically
 from cluster.layout import usable_cores
 from cluster.session import ray_session
 from labelling.simulated import Answer, SimulatedAssessor, rule
 from models.preferences import read_pairs, write_pairs
 from models.reward_model import RewardModel
-from models.sources import resolve_model
+from models.sources import portable_name, resolve_model
 from rlhf.config import DemoConfig, RLConfig, parse_config
 from rlhf.ensemble import aggregate
 from rlhf.errors import RunFolderError
@@ -59,8 +60,19 @@ def demo_prompts(split: str, count: int) -> list[Prompt]:
 
 def run_demo(config: DemoConfig, out: Path, console: Console) -> dict[str, Any]:
     """Run or continue the demo in `out`; returns the summary."""
-    out = out.expanduser().absolute()
-    _claim(out, config)
+    out = out.expanduser()
+    if in_ray_job() and not out.is_absolute():
+        raise RunFolderError(
+            f"inside a Ray job the folder {out} would lie in Ray's temporary copy of the code and "
+            "be lost; give an absolute --out on storage that outlives the job"
+        )
+    out = out.absolute()
+    recorded = json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
+    _refuse_other(out, recorded)
+    model = resolve_model(config.policy.model)
+    require_memory([model, model], rl_config(config, out))
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "config.json", recorded)
     clock = _Clock(out)
     if not (out / "summary.json").is_file():
         base = _sample_base(config, out, console)
@@ -91,19 +103,16 @@ class _Clock:
         return total
 
 
-def _claim(out: Path, config: DemoConfig) -> None:
-    recorded = out / "config.json"
-    wanted = json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
-    if recorded.is_file():
-        if recorded.read_text() != wanted:
+def _refuse_other(out: Path, recorded: str) -> None:
+    """Refuse a folder that holds something else than this demo."""
+    config = out / "config.json"
+    if config.is_file():
+        if config.read_text() != recorded:
             raise RunFolderError(
                 f"{out} holds a demo with other settings; remove it or choose another --out"
             )
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunFolderError(f"{out} is not empty and holds no demo; choose another --out")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(recorded, wanted)
 
 
 def _sample_base(config: DemoConfig, out: Path, console: Console) -> dict[str, list[Answer]]:
@@ -121,7 +130,7 @@ def _sample_base(config: DemoConfig, out: Path, console: Console) -> dict[str, l
         ):
             drawn = asyncio.run(
                 sample_with_engine(
-                    resolve_model(config.policy.model),
+                    portable_name(config.policy.model),
                     config.rollout,
                     config.cluster,
                     requests,
@@ -158,7 +167,7 @@ def _train_reward(config: DemoConfig, out: Path, console: Console) -> None:
     folder = out / "reward"
     if not folder.is_dir():
         pairs, _ = read_pairs([out / "pairs.parquet"])
-        require_pairs(pairs)
+        require_pairs(pairs, config.ensemble)
         model = train_reward_model(config.ensemble, pairs, [], config.seed, console)
         with folder_beside(folder) as beside:
             model.save(beside)

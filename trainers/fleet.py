@@ -18,16 +18,15 @@ from actors.reference import ReferenceActor
 from actors.reward import RewardActor
 from actors.rollout import GroupRequest, RolloutActor
 from cluster.layout import Turns, choose_layout
-from cluster.spawn import Role, find_cause, first_line, spawn
+from cluster.spawn import Role, call, spawn
 from cluster.weights import WeightManifest
 from cluster.weights.probe import Probe
 from rlhf.config import RLConfig
 from rlhf.errors import (
     ActorLostError,
     GenerationError,
-    PavlovError,
-    RunError,
     StaleWeightsError,
+    WeightUpdateError,
 )
 from rlhf.records import GroupScores, RolloutGroup, ScoredGroup, StepReport, TrainingBatch
 
@@ -38,10 +37,11 @@ _CLOSE_S = 8.0
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """Folders of the models that a run loads."""
+    """The models that a run loads: policy and reference by names that every node resolves for
+    itself, the reward model by its folder."""
 
-    policy: Path
-    reference: Path
+    policy: str
+    reference: str
     reward: Path
 
 
@@ -52,7 +52,7 @@ def run_roles(config: RLConfig, models: Models, run: str, shared_memory: Path) -
 
     def rollout(number: int) -> dict[str, Any]:
         return {
-            "model": str(models.policy),
+            "model": models.policy,
             "settings": config.rollout,
             "max_prompt_tokens": config.data.max_prompt_tokens,
             "max_tokens": rl.max_tokens,
@@ -74,7 +74,7 @@ def run_roles(config: RLConfig, models: Models, run: str, shared_memory: Path) -
 
     def reference(number: int) -> dict[str, Any]:
         return {
-            "model": str(models.reference),
+            "model": models.reference,
             "dtype": config.reference.dtype,
             "temperature": rl.temperature,
             "batch_tokens": 2 * config.learner.micro_batch_tokens,
@@ -83,7 +83,7 @@ def run_roles(config: RLConfig, models: Models, run: str, shared_memory: Path) -
 
     def learner(number: int) -> dict[str, Any]:
         return {
-            "model": str(models.policy),
+            "model": models.policy,
             "dtype": config.policy.dtype,
             "settings": config.learner,
             "rl": rl,
@@ -157,20 +157,24 @@ class Fleet:
     ) -> list[RolloutGroup | GenerationError]:
         """Sample groups on the least busy engine.
 
-        An engine that died or is behind is recovered first; its requests come back as errors, to
-        be tried again.
+        An engine that died or is behind is recovered and asked once more: the prompts did nothing
+        wrong. If it dies of them again, they come back as errors.
         """
         index = min(range(len(self._rollouts)), key=lambda i: self._outstanding[i])
         rollout = self._rollouts[index]
         self._outstanding[index] += len(requests)
         try:
-            return await self._call(
-                rollout.generate.remote(list(requests), version, together=together),
-                f"rollout-{index}",
-            )
-        except (StaleWeightsError, ActorLostError) as error:
-            await self._recover(index)
-            return [GenerationError(str(error)) for _ in requests]
+            for last in (False, True):
+                try:
+                    return await self._call(
+                        rollout.generate.remote(list(requests), version, together=together),
+                        f"rollout-{index}",
+                    )
+                except (StaleWeightsError, ActorLostError) as error:
+                    await self._recover(index)
+                    if last:
+                        return [GenerationError(str(error)) for _ in requests]
+            raise AssertionError
         finally:
             self._outstanding[index] -= len(requests)
             async with self._scoring:
@@ -296,13 +300,43 @@ class Fleet:
             return 0.0
 
     async def _recover(self, index: int) -> None:
-        """Bring an engine that was started again to the current version before it serves."""
-        async with self._recovering[index]:
-            rollout, name = self._rollouts[index], f"rollout-{index}"
+        """Bring an engine that was started again to the current version before it serves.
+
+        The learner may publish meanwhile: what is current is read after every wait.
+
+        Raises:
+            ActorLostError: it does not come back in time, or its transport cannot take it back.
+        """
+        patience_s = 2 * self._config.cluster.start_timeout_s
+        try:
+            async with self._recovering[index], asyncio.timeout(patience_s):
+                await self._bring_up_to_date(self._rollouts[index], f"rollout-{index}")
+        except TimeoutError:
+            raise ActorLostError(
+                f"rollout-{index} did not come back within {patience_s:.0f} s"
+            ) from None
+
+    async def _bring_up_to_date(self, rollout: Any, name: str) -> None:
+        while True:
+            version = await self._until_alive(rollout, name)
             assert self._published is not None
             manifest, probe = self._published
-            if await self._until_alive(rollout, name) != manifest.version:
+            if version == manifest.version:
+                return
+            if manifest.transport == "nccl":
+                raise ActorLostError(
+                    f"{name} was replaced, and a new process cannot join a running NCCL group"
+                )
+            try:
                 await self._call(rollout.update_weights.remote(manifest, probe), name)
+            except ActorLostError:
+                continue
+            except WeightUpdateError as error:
+                if error.check != "version":
+                    raise
+                # Gone for a newer version that is about to be announced.
+                while self._published[0] is manifest:
+                    await asyncio.sleep(0.1)
 
     async def _until_alive(self, handle: Any, name: str) -> Any:
         """The actor's version, as soon as it answers again."""
@@ -365,36 +399,4 @@ class Fleet:
         return list(await asyncio.gather(*calls))
 
     async def _call(self, reference: Awaitable[Result], name: str) -> Result:
-        """Await a call. Errors of Pavlov's own come out as they were raised.
-
-        Raises:
-            ActorLostError: the actor died, or its engine did.
-            RunError: anything else went wrong inside it.
-        """
-        import ray
-
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                return await reference
-        except TimeoutError:
-            raise RunError(f"{name} did not answer within {self._timeout_s:.0f} s") from None
-        except ray.exceptions.RayTaskError as error:
-            cause = find_cause(error)
-            if isinstance(cause, PavlovError):
-                raise cause from None
-            if "EngineDead" in type(cause).__name__:
-                self._restart(name)
-                raise ActorLostError(f"the engine of {name} died") from None
-            raise RunError(f"{name} failed: {type(cause).__name__}: {first_line(cause)}") from error
-        except ray.exceptions.RayActorError as error:
-            raise ActorLostError(f"{name} died: {first_line(error)}") from None
-        except ray.exceptions.RayError as error:
-            raise RunError(f"Ray failed under {name}: {first_line(error)}") from None
-
-    def _restart(self, name: str) -> None:
-        """An actor whose engine died is no use any more: end it, so that Ray starts it again."""
-        import ray
-
-        role, _, number = name.rpartition("-")
-        if role == "rollout":
-            ray.kill(self._rollouts[int(number)], no_restart=False)
+        return await call(reference, name, self._timeout_s)

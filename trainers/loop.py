@@ -89,7 +89,7 @@ class Loop:
         self._record = record
         self._steps = range(first_step, config.rl.num_steps)
         self._version = first_step
-        self._patience_s = config.cluster.call_timeout_s
+        self._patience_s = config.patience_s
         self._buffer: RolloutBuffer[Produced] = RolloutBuffer(
             config.rl.prompts_per_step, config.rl.max_staleness
         )

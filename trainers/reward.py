@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,25 +27,28 @@ from models.reward_model import (
     fit_heads,
     fit_temperature,
 )
-from models.sources import EMBEDDED, resolve_model, weights_fingerprint
+from models.sources import portable_name, resolve_model, weights_fingerprint
 from models.trunk import FAMILIES, Trunk
+from rlhf.calibration import pair_figures
 from rlhf.config import EnsembleSection, RewardConfig, data_path
 from rlhf.ensemble import (
     aggregate,
     disagreement,
-    expected_calibration_error,
     false_alarm_interval,
     quantile_threshold,
     shift_score,
     whitening,
 )
-from rlhf.errors import DataError
+from rlhf.errors import DataError, ModelError
 from rlhf.losses import bradley_terry_loss
 from rlhf.records import PreferencePair
-from rlhf.statistics import wilson_interval
 from trainers.recording import Progressing
 
 _LEAST_TURNS = 16
+_FIGURES = {
+    "cross_validation": "cross-validation, by which L2, temperature and threshold were chosen",
+    "validation": "validation",
+}
 
 
 def run_reward(config: RewardConfig, config_path: Path, console: Console) -> Path:
@@ -59,8 +63,8 @@ def run_reward(config: RewardConfig, config_path: Path, console: Console) -> Pat
         reports += more
     for report in reports:
         console.print(report.sentence())
-    require_pairs(train)
-    folder = RunFolder.claim(folder_path, config.model_dump(mode="json"), resume=False)
+    require_pairs(train, config.ensemble)
+    folder = RunFolder.claim(folder_path, config.model_dump(mode="json"), resume=None)
     try:
         model = train_reward_model(config.ensemble, train, validation, config.seed, console)
         card = model.card.model_copy(update={"data": {**model.card.data, **_files(reports)}})
@@ -72,13 +76,13 @@ def run_reward(config: RewardConfig, config_path: Path, console: Console) -> Pat
     return folder.path
 
 
-def require_pairs(pairs: Sequence[PreferencePair]) -> None:
+def require_pairs(pairs: Sequence[PreferencePair], settings: EnsembleSection) -> None:
     """Refuse data that is too small to train on and to calibrate with."""
-    turns = len({pair.first_user_turn for pair in pairs})
-    if turns < _LEAST_TURNS:
+    turns, least = len({pair.first_user_turn for pair in pairs}), max(_LEAST_TURNS, settings.folds)
+    if turns < least:
         raise DataError(
             f"{len(pairs)} pairs with {turns} different first user turns are too few: at least "
-            f"{_LEAST_TURNS} are needed"
+            f"{least} are needed"
         )
 
 
@@ -104,6 +108,8 @@ def train_reward_model(
         max_tokens=settings.max_tokens,
         batch_tokens=settings.batch_tokens,
     )
+    pairs, validation = (_tokenisable(trunk, some, console) for some in (pairs, validation))
+    require_pairs(pairs, settings)
     with Progressing(console, "features", 2 * (len(pairs) + len(validation))) as progress:
         store = FeatureStore(cache_folder() / "features", trunk)
         chosen_ND, rejected_ND = _features(store, trunk, pairs, progress)
@@ -125,7 +131,7 @@ def train_reward_model(
     threshold = quantile_threshold(shift_N, settings.false_alarm_rate)
     card = RewardCard(
         version=hashlib.sha256(heads.weights_KD.numpy().tobytes()).hexdigest()[:12],
-        model=settings.model if settings.model == EMBEDDED else str(folder),
+        model=portable_name(settings.model),
         model_fingerprint=weights_fingerprint(folder),
         tokenizer_fingerprint=trunk.tokenizer.fingerprint,
         dtype=settings.dtype,
@@ -151,15 +157,21 @@ def train_reward_model(
     model = RewardModel(card, heads)
     flagged_N = shift_N > threshold
     metrics: dict[str, Any] = {
-        "cross_validation": pair_metrics(best.margins_KN, best.temperature, flagged_N),
+        "cross_validation": {
+            **pair_figures(best.margins_KN, best.temperature, labels_N, weights_N),
+            "flagged_share": float(flagged_N.double().mean()),
+        },
         "loss": {str(candidate.l2): candidate.loss for candidate in candidates},
         "features_s": round(features_s, 1),
         "total_s": round(time.monotonic() - started, 1),
     }
     if validation:
-        margins_KN = heads.raw(validation_features[0]) - heads.raw(validation_features[1])
-        shifted_N = model.score_features(torch.cat(validation_features)).shifted_N
-        metrics["validation"] = pair_metrics(margins_KN, best.temperature, shifted_N)
+        scores = model.score_features(torch.cat(validation_features))
+        chosen_KN, rejected_KN = scores.rewards_KN.chunk(2, dim=1)
+        metrics["validation"] = {
+            **pair_figures(chosen_KN - rejected_KN, best.temperature, *_labels(validation)),
+            "flagged_share": float(scores.shifted_N.double().mean()),
+        }
     return RewardModel(card.model_copy(update={"metrics": metrics}), heads)
 
 
@@ -198,7 +210,7 @@ def cross_validate(
         heads = _fit(
             chosen_ND[fit], rejected_ND[fit], labels_N[fit], weights_N[fit], members, l2, seed
         )
-        margins_KN[:, held] = heads.raw(chosen_ND[held]) - heads.raw(rejected_ND[held])
+        margins_KN[:, held] = heads.rewards(chosen_ND[held]) - heads.rewards(rejected_ND[held])
         for side, features_ND in enumerate((chosen_ND[held], rejected_ND[held])):
             spread_2N[side, held] = disagreement(heads.rewards(features_ND))
             distance_2N[side, held] = heads.distance(features_ND)
@@ -237,22 +249,6 @@ def _fit(
     )
 
 
-def pair_metrics(margins_KN: Tensor, temperature: float, flagged_N: Tensor) -> dict[str, Any]:
-    """Accuracy with its 95 % interval, calibration and flagged share, from raw margins."""
-    probability_N = torch.sigmoid(aggregate(margins_KN) / temperature)
-    right_N = (probability_N > 0.5).double() + 0.5 * (probability_N == 0.5).double()
-    accuracy, low, high = wilson_interval(float(right_N.sum()), len(right_N))
-    return {
-        "pairs": len(right_N),
-        "accuracy": accuracy,
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "ece": expected_calibration_error(probability_N, torch.ones_like(probability_N)),
-        "member_accuracy": (margins_KN > 0).double().mean(dim=1).tolist(),
-        "flagged_share": float(flagged_N.double().mean()),
-    }
-
-
 def describe(card: RewardCard) -> str:
     """The card in a few lines of text."""
     lines = [
@@ -260,15 +256,34 @@ def describe(card: RewardCard) -> str:
         f"{Path(card.model).name}, {card.data['pairs']} pairs, l2 {card.l2:g}, "
         f"temperature {card.temperature:.2f}, features {card.metrics['features_s']:.0f} s"
     ]
-    for name in ("cross_validation", "validation"):
+    for name in _FIGURES:
         if name in card.metrics:
             m = card.metrics[name]
             lines.append(
-                f"{name.replace('_', '-')}: accuracy {m['accuracy']:.3f} "
+                f"{_FIGURES[name]}: accuracy {m['accuracy']:.3f} "
                 f"[{m['accuracy_low']:.3f}, {m['accuracy_high']:.3f}] on {m['pairs']} pairs, "
                 f"ECE {m['ece']:.3f}, flagged {m['flagged_share']:.1%} of replies"
             )
     return "\n".join(lines)
+
+
+def _tokenisable(
+    trunk: Trunk, pairs: Sequence[PreferencePair], console: Console
+) -> list[PreferencePair]:
+    """The pairs that the backbone's chat template takes; the others are counted and said."""
+    kept: list[PreferencePair] = []
+    why: Counter[str] = Counter()
+    for pair in pairs:
+        try:
+            trunk.tokenise(pair.prompt, pair.chosen, finished=pair.chosen_finished)
+            trunk.tokenise(pair.prompt, pair.rejected, finished=pair.rejected_finished)
+        except ModelError as error:
+            why[str(error)] += 1
+        else:
+            kept.append(pair)
+    for reason, count in why.most_common(3):
+        console.print(f"left out: {count} pairs: {reason}")
+    return kept
 
 
 def _features(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,16 @@ from cluster.session import ray_session, shared_memory_folder
 from models.chat import ChatTokenizer
 from models.preferences import read_prompts
 from models.reward_model import RewardModel
-from models.sources import resolve_model, resolve_reward_model
+from models.sources import portable_name, resolve_model, resolve_reward_model
 from rlhf.config import RLConfig, data_path
-from rlhf.errors import ActorLostError, CheckpointError, DataError, PavlovError, RunError
+from rlhf.errors import (
+    ActorLostError,
+    CheckpointError,
+    DataError,
+    ModelError,
+    PavlovError,
+    RunError,
+)
 from rlhf.prompts import PromptCursor
 from rlhf.records import FailedGroup, Prompt, ScoredGroup
 from trainers.domain_shift import shift_threshold
@@ -50,8 +58,9 @@ def run_rl(
     """
     folder_path = resolve_run_folder(config.run.dir, config_path)
     models = resolve_models(config)
-    prompts = usable_prompts(config, models.policy, console) if prompts is None else prompts
-    require_memory([models.policy, models.reference], config)
+    policy, reference = resolve_model(models.policy), resolve_model(models.reference)
+    prompts = usable_prompts(config, policy, console) if prompts is None else prompts
+    require_memory([policy, reference], config)
     folder = RunFolder.claim(folder_path, config.model_dump(mode="json"), resume=resume)
     try:
         for left in range(config.cluster.restarts, -1, -1):
@@ -78,9 +87,15 @@ def _attempt(*arguments: Any) -> None:
 
 
 def resolve_models(config: RLConfig) -> Models:
-    """The folders of policy, reference and reward model; a wrong one is refused here."""
-    policy = resolve_model(config.policy.model)
-    reference = resolve_model(config.reference.model) if config.reference.model else policy
+    """Policy, reference and reward model; a wrong one is refused here."""
+    policy = portable_name(config.policy.model)
+    reference = portable_name(config.reference.model) if config.reference.model else policy
+    vocabularies = {ChatTokenizer(resolve_model(name)).vocabulary for name in (policy, reference)}
+    if len(vocabularies) > 1:
+        raise ModelError(
+            f"reference.model = {reference!r} reads other tokens than policy.model = {policy!r}: a "
+            "KL between them means nothing; take one with the same tokenizer"
+        )
     reward = resolve_reward_model(config.reward.model)
     RewardModel.load(reward)
     return Models(policy, reference, reward)
@@ -99,13 +114,25 @@ def usable_prompts(config: RLConfig, policy: Path, console: Console) -> list[Pro
         console.print(report.sentence())
     tokenizer = ChatTokenizer(policy)
     limit = config.data.max_prompt_tokens
-    kept = [p for p in prompts if len(tokenizer.prompt_ids(p.messages)) <= limit]
-    if len(kept) < len(prompts):
-        console.print(
-            f"{len(prompts) - len(kept)} prompts are longer than {limit} tokens: left out"
-        )
+    kept: list[Prompt] = []
+    why: Counter[str] = Counter()
+    for prompt in prompts:
+        try:
+            length = len(tokenizer.prompt_ids(prompt.messages))
+        except ModelError as error:
+            why[str(error)] += 1
+            continue
+        if length <= limit:
+            kept.append(prompt)
+        else:
+            why[f"longer than {limit} tokens"] += 1
+    reasons = "; ".join(f"{count} prompts: {reason}" for reason, count in why.most_common(3))
     if not kept:
-        raise DataError(f"all {len(prompts)} prompts are longer than {limit} tokens")
+        raise DataError(f"none of the {len(prompts)} prompts can be used ({reasons})")
+    if reasons:
+        console.print(f"left out: {reasons}")
+    if tokenizer.uses_default_template:
+        console.print(f"{policy.name} has no chat template: Pavlov's default one is used")
     return kept
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from actors.rollout import GroupRequest, RolloutActor
 from cluster.layout import choose_layout
 from cluster.session import shared_memory_folder
-from cluster.spawn import Role, spawn
+from cluster.spawn import Role, call, spawn
 from rlhf.config import ClusterSection, RLSection, RolloutSection
-from rlhf.errors import RunError
+from rlhf.errors import PavlovError, RunError
 from rlhf.records import Completion, Prompt, RolloutGroup
 from rlhf.seeding import derive_seed
 
 Generate = Callable[[Sequence[GroupRequest]], Any]
+
+_CLOSE_S = 8.0
 
 
 def requests_for(
@@ -55,7 +57,7 @@ async def sample(
 
 
 async def sample_with_engine(
-    model: Path,
+    model: str,
     settings: RolloutSection,
     cluster: ClusterSection,
     requests: Sequence[GroupRequest],
@@ -71,7 +73,7 @@ async def sample_with_engine(
         RolloutActor,
         cluster.rollout.model_copy(update={"actors": 1}),
         lambda number: {
-            "model": str(model),
+            "model": model,
             "settings": settings,
             "max_prompt_tokens": 256,
             "max_tokens": max(request.max_tokens for request in requests),
@@ -86,12 +88,15 @@ async def sample_with_engine(
         spawn, [role], layout, timeout_s=cluster.start_timeout_s, say=say
     )
     engine = handles["rollout"][0]
+
+    async def ask(reference: Any, timeout_s: float = cluster.call_timeout_s) -> Any:
+        return await call(reference, "rollout-0", timeout_s)
+
     try:
-        await engine.serve_start_weights.remote()
-
-        async def generate(batch: Sequence[GroupRequest]) -> Any:
-            return await engine.generate.remote(list(batch), 0)
-
-        return await sample(generate, requests, done)
+        await ask(engine.serve_start_weights.remote())
+        return await sample(
+            lambda batch: ask(engine.generate.remote(list(batch), 0)), requests, done
+        )
     finally:
-        await engine.shutdown.remote()
+        with contextlib.suppress(PavlovError):
+            await ask(engine.shutdown.remote(), _CLOSE_S)

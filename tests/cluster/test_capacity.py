@@ -11,7 +11,7 @@ import pytest
 
 from cluster.capacity import memory_estimate_gib, require_memory
 from rlhf.config import RLConfig, parse_config
-from rlhf.errors import ResourceError
+from rlhf.errors import ModelError, ResourceError
 
 GIB = 2**30
 
@@ -97,3 +97,26 @@ def test_elsewhere_ray_places_by_resources(tiny_model, free_gib, monkeypatch):
     require_memory([tiny_model, tiny_model], on_gpus)
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     require_memory([tiny_model, tiny_model], config())
+
+
+def test_a_containers_limit_counts_where_it_is_lower(tmp_path, monkeypatch):
+    from cluster import memory
+
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    monkeypatch.setattr(memory, "_CGROUP_V2", (limit, used))
+    monkeypatch.setattr(memory, "_CGROUP_V1", (tmp_path / "none", tmp_path / "none"))
+    whole = memory.free_memory()
+    limit.write_text("max\n")
+    used.write_text("1000\n")
+    assert memory.free_memory() == pytest.approx(whole, rel=0.2)
+    limit.write_text("5000\n")
+    assert memory.free_memory() == 4000
+    used.write_text("6000\n")
+    assert memory.free_memory() == 0
+
+
+def test_damaged_weights_are_named(tmp_path):
+    folder = model_of(tmp_path / "model", 10)
+    (folder / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(ModelError, match=r"model\.safetensors is damaged"):
+        memory_estimate_gib([folder, folder], config())

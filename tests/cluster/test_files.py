@@ -147,13 +147,44 @@ def test_a_claim_makes_the_folder_and_records_the_configuration(tmp_path):
     folder.release()
 
 
-def test_a_folder_that_holds_a_run_is_only_resumed_and_keeps_its_configuration(tmp_path):
+def test_a_folder_that_holds_a_run_is_only_resumed(tmp_path):
     RunFolder.claim(tmp_path, CONFIG, resume=False).release()
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(RunFolderError, match=f"{tmp_path} already holds a run; .*--resume"):
-        RunFolder.claim(tmp_path, {"seed": 2}, resume=False)
-    RunFolder.claim(tmp_path, {"seed": 2}, resume=True).release()
-    assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
+        RunFolder.claim(tmp_path, CONFIG, resume=False)
+    with pytest.raises(RunFolderError, match="already holds a run; choose another"):
+        RunFolder.claim(tmp_path, CONFIG, resume=None)
+    RunFolder.claim(tmp_path, CONFIG, resume=True).release()
+
+
+OLD = {"seed": 1, "rl": {"num_steps": 3, "prompts_per_step": 8}, "run": {"dir": None}}
+
+
+@pytest.mark.parametrize(
+    ("new", "refused"),
+    [
+        ({**OLD, "rl": {"num_steps": 6, "prompts_per_step": 8}}, ""),
+        ({**OLD, "run": {"dir": "x"}, "a_new_setting": 1}, ""),
+        ({**OLD, "seed": 2}, "started with seed = 1 and cannot go on with 2"),
+        (
+            {**OLD, "rl": {"num_steps": 3, "prompts_per_step": 16}},
+            "started with rl.prompts_per_step = 8 and cannot go on with 16",
+        ),
+    ],
+)
+def test_a_run_is_resumed_with_its_own_settings_and_says_which_it_has(tmp_path, new, refused):
+    RunFolder.claim(tmp_path, OLD, resume=False).release()
+    if refused:
+        with pytest.raises(RunFolderError, match=refused):
+            RunFolder.claim(tmp_path, new, resume=True)
+        new = OLD
+    RunFolder.claim(tmp_path, new, resume=True).release()
+    assert json.loads((tmp_path / "config.json").read_text()) == new
+
+
+def test_what_a_killed_write_left_is_no_reason_to_refuse_either(tmp_path):
+    (tmp_path / ".reward.part").mkdir()
+    RunFolder.claim(tmp_path, CONFIG, resume=None).release()
 
 
 def test_a_run_that_ended_before_its_first_step_is_no_reason_to_refuse_the_next(tmp_path):

@@ -151,3 +151,30 @@ def test_text_that_cannot_be_tokenised_is_refused_and_shown(tiny_model):
         tokenizer.reply_ids("half a pair \ud83d", finished=True)
     with pytest.raises(ModelError, match="cannot be tokenised"):
         tokenizer.prompt_ids((Message("user", "\ud83d"),))
+
+
+def test_a_template_that_refuses_a_conversation_is_one_sentence(model_copy):
+    template = "{{ raise_exception('System role not supported') }}"
+    tokenizer = build_tokenizer_with(model_copy, template)
+    with pytest.raises(ModelError, match="refuses this conversation: System role not supported"):
+        tokenizer.prompt_ids(TALK)
+
+
+def build_tokenizer_with(folder: Path, template: str) -> ChatTokenizer:
+    (folder / "chat_template.jinja").write_text(template)
+    return ChatTokenizer(folder)
+
+
+def test_a_damaged_tokenizer_is_a_model_error(model_copy):
+    path = model_copy / "tokenizer.json"
+    values = json.loads(path.read_text())
+    del values["added_tokens"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(ModelError, match="has no tokenizer that can be read"):
+        ChatTokenizer(model_copy)
+
+
+def test_the_vocabulary_is_what_token_ids_mean_whatever_the_template(tiny_model, tiny_base_model):
+    same, other = ChatTokenizer(tiny_model), ChatTokenizer(tiny_base_model)
+    assert same.vocabulary == other.vocabulary
+    assert same.fingerprint != other.fingerprint

@@ -249,3 +249,17 @@ def test_weights_that_do_not_fit_are_a_model_error_in_one_sentence(model_copy, s
         load_causal_model(model_copy, "float32")
     assert str(model_copy) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_learner_never_drops_out(tmp_path):
+    """Rollouts are sampled without dropout: with it, ratios of the same weights would be noise."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=2)).save_pretrained(
+        tmp_path
+    )
+    assert json.loads((tmp_path / "config.json").read_text())["resid_pdrop"] == 0.1
+    model = load_causal_model(tmp_path, "float32").train()
+    ids = torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, model(input_ids=ids).logits)

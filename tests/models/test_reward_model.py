@@ -195,15 +195,6 @@ def test_a_reply_is_flagged_above_the_threshold_and_without_one_never():
     ]
 
 
-def test_probability_is_calibrated_and_mirrors_when_the_replies_change_places():
-    chosen_ND, rejected_ND = torch.tensor([[3.0, 10.0]]), torch.tensor([[1.0, 2.0]])
-    # Raw margins are 1, 2, 3: their mean is 2, at temperature 4 a half.
-    [p] = model_of(HEADS, temperature=4.0).probability(chosen_ND, rejected_ND).tolist()
-    [q] = model_of(HEADS, temperature=4.0).probability(rejected_ND, chosen_ND).tolist()
-    assert p == pytest.approx(1 / (1 + math.exp(-0.5)))
-    assert p + q == pytest.approx(1)
-
-
 def test_text_is_scored_by_the_trunks_features_and_a_cut_off_reply_otherwise(tiny_reward_model):
     model = RewardModel.load(tiny_reward_model)
     rows = [(QUESTION, "Tom", True), (QUESTION, "Tom", False), (QUESTION, "Rice", True)]

@@ -102,3 +102,10 @@ def test_a_reward_model_is_found_from_here_or_else_below_pavlov_runs(tmp_path, m
     assert resolve_reward_model("/elsewhere/reward") == Path("/elsewhere/reward")
     (tmp_path / "mine").mkdir()
     assert resolve_reward_model("mine") == (tmp_path / "mine").resolve()
+
+
+def test_a_trained_policy_is_found_below_the_runs_folder(model_copy, monkeypatch, tmp_path):
+    monkeypatch.setenv("PAVLOV_RUNS", str(model_copy.parent))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert resolve_model(model_copy.name) == model_copy.resolve()

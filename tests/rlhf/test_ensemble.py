@@ -8,7 +8,6 @@ from rlhf.ensemble import (
     conformal_rank,
     disagreement,
     distance,
-    expected_calibration_error,
     false_alarm_interval,
     quantile_threshold,
     shift_score,
@@ -127,37 +126,3 @@ def test_too_few_values_for_a_threshold_never_alarm():
 def test_a_rate_outside_the_unit_interval_is_refused(rate):
     with pytest.raises(ValueError, match=f"false_alarm_rate must lie in .*{rate}"):
         quantile_threshold(torch.arange(9.0), rate)
-
-
-def test_calibration_error_by_hand():
-    # Two bins of two: confidence 0.6, both right, gap 0.4; confidence 0.9, half right, gap 0.4.
-    # Weighted (2 * 0.4 + 2 * 0.4) / 4.
-    error = expected_calibration_error(
-        torch.tensor([0.9, 0.6, 0.9, 0.6]), torch.tensor([1.0, 1.0, 0.0, 1.0]), bins=2
-    )
-    assert error == pytest.approx(0.4)
-
-
-def test_calibration_bins_weigh_by_their_size():
-    # Bins of 2 and 1: gap |0.6 - 1| = 0.4 over two, |0.9 - 1| = 0.1 over one: 0.9 / 3.
-    error = expected_calibration_error(torch.tensor([0.6, 0.6, 0.9]), torch.ones(3), bins=2)
-    assert error == pytest.approx(0.3)
-
-
-def test_calibration_sees_a_pair_and_its_mirror_alike():
-    probabilities, outcomes = torch.tensor([0.9, 0.7, 0.6]), torch.tensor([1.0, 0.0, 1.0])
-    direct = expected_calibration_error(probabilities, outcomes, bins=3)
-    mirrored = expected_calibration_error(1 - probabilities, 1 - outcomes, bins=3)
-    assert mirrored == pytest.approx(direct)
-
-
-def test_calibrated_probabilities_have_no_error():
-    outcomes = torch.tensor([1.0] * 8 + [0.0] * 2)
-    assert expected_calibration_error(torch.full((10,), 0.8), outcomes, bins=1) == pytest.approx(
-        0, abs=1e-6
-    )
-
-
-def test_more_bins_than_values_is_one_value_a_bin():
-    error = expected_calibration_error(torch.tensor([0.6, 0.9]), torch.tensor([1.0, 0.0]), bins=10)
-    assert error == pytest.approx((0.4 + 0.9) / 2)

@@ -32,6 +32,7 @@ pytestmark = pytest.mark.timeout(60)
 
 GROUPS, SIBLINGS = 3, 2
 PROMPTS = [Prompt(f"p{i}", (Message("user", f"question {i}"),)) for i in range(8)]
+IMPATIENT = {"call_timeout_s": 0.02, "start_timeout_s": 0.02}
 Groups = Sequence[ScoredGroup | FailedGroup]
 Event = tuple[Any, ...]
 
@@ -357,7 +358,10 @@ def test_a_lost_actor_ends_the_run_even_if_a_step_becomes_complete_in_that_momen
     for seed in range(12):
         actors = LosesAnActor(seed=seed, latency=1)
         with pytest.raises(ExceptionGroup) as caught:
-            run(config(staleness=staleness, cluster={"call_timeout_s": 0.3}), actors)
+            run(
+                config(staleness=staleness, cluster=IMPATIENT),
+                actors,
+            )
         assert caught.group_contains(ActorLostError)
         assert not caught.group_contains(TimeoutError), f"waited in vain under seed {seed}"
 
@@ -371,7 +375,7 @@ def test_a_group_that_never_comes_ends_the_run_with_what_was_waited_for(monkeypa
     monkeypatch.setattr(FakeActors, "publish", lambda self, version: asyncio.sleep(0))
     actors = FakeActors(version=0)
     with pytest.raises(ExceptionGroup) as caught:
-        run(config(cluster={"call_timeout_s": 0.2}), actors)
+        run(config(cluster=IMPATIENT), actors)
     assert caught.group_contains(TimeoutError, match=f"for {GROUPS} of {GROUPS} groups; the oldest")
 
 

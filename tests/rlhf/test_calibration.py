@@ -1,0 +1,95 @@
+"""Whether a reward model is right and knows it, by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlhf.calibration import expected_calibration_error, pair_figures
+from rlhf.statistics import wilson_interval
+
+
+def test_calibration_error_by_hand():
+    # Two bins of two: confidence 0.6, both right, gap 0.4; confidence 0.9, half right, gap 0.4.
+    # Weighted (2 * 0.4 + 2 * 0.4) / 4.
+    error = expected_calibration_error(
+        torch.tensor([0.9, 0.6, 0.9, 0.6]), torch.tensor([1.0, 1.0, 0.0, 1.0]), bins=2
+    )
+    assert error == pytest.approx(0.4)
+
+
+def test_calibration_bins_weigh_by_their_size():
+    # Bins of 2 and 1: gap |0.6 - 1| = 0.4 over two, |0.9 - 1| = 0.1 over one: 0.9 / 3.
+    error = expected_calibration_error(torch.tensor([0.6, 0.6, 0.9]), torch.ones(3), bins=2)
+    assert error == pytest.approx(0.3)
+
+
+def test_calibration_sees_a_pair_and_its_mirror_alike():
+    probabilities, outcomes = torch.tensor([0.9, 0.7, 0.6]), torch.tensor([1.0, 0.0, 1.0])
+    direct = expected_calibration_error(probabilities, outcomes, bins=3)
+    mirrored = expected_calibration_error(1 - probabilities, 1 - outcomes, bins=3)
+    assert mirrored == pytest.approx(direct)
+
+
+def test_calibrated_probabilities_have_no_error():
+    outcomes = torch.tensor([1.0] * 8 + [0.0] * 2)
+    assert expected_calibration_error(torch.full((10,), 0.8), outcomes, bins=1) == pytest.approx(
+        0, abs=1e-6
+    )
+
+
+def test_more_bins_than_values_is_one_value_a_bin():
+    error = expected_calibration_error(torch.tensor([0.6, 0.9]), torch.tensor([1.0, 0.0]), bins=10)
+    assert error == pytest.approx((0.4 + 0.9) / 2)
+
+
+def test_calibration_counts_weights_and_what_a_side_won():
+    # One bin. Confidence 0.8, right by 0.75, weight 3; 0.6, right by 0, weight 1:
+    # |3 * 0.05 + 1 * 0.6| / 4.
+    error = expected_calibration_error(
+        torch.tensor([0.8, 0.4]),
+        torch.tensor([0.75, 1.0]),
+        torch.tensor([3.0, 1.0]),
+        bins=1,
+    )
+    assert error == pytest.approx(0.1875)
+
+
+# Three members; the mean margins are 1, -1, 0, 2.
+MARGINS_KN = torch.tensor([[1.0, -1.0, 0.0, 2.0], [2.0, -2.0, 1.0, 3.0], [0.0, 0.0, -1.0, 1.0]])
+
+
+def figures(labels: list[float], weights: list[float] | None = None) -> dict:
+    weights_N = torch.ones(4) if weights is None else torch.tensor(weights)
+    return pair_figures(MARGINS_KN, 2.0, torch.tensor(labels), weights_N)
+
+
+def test_a_pair_is_right_on_its_labels_side_and_a_zero_margin_is_half_right():
+    found = figures([1.0, 1.0, 1.0, 1.0])
+    assert found["accuracy"] == (1 + 0 + 0.5 + 1) / 4
+    assert found["member_accuracy"] == [2.5 / 4, 3 / 4, 2 / 4]
+    low, high = wilson_interval(2.5, 4)[1:]
+    assert (found["accuracy_low"], found["accuracy_high"]) == pytest.approx((low, high))
+    # Labels below a half say that `rejected` was preferred.
+    assert figures([0.0, 0.0, 0.0, 0.0])["accuracy"] == (0 + 1 + 0.5 + 0) / 4
+    assert figures([0.9, 0.2, 0.7, 0.6])["accuracy"] == (1 + 1 + 0.5 + 1) / 4
+
+
+def test_ties_have_no_right_side_but_are_calibrated():
+    found = figures([1.0, 0.5, 0.5, 1.0])
+    assert (found["pairs"], found["ties"], found["accuracy"]) == (4, 2, 1.0)
+    assert found["ece"] != figures([1.0, 0.0, 0.0, 1.0])["ece"]
+    nothing = figures([0.5] * 4)
+    assert (nothing["accuracy"], nothing["accuracy_low"], nothing["member_accuracy"]) == (
+        None,
+        None,
+        [],
+    )
+
+
+def test_a_pair_counts_by_its_weight():
+    found = figures([1.0, 1.0, 1.0, 1.0], [1.0, 3.0, 0.0, 2.0])
+    assert found["accuracy"] == pytest.approx((1 + 0 + 2) / 6)
+    # Effective pairs: 6^2 / (1 + 9 + 4).
+    low, high = wilson_interval(0.5 * 36 / 14, 36 / 14)[1:]
+    assert (found["accuracy_low"], found["accuracy_high"]) == pytest.approx((low, high))

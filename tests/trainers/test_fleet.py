@@ -1,0 +1,197 @@
+"""The fleet against handles in memory: what is asked again, and of whom. No cluster is started."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.rollout import GroupRequest
+from cluster.weights import WeightManifest
+from cluster.weights.probe import Probe
+from rlhf.config import RLConfig, parse_config
+from rlhf.errors import ActorLostError, GenerationError, RunError, WeightUpdateError
+from rlhf.records import Completion, GroupScores, Message, Prompt, RolloutGroup
+from trainers.fleet import Fleet
+
+ray = pytest.importorskip("ray", reason="ray is not installed")
+
+PROBE = Probe((1, 2), (-1.0,))
+REQUEST = GroupRequest(Prompt("p", (Message("user", "Why?"),)), 0, (1, 2), 4, 1.0)
+
+
+def manifest(version: int, transport: str = "shared_memory") -> WeightManifest:
+    return WeightManifest(version, transport, f"/dev/shm/version-{version}", {})
+
+
+def group(*texts: str) -> RolloutGroup:
+    completions = tuple(Completion((3,), text, (-0.5,), "stop", 0, 0, 1) for text in texts)
+    return RolloutGroup(REQUEST.prompt, 0, (1, 2), completions)
+
+
+@dataclass
+class Method:
+    """`handle.method.remote(...)`, answered by a plain function; what it raises is raised."""
+
+    answer: Callable[..., Any]
+
+    def remote(self, *arguments: Any, **named: Any) -> Any:
+        async def call() -> Any:
+            await asyncio.sleep(0)
+            result = self.answer(*arguments, **named)
+            return await result if asyncio.iscoroutine(result) else result
+
+        return call()
+
+
+@dataclass
+class Engine:
+    """A rollout actor that dies when told to, and comes back without weights."""
+
+    holds: int | None = 0
+    dies: int = 0
+    asked: list[str] = field(default_factory=list)
+    refuses: Callable[[WeightManifest], None] = lambda manifest: None
+
+    def __getattr__(self, name: str) -> Method:
+        return Method(getattr(self, f"on_{name}"))
+
+    def on_generate(self, requests: Any, version: int, *, together: bool) -> Any:
+        self.asked.append("generate")
+        if self.dies:
+            self.dies, self.holds = self.dies - 1, None
+            raise ray.exceptions.ActorDiedError()
+        return [group("a", "b") for _ in requests]
+
+    def on_version(self) -> int | None:
+        self.asked.append("version")
+        return self.holds
+
+    def on_update_weights(self, manifest: WeightManifest, probe: Probe) -> float:
+        self.asked.append(f"update {manifest.version}")
+        self.refuses(manifest)
+        self.holds = manifest.version
+        return 0.0
+
+
+def fleet(engine: Engine, published: WeightManifest, **cluster: Any) -> Fleet:
+    config = parse_config(
+        RLConfig,
+        {
+            "reward": {"model": "r"},
+            "data": {"prompts": ["p"]},
+            "cluster": {"call_timeout_s": 5, "start_timeout_s": 2, **cluster},
+        },
+        "test",
+    )
+    made = Fleet({"rollout": [engine], "reward": [], "reference": [], "learner": []}, config)
+    made._published = (published, PROBE)
+    return made
+
+
+def generate(made: Fleet) -> list[Any]:
+    return asyncio.run(made.generate([REQUEST], 0, together=False))
+
+
+def test_an_engine_that_died_gets_the_weights_before_it_is_asked_again() -> None:
+    engine = Engine(dies=1)
+    [answer] = generate(fleet(engine, manifest(3)))
+    assert isinstance(answer, RolloutGroup)
+    assert engine.asked == ["generate", "version", "update 3", "version", "generate"]
+
+
+def test_a_prompt_whose_engine_dies_twice_is_an_error_of_its_group() -> None:
+    engine = Engine(dies=2)
+    [answer] = generate(fleet(engine, manifest(3)))
+    assert isinstance(answer, GenerationError)
+    assert engine.holds == 3
+
+
+def test_what_the_learner_published_meanwhile_is_what_an_engine_recovers_to() -> None:
+    """Version 3 was dropped for version 4 while the engine was starting again."""
+    engine = Engine(dies=1)
+    made = fleet(engine, manifest(3))
+
+    def refuse(announced: WeightManifest) -> None:
+        if announced.version == 3:
+            asyncio.get_running_loop().call_later(
+                0.05, lambda: setattr(made, "_published", (manifest(4), PROBE))
+            )
+            raise ray.exceptions.RayTaskError(
+                "update", "", WeightUpdateError("version", "version 3 is no longer there")
+            ).as_instanceof_cause()
+
+    engine.refuses = refuse
+    [answer] = generate(made)
+    assert isinstance(answer, RolloutGroup)
+    assert engine.holds == 4
+
+
+def test_other_refusals_of_a_recovering_engine_end_the_run_by_their_check() -> None:
+    def refuse(announced: WeightManifest) -> None:
+        raise ray.exceptions.RayTaskError(
+            "update", "", WeightUpdateError("probe", "too far")
+        ).as_instanceof_cause()
+
+    with pytest.raises(WeightUpdateError, match="probe"):
+        generate(fleet(Engine(dies=1, refuses=refuse), manifest(3)))
+
+
+def test_an_engine_that_nccl_cannot_take_back_is_lost_at_once() -> None:
+    with pytest.raises(ActorLostError, match="cannot join a running NCCL group"):
+        generate(fleet(Engine(dies=1), manifest(3, "nccl")))
+
+
+def test_an_engine_that_never_comes_back_is_lost_in_the_end() -> None:
+    engine = Engine(dies=1)
+    engine.on_version = lambda: asyncio.sleep(60)  # type: ignore[method-assign]
+    with pytest.raises((ActorLostError, RunError), match="rollout-0"):
+        generate(fleet(engine, manifest(3), start_timeout_s=0.05, call_timeout_s=1))
+
+
+def test_a_timeout_inside_an_actor_is_told_as_its_own() -> None:
+    engine = Engine()
+
+    def fails(*arguments: Any, **named: Any) -> None:
+        raise ray.exceptions.RayTaskError(
+            "generate", "", TimeoutError("the group did not meet")
+        ).as_instanceof_cause()
+
+    engine.on_generate = fails  # type: ignore[method-assign]
+    with pytest.raises(RunError, match="rollout-0 failed: TimeoutError: the group did not meet"):
+        generate(fleet(engine, manifest(0)))
+
+
+def scores(shift_G: tuple[float, ...]) -> GroupScores:
+    size = len(shift_G)
+    zeros, flags = (0.0,) * size, (True,) * size
+    return GroupScores((zeros,), zeros, zeros, zeros, shift_G, flags, flags, "r1")
+
+
+def test_flags_go_by_the_runs_own_threshold_and_empty_text_is_always_flagged() -> None:
+    made = fleet(Engine(), manifest(0))
+    three = group("one", "two", " \n")
+    given = scores((0.5, 2.0, -1.0))
+    assert made._flagged(three, given) == given
+    made.shift_threshold = 1.0
+    wanted = replace(given, domain_shift_G=(False, True, True))
+    assert made._flagged(three, given) == wanted
+    made.shift_threshold = float("inf")
+    assert made._flagged(three, given).domain_shift_G == (False, False, True)
+
+
+def test_folders_are_told_to_every_node_by_absolute_paths(tmp_path: Path, monkeypatch: Any) -> None:
+    from models.sources import portable_name
+
+    (tmp_path / "policy").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert portable_name("policy") == str(tmp_path / "policy")
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("PAVLOV_RUNS", str(tmp_path))
+    assert portable_name("policy") == str(tmp_path / "policy")
+    assert portable_name("embedded") == "embedded"
+    assert portable_name("owner/name") == "owner/name"
