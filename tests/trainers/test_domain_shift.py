@@ -1,0 +1,136 @@
+"""A run's own threshold: set on what the start policy says, once, and kept."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.rollout import GroupRequest
+from rlhf.config import RLConfig, parse_config
+from rlhf.errors import GenerationError
+from rlhf.records import Completion, GroupScores, Message, Prompt, RolloutGroup, ScoredGroup
+from trainers.domain_shift import FILE, shift_threshold
+
+PROMPTS = [Prompt(f"p{i}", (Message("user", f"question {i}"),)) for i in range(40)]
+SIBLINGS = 4
+
+
+class StartPolicy:
+    """A fleet whose completions have shift scores 0, 1, 2, … in the order they are asked for."""
+
+    def __init__(self, unscored: int = 0) -> None:
+        self.published: list[int] = []
+        self.requests: list[GroupRequest] = []
+        self.unscored = unscored
+
+    async def publish(self, version: int) -> float:
+        self.published.append(version)
+        return 0.0
+
+    async def sample(self, requests: Sequence[GroupRequest]) -> list[RolloutGroup]:
+        assert self.published == [0], "asked before it had the start weights"
+        self.requests += requests
+        completion = Completion((3,), "text", (-0.5,), "stop", 0, 0, 1)
+        return [
+            RolloutGroup(r.prompt, 0, (1,), (completion,) * len(r.seeds)) for r in self.requests
+        ]
+
+    async def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup | GenerationError]:
+        scored: list[ScoredGroup | GenerationError] = []
+        for index, group in enumerate(groups):
+            if index < self.unscored:
+                scored.append(GenerationError("cannot be scored"))
+                continue
+            zeros = (0.0,) * SIBLINGS
+            shift_G = tuple(float(SIBLINGS * index + sibling) for sibling in range(SIBLINGS))
+            flags = (True,) * SIBLINGS
+            scores = GroupScores((zeros,), zeros, zeros, zeros, shift_G, flags, flags, "r7")
+            scored.append(ScoredGroup(group, scores, ((-0.5,),) * SIBLINGS))
+        return scored
+
+
+def settings(completions: int = 99, rate: float = 0.1) -> RLConfig:
+    shift = {"calibration_completions": completions, "false_alarm_rate": rate}
+    return parse_config(
+        RLConfig,
+        {
+            "reward": {"model": "r", "domain_shift": shift},
+            "data": {"prompts": ["p"]},
+            "rl": {"completions_per_prompt": SIBLINGS, "prompts_per_step": 2},
+        },
+        "test",
+    )
+
+
+def threshold(
+    folder: Path, fleet: StartPolicy, config: RLConfig, *, at_start: bool = True, **said: Any
+) -> float | None:
+    told: list[str] = said.get("said", [])
+    return asyncio.run(
+        shift_threshold(config, fleet, PROMPTS, folder, told.append, at_start=at_start)  # type: ignore[arg-type]
+    )
+
+
+def test_the_threshold_is_the_conformal_quantile_of_the_start_policys_scores(tmp_path):
+    # 25 prompts of 4: scores 0 to 99, rank ceil(101 * 0.9) = 91, the value 90.
+    fleet = StartPolicy()
+    assert threshold(tmp_path, fleet, settings()) == 90.0
+    record = json.loads((tmp_path / FILE).read_text())
+    assert (record["completions"], record["reward_version"]) == (100, "r7")
+    low, high = record["false_alarm_interval"]
+    assert low < 0.1 < high
+
+
+def test_it_is_sampled_as_the_run_samples_with_seeds_of_its_own(tmp_path):
+    config, fleet = settings(), StartPolicy()
+    threshold(tmp_path, fleet, config)
+    assert {(r.max_tokens, r.temperature) for r in fleet.requests} == {
+        (config.rl.max_tokens, config.rl.temperature)
+    }
+    seeds = [seed for request in fleet.requests for seed in request.seeds]
+    assert len(set(seeds)) == len(seeds) == 100
+    again = StartPolicy()
+    threshold(tmp_path / "..", again, config)
+    (tmp_path / ".." / FILE).unlink()
+    assert again.requests == fleet.requests
+
+
+def test_it_is_set_once_and_read_by_a_resumed_run(tmp_path):
+    threshold(tmp_path, StartPolicy(), settings())
+    resumed = StartPolicy()
+    assert threshold(tmp_path, resumed, settings(rate=0.5), at_start=False) == 90.0
+    assert not resumed.published
+
+
+def test_a_policy_that_has_learned_is_no_measure(tmp_path):
+    said: list[str] = []
+    assert threshold(tmp_path, StartPolicy(), settings(), at_start=False, said=said) is None
+    assert FILE in said[0]
+    assert not (tmp_path / FILE).exists()
+
+
+def test_it_can_be_left_to_the_reward_model(tmp_path):
+    fleet = StartPolicy()
+    assert threshold(tmp_path, fleet, settings(completions=0)) is None
+    assert not fleet.published
+
+
+@pytest.mark.parametrize("unscored", [20, 25])
+def test_too_few_completions_to_promise_the_rate_flag_nothing(tmp_path, unscored):
+    # 20 or no scores: rank ceil(21 * 0.99) = 21 of 20.
+    found = threshold(tmp_path, StartPolicy(unscored), settings(rate=0.01))
+    assert found == math.inf
+    assert json.loads((tmp_path / FILE).read_text())["threshold"] is None
+    assert threshold(tmp_path, StartPolicy(), settings(rate=0.01)) == math.inf
+
+
+def test_fewer_prompts_than_wanted_are_asked_once_each(tmp_path):
+    fleet = StartPolicy()
+    threshold(tmp_path, fleet, settings(completions=400))
+    assert sorted(request.prompt.id for request in fleet.requests) == sorted(p.id for p in PROMPTS)
