@@ -25,6 +25,7 @@ from rlhf.records import FailedGroup, ScoredGroup
 from rlhf.tables import rollout_table
 
 _SAY_EVERY_S = 30.0
+_GUESS_FROM = 0.05
 
 
 def progress_bar(console: Console) -> Progress:
@@ -123,5 +124,7 @@ class Progressing:
             started, before = self._began
             per_item_s = (now - started) / max(1, self._done - before)
             minutes, seconds = divmod(round(per_item_s * (self._total - self._done)), 60)
-            line = f"{self._title} {self._done}/{self._total}  {minutes}:{seconds:02d} left  {note}"
-            self._console.print(line.rstrip())
+            # The first items carry the start-up: no guess from too few of them.
+            known = self._done - before >= _GUESS_FROM * (self._total - before)
+            left = f"  {minutes}:{seconds:02d} left" if known else ""
+            self._console.print(f"{self._title} {self._done}/{self._total}{left}  {note}".rstrip())
