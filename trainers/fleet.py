@@ -161,20 +161,21 @@ class Fleet:
         wrong. If it dies of them again, they come back as errors.
         """
         index = min(range(len(self._rollouts)), key=lambda i: self._outstanding[i])
-        rollout = self._rollouts[index]
+        generate = self._rollouts[index].generate
+
+        async def ask() -> list[RolloutGroup | GenerationError]:
+            answers = generate.remote(list(requests), version, together=together)
+            return list(await self._call(answers, f"rollout-{index}"))
+
         self._outstanding[index] += len(requests)
         try:
-            for last in (False, True):
-                try:
-                    return await self._call(
-                        rollout.generate.remote(list(requests), version, together=together),
-                        f"rollout-{index}",
-                    )
-                except (StaleWeightsError, ActorLostError) as error:
-                    await self._recover(index)
-                    if last:
-                        return [GenerationError(str(error)) for _ in requests]
-            raise AssertionError
+            with contextlib.suppress(StaleWeightsError, ActorLostError):
+                return await ask()
+            await self._recover(index)
+            try:
+                return await ask()
+            except (StaleWeightsError, ActorLostError) as error:
+                return [GenerationError(str(error)) for _ in requests]
         finally:
             self._outstanding[index] -= len(requests)
             async with self._scoring:

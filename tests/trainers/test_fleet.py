@@ -14,7 +14,13 @@ from actors.rollout import GroupRequest
 from cluster.weights import WeightManifest
 from cluster.weights.probe import Probe
 from rlhf.config import RLConfig, parse_config
-from rlhf.errors import ActorLostError, GenerationError, RunError, WeightUpdateError
+from rlhf.errors import (
+    ActorLostError,
+    GenerationError,
+    RunError,
+    StaleWeightsError,
+    WeightUpdateError,
+)
 from rlhf.records import Completion, GroupScores, Message, Prompt, RolloutGroup
 from trainers.fleet import Fleet
 
@@ -62,6 +68,10 @@ class Engine:
 
     def on_generate(self, requests: Any, version: int, *, together: bool) -> Any:
         self.asked.append("generate")
+        if self.holds is None:
+            raise ray.exceptions.RayTaskError(
+                "generate", "", StaleWeightsError("no weights yet")
+            ).as_instanceof_cause()
         if self.dies:
             self.dies, self.holds = self.dies - 1, None
             raise ray.exceptions.ActorDiedError()
@@ -106,8 +116,10 @@ def test_an_engine_that_died_gets_the_weights_before_it_is_asked_again() -> None
 
 def test_a_prompt_whose_engine_dies_twice_is_an_error_of_its_group() -> None:
     engine = Engine(dies=2)
-    [answer] = generate(fleet(engine, manifest(3)))
-    assert isinstance(answer, GenerationError)
+    made = fleet(engine, manifest(3))
+    assert isinstance(generate(made)[0], GenerationError)
+    # Of its own group only: who asks next gets an answer, by the current weights.
+    assert isinstance(generate(made)[0], RolloutGroup)
     assert engine.holds == 3
 
 
