@@ -236,20 +236,14 @@ class RolloutActor:
         )
 
     def _report(self, tokens: int) -> None:
-        """Export what was generated, at most once a second."""
+        """Export what was generated; the rate over a second at least."""
         self._tokens += tokens
+        self._gauges.set({"rollout/tokens": self._tokens, "rollout/queue_depth": self._waiting})
         now = time.monotonic()
-        seconds, before = now - self._since[0], self._since[1]
-        if seconds < 1 and self._waiting:
-            return
-        self._since = (now, self._tokens)
-        self._gauges.set(
-            {
-                "rollout/tokens": self._tokens,
-                "rollout/tokens_per_s": (self._tokens - before) / seconds,
-                "rollout/queue_depth": self._waiting,
-            }
-        )
+        since, before = self._since
+        if now - since >= 1:
+            self._gauges.set({"rollout/tokens_per_s": (self._tokens - before) / (now - since)})
+            self._since = (now, self._tokens)
 
     async def pause(self, *, clear_cache: bool = False) -> None:
         """Stop between two tokens; requests are kept. Pauses nest."""

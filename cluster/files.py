@@ -17,8 +17,12 @@ _CLAIM = {"run.lock", "config.json"}
 """What a run leaves that ended before its first step: no reason to refuse the next one."""
 
 
-_MAY_CHANGE = ("rl.num_steps", "run.", "cluster.")
-"""Settings that a resumed run may be given anew."""
+_MAY_CHANGE = (
+    *("rl.num_steps", "run.", "cluster."),
+    *("learner.micro_batch_tokens", "rollout.max_sequences", "rollout.kv_cache_gib"),
+    "rollout.gpu_memory_utilization",
+)
+"""Settings that a resumed run may be given anew: how long, where, and in how much memory."""
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -113,8 +117,7 @@ class RunFolder:
     def claim(cls, path: Path, config: dict[str, Any], *, resume: bool | None) -> RunFolder:
         """Take the folder for this process; the lock goes with the process.
 
-        A run is resumed with the settings it was started with, but for those that say how long,
-        where and with what placement (`_MAY_CHANGE`).
+        A run is resumed with the settings it was started with, but for those in `_MAY_CHANGE`.
 
         Args:
             resume: None for a command that has no --resume.
@@ -146,9 +149,11 @@ class RunFolder:
         if resume:
             try:
                 _refuse_other_settings(path, _flat(json.loads(recorded.read_text())), _flat(config))
-            except RunFolderError:
+            except (RunFolderError, ValueError, AttributeError) as error:
                 folder.release()
-                raise
+                if isinstance(error, RunFolderError):
+                    raise
+                raise RunFolderError(f"{recorded} is damaged: {error}") from None
         write_atomically(recorded, json.dumps(config, indent=2) + "\n")
         return folder
 

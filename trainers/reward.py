@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cluster.files import RunFolder, folder_beside, resolve_run_folder
 from models.embedded import cache_folder
-from models.feature_store import FeatureStore
+from models.feature_store import FeatureStore, TokenRow
 from models.preferences import ReadReport, folds_by_first_user_turn, read_pairs
 from models.reward_model import (
     Heads,
@@ -108,12 +108,13 @@ def train_reward_model(
         max_tokens=settings.max_tokens,
         batch_tokens=settings.batch_tokens,
     )
-    pairs, validation = (_tokenisable(trunk, some, console) for some in (pairs, validation))
+    pairs, rows = _tokenised(trunk, pairs, console)
+    validation, validation_rows = _tokenised(trunk, validation, console)
     require_pairs(pairs, settings)
     with Progressing(console, "features", 2 * (len(pairs) + len(validation))) as progress:
         store = FeatureStore(cache_folder() / "features", trunk)
-        chosen_ND, rejected_ND = _features(store, trunk, pairs, progress)
-        validation_features = _features(store, trunk, validation, progress)
+        chosen_ND, rejected_ND = _features(store, rows, progress)
+        validation_features = _features(store, validation_rows, progress)
     features_s = time.monotonic() - started
     labels_N, weights_N = _labels(pairs)
     folds_N = torch.tensor(folds_by_first_user_turn(pairs, settings.folds, seed))
@@ -267,32 +268,32 @@ def describe(card: RewardCard) -> str:
     return "\n".join(lines)
 
 
-def _tokenisable(
+def _tokenised(
     trunk: Trunk, pairs: Sequence[PreferencePair], console: Console
-) -> list[PreferencePair]:
-    """The pairs that the backbone's chat template takes; the others are counted and said."""
+) -> tuple[list[PreferencePair], list[TokenRow]]:
+    """The pairs that the backbone's chat template takes, and two rows for each, chosen first; the
+    others are counted and said."""
     kept: list[PreferencePair] = []
+    rows: list[TokenRow] = []
     why: Counter[str] = Counter()
     for pair in pairs:
         try:
-            trunk.tokenise(pair.prompt, pair.chosen, finished=pair.chosen_finished)
-            trunk.tokenise(pair.prompt, pair.rejected, finished=pair.rejected_finished)
+            rows += [
+                trunk.tokenise(pair.prompt, pair.chosen, finished=pair.chosen_finished),
+                trunk.tokenise(pair.prompt, pair.rejected, finished=pair.rejected_finished),
+            ]
         except ModelError as error:
             why[str(error)] += 1
         else:
             kept.append(pair)
     for reason, count in why.most_common(3):
         console.print(f"left out: {count} pairs: {reason}")
-    return kept
+    return kept, rows
 
 
 def _features(
-    store: FeatureStore, trunk: Trunk, pairs: Sequence[PreferencePair], progress: Progressing
+    store: FeatureStore, rows: Sequence[TokenRow], progress: Progressing
 ) -> tuple[Tensor, Tensor]:
-    rows = []
-    for pair in pairs:
-        rows.append(trunk.tokenise(pair.prompt, pair.chosen, finished=pair.chosen_finished))
-        rows.append(trunk.tokenise(pair.prompt, pair.rejected, finished=pair.rejected_finished))
     features_ND = store.features(rows, progress.advance)
     return features_ND[0::2], features_ND[1::2]
 

@@ -37,8 +37,7 @@ def run_score(reward: str, data: Path, out: Path | None, console: Console) -> di
     rows, report = read_scoring_rows(data)
     console.print(report.sentence())
     trunk = model.trunk()
-    texts, refused = [], len(rows)
-    kept = []
+    texts, kept = [], []
     for line, row in rows:
         try:
             texts += [trunk.tokenise(m, reply, finished=done) for m, reply, done in _replies(row)]
@@ -46,7 +45,6 @@ def run_score(reward: str, data: Path, out: Path | None, console: Console) -> di
             console.print(f"line {line} left out: {error}")
             continue
         kept.append((line, row))
-    refused -= len(kept)
     if not kept:
         raise DataError(f"none of the {len(rows)} rows in {data} can be tokenised")
     with Progressing(console, "scoring", len(texts)) as progress:
@@ -78,7 +76,7 @@ def run_score(reward: str, data: Path, out: Path | None, console: Console) -> di
     every = [pair for source in pairs.values() for pair in source]
     summary = _figures(model, rewards_KN, every)
     return summary | {
-        "skipped": len(report.bad) + refused,
+        "skipped": len(report.bad) + len(rows) - len(kept),
         "members": model.card.members,
         "flagged_share": float(scores.shifted_N.double().mean()),
         "per_source": {

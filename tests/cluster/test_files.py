@@ -182,6 +182,16 @@ def test_a_run_is_resumed_with_its_own_settings_and_says_which_it_has(tmp_path, 
     assert json.loads((tmp_path / "config.json").read_text()) == new
 
 
+@pytest.mark.parametrize("text", ['{"seed": ', "[]"])
+def test_a_damaged_configuration_is_one_sentence_and_lets_the_folder_go(tmp_path, text):
+    RunFolder.claim(tmp_path, OLD, resume=False).release()
+    (tmp_path / "config.json").write_text(text)
+    for _ in range(2):
+        with pytest.raises(RunFolderError, match="is damaged"):
+            RunFolder.claim(tmp_path, OLD, resume=True)
+    assert (tmp_path / "config.json").read_text() == text
+
+
 def test_what_a_killed_write_left_is_no_reason_to_refuse_either(tmp_path):
     (tmp_path / ".reward.part").mkdir()
     RunFolder.claim(tmp_path, CONFIG, resume=None).release()

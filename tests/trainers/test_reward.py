@@ -1,0 +1,116 @@
+"""`pavlov reward` on a tiny backbone: what is planted is learned, and the card says so."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from models.reward_model import RewardModel
+from rlhf.config import RewardConfig, parse_config
+from rlhf.errors import DataError, RunFolderError
+from rlhf.records import Message
+from trainers.reward import run_reward
+
+NOUNS = ["bread", "rice", "nets", "school", "river", "town", "hill", "pasta", "fox", "dog"]
+
+
+def pair(number: int, **changes: Any) -> dict[str, Any]:
+    """The answer about water is preferred to the one that was cut off."""
+    noun = NOUNS[number % len(NOUNS)]
+    return {
+        "prompt": f"Question {number}: what about {noun}?",
+        "chosen": f"Use less water for the {noun}.",
+        "rejected": f"The {noun} is lazy and the",
+        "rejected_finished": False,
+        **changes,
+    }
+
+
+@pytest.fixture
+def train(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PAVLOV_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("PAVLOV_CACHE", str(tmp_path / "cache"))
+    said = io.StringIO()
+
+    def train(
+        rows: list[dict[str, Any]], validation: list[dict[str, Any]], model: Path = tiny_model
+    ) -> tuple[Path, str]:
+        for name, some in (("train", rows), ("validation", validation)):
+            text = "".join(json.dumps(row) + "\n" for row in some)
+            (tmp_path / f"{name}.jsonl").write_text(text)
+        config = parse_config(
+            RewardConfig,
+            {
+                "data": {
+                    "train": [str(tmp_path / "train.jsonl")],
+                    "validation": [str(tmp_path / "validation.jsonl")] if validation else [],
+                },
+                "ensemble": {"model": str(model), "members": 4, "depth": 1.0, "max_tokens": 64},
+            },
+            "test",
+        )
+        run = run_reward(config, tmp_path / "tiny.toml", Console(file=said, width=200))
+        return run, said.getvalue()
+
+    return train
+
+
+def test_a_planted_preference_is_learned_and_the_card_has_the_figures(train):
+    run, said = train([pair(n) for n in range(40)], [pair(n) for n in range(100, 130)])
+    model = RewardModel.load(run)
+    figures = model.card.metrics["validation"]
+    assert (figures["pairs"], figures["accuracy"]) == (30, 1.0)
+    assert model.card.metrics["cross_validation"]["accuracy"] > 0.9
+    assert model.card.threshold is not None
+    low, high = model.card.false_alarm_interval
+    assert low < model.card.false_alarm_rate < high
+    assert "accuracy 1.000" in said
+    prompt = (Message("user", "Question 200: what about town?"),)
+    scores = model.score(
+        [(prompt, "Use less water for the town.", True), (prompt, "The town is lazy", False)]
+    )
+    assert (scores.rewards_KN[:, 0] > scores.rewards_KN[:, 1]).all()
+
+
+def test_the_label_decides_which_reply_is_preferred(train):
+    rows = [pair(n, label=0.0) for n in range(40)]
+    run, _ = train(rows, [pair(n, label=0.0) for n in range(100, 120)])
+    assert RewardModel.load(run).card.metrics["validation"]["accuracy"] == 1.0
+    prompt = (Message("user", "Question 200: what about town?"),)
+    scores = RewardModel.load(run).score(
+        [(prompt, "Use less water for the town.", True), (prompt, "The town is lazy", False)]
+    )
+    assert (scores.rewards_KN[:, 0] < scores.rewards_KN[:, 1]).all()
+
+
+def test_pairs_that_the_template_refuses_are_left_out_and_said(train, tiny_model, tmp_path):
+    strict = Path(shutil.copytree(tiny_model, tmp_path / "strict"))
+    template = (strict / "chat_template.jinja").read_text()
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    (strict / "chat_template.jinja").write_text(refusal + template)
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    rows = [pair(n) for n in range(30)] + [pair(30, prompt=system), pair(31, prompt=system)]
+    run, said = train(rows, [], strict)
+    assert RewardModel.load(run).card.data["pairs"] == 30
+    assert "left out: 2 pairs: the chat template refuses this conversation: no system" in said
+
+
+def test_too_few_pairs_are_refused_before_anything_is_written(train, tmp_path):
+    with pytest.raises(DataError, match="15 pairs with 15 different first user turns are too few"):
+        train([pair(n) for n in range(15)], [])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_reward_run_is_not_overwritten(train):
+    rows = [pair(n) for n in range(20)]
+    run, _ = train(rows, [])
+    version = RewardModel.load(run).card.version
+    with pytest.raises(RunFolderError, match="already holds a run; choose another"):
+        train(rows, [])
+    assert RewardModel.load(run).card.version == version
