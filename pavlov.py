@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -70,7 +71,7 @@ def demo(
     run_demo(load_config(DemoConfig, path, overrides or []), out, _console())
 
 
-@app.command(epilog="Example: pavlov reward configs/reward_hh_cpu.toml ensemble.members=16")
+@app.command(epilog="Example: pavlov reward configs/reward_hh_cpu.toml data.limit=600")
 def reward(config: Config, overrides: Overrides = None) -> None:
     """Train the reward-model ensemble from preference pairs."""
     from rlhf.config import RewardConfig, load_config
@@ -85,6 +86,9 @@ def reward(config: Config, overrides: Overrides = None) -> None:
 def score(
     reward: Annotated[str, typer.Option(help="reward-model folder, or a run's")],
     data: Annotated[Path, typer.Option(help="pairs or single completions")],
+    criterion: Annotated[
+        str | None, typer.Option(help="score by this criterion's heads, not by the reward")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="a row for each input row, as Parquet")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -93,7 +97,9 @@ def score(
     from trainers.score import run_score
 
     file = data if data.is_file() else data_path(str(data))
-    summary = run_score(reward, file, out, _console(to_stderr=as_json))
+    # Where an actor dies Ray says so on stdout, which is for the JSON object alone.
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        summary = run_score(reward, file, out, _console(to_stderr=as_json), criterion)
     if as_json:
         _print_json(summary)
     else:

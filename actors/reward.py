@@ -36,7 +36,7 @@ class RewardActor:
         self._guard = Guard(with_parent=in_ray_actor())
         self._gauges = Gauges(run, name)
         self._model = RewardModel.load(Path(model))
-        self._model.trunk("cuda" if gpus else "cpu")
+        self._model.trunks("cuda" if gpus else "cpu")
         self._penalty = disagreement_penalty
 
     def version(self) -> str:
@@ -47,14 +47,11 @@ class RewardActor:
         """Scores of every group, in one batch. Unscorable text comes back as an error."""
         results: list[GroupScores | GenerationError | None] = [None] * len(groups)
         rows, owners, empty = [], [], []
-        trunk = self._model.trunk()
         for index, group in enumerate(groups):
             try:
                 tokenised = [
-                    trunk.tokenise(
-                        group.prompt.messages,
-                        c.text or _PLACEHOLDER,
-                        finished=c.finish_reason == "stop",
+                    self._model.tokenise(
+                        (group.prompt.messages, c.text or _PLACEHOLDER, c.finish_reason == "stop")
                     )
                     for c in group.completions
                 ]
@@ -64,10 +61,12 @@ class RewardActor:
             rows += tokenised
             empty += [not c.text.strip() for c in group.completions]
             owners.append((index, len(tokenised)))
-        scores = self._model.score_features(trunk.features(rows))
+        scores = self._model.score_features(self._model.features(rows))
+        parts_CN = scores.criteria_KCN.mean(dim=0)
         rewards_KN, disagreement_N = scores.rewards_KN, scores.disagreement_N
         empty_N = torch.tensor(empty, dtype=torch.bool)
         rewards_KN[:, empty_N] = EMPTY_REWARD
+        parts_CN[:, empty_N] = EMPTY_REWARD
         disagreement_N[empty_N] = 0.0
         shifted_N = scores.shifted_N | empty_N
         rewards_N = aggregate(rewards_KN, disagreement_penalty=self._penalty)
@@ -83,6 +82,10 @@ class RewardActor:
                 data_shift_G=tuple(shifted_N[part].tolist()),
                 domain_shift_G=tuple(shifted_N[part].tolist()),
                 reward_version=self._model.card.version,
+                parts_G={
+                    criterion: tuple(parts_CN[place, part].tolist())
+                    for place, criterion in enumerate(self._model.card.criteria)
+                },
             )
             begin += count
         if begin:

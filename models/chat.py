@@ -52,6 +52,11 @@ class ChatTokenizer:
         return self.end_id if pad is None else int(pad)
 
     @property
+    def size(self) -> int:
+        """How many token ids there are."""
+        return len(self._tokenizer)
+
+    @property
     def vocabulary(self) -> str:
         """Hash of what token ids mean: two models with the same one read the same tokens."""
         return hashlib.sha256(self._vocabulary().encode()).hexdigest()[:16]

@@ -14,7 +14,7 @@ reason. A file that cannot be read, or files without any usable row, are a `Data
 | Self-Instruct       | instruction, with its input below it where there is one     | prompt       |
 | LLMBar              | input                                                       | prompt       |
 
-A pair may carry label, weight, criterion (or criteria), source, chosen_finished and
+A pair may carry label, weight, margin, criterion (or criteria), source, chosen_finished and
 rejected_finished, a single completion source and finished (or finish_reason); any other field is
 ignored.
 """
@@ -25,8 +25,9 @@ import gzip
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -51,6 +52,7 @@ PAIR_SCHEMA = pa.schema(
         ("rejected", _MESSAGES),
         ("label", pa.float64()),
         ("weight", pa.float64()),
+        ("margin", pa.float64()),
         ("criterion", pa.string()),
         ("source", pa.string()),
         ("chosen_finished", pa.bool_()),
@@ -89,14 +91,38 @@ class ReadReport:
         Example: ``helpful.jsonl.gz: 1600 rows, 3 left out (2 with equal replies, 1 with empty
         reply; first at line 17)``
         """
-        text = f"{_short_name(self.path)}: {self.rows} row{'' if self.rows == 1 else 's'}"
-        if self.repeated:
-            text += f", {self.repeated} repeated"
-        if not self.bad:
-            return f"{text}, none left out"
-        counts = Counter(row.reason for row in self.bad).most_common()
-        reasons = ", ".join(f"{count} with {reason}" for reason, count in counts)
-        return f"{text}, {len(self.bad)} left out ({reasons}; first at line {self.bad[0].line})"
+        reasons = Counter(row.reason for row in self.bad)
+        first = self.bad[0] if self.bad else None
+        return _sentence(self.path, self.rows, reasons, first, self.repeated)
+
+
+class Tally:
+    """What became of the rows of one file so far: a `ReadReport` of a file that is streamed.
+
+    Reasons are counted, not listed, so that it stays small whatever the file's size.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = 0
+        self.reasons: Counter[str] = Counter()
+        self.first: BadRow | None = None
+
+    @property
+    def bad(self) -> int:
+        """Rows that were left out."""
+        return self.reasons.total()
+
+    def add(self, bad: BadRow | None = None) -> None:
+        """One row more, a bad one or not."""
+        self.rows += 1
+        if bad is not None:
+            self.first = self.first or bad
+            self.reasons[bad.reason] += 1
+
+    def sentence(self) -> str:
+        """One line for people, as `ReadReport.sentence`."""
+        return _sentence(self.path, self.rows, self.reasons, self.first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,18 +136,24 @@ class SingleCompletion:
 
 
 def read_pairs(
-    paths: Sequence[Path], limit: int | None = None
+    paths: Sequence[Path], limit: int | None = None, criteria: Sequence[str] = ()
 ) -> tuple[list[PreferencePair], list[ReadReport]]:
     """The usable pairs of all files in the order of the files, and one report a file.
 
-    At most `limit` pairs are read, taken from the files in turns, so that a small limit is not
-    spent on the first file alone.
+    `criteria`, one a file, is what its rows were judged by where they do not say it. At most
+    `limit` pairs are read, taken from the files in turns, so that a small limit is not spent on the
+    first file alone.
 
     Raises:
         DataError: a file cannot be read, or no usable row is left in all of them together.
     """
     files = _read_files(paths, limit, _pair)
-    return [pair for file in files for _, pair in file.kept], [file.report() for file in files]
+    pairs = [
+        pair if pair.criterion else replace(pair, criterion=criterion)
+        for file, criterion in zip(files, criteria or [""] * len(files), strict=True)
+        for _, pair in file.kept
+    ]
+    return pairs, [file.report() for file in files]
 
 
 def read_prompts(
@@ -153,6 +185,47 @@ def read_scoring_rows(
     files = _read_files([path], None, _scoring_row)
     [file] = files
     return file.kept, file.report()
+
+
+def iter_scoring_rows(
+    path: Path,
+) -> Iterator[tuple[int, PreferencePair | SingleCompletion | BadRow]]:
+    """Line and row of a file of pairs and single completions, one at a time.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    rows: Iterator[tuple[int, PreferencePair | SingleCompletion | BadRow | None]]
+    rows = _parsed_rows(path, _scoring_row)
+    for line, row in rows:
+        assert row is not None
+        yield line, row
+
+
+def require_scoring_row(path: Path) -> None:
+    """Read until the first usable pair or single completion.
+
+    Raises:
+        DataError: the file cannot be read or holds no usable row.
+    """
+    tally = Tally(path)
+    for _, row in iter_scoring_rows(path):
+        if not isinstance(row, BadRow):
+            return
+        tally.add(row)
+    raise DataError(_nothing_usable([path], tally.rows, path, tally.first))
+
+
+def count_rows(path: Path) -> int:
+    """Rows of a data file, good or bad, without parsing them.
+
+    Raises:
+        DataError: as `iter_rows`.
+    """
+    if _checked_suffix(path) != ".parquet":
+        return sum(1 for _ in _lines(path))
+    with _reading_parquet(path), pq.ParquetFile(path) as file:
+        return int(file.metadata.num_rows)
 
 
 def folds_by_first_user_turn(pairs: Sequence[PreferencePair], folds: int, seed: int) -> list[int]:
@@ -200,20 +273,20 @@ def iter_rows(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
     Raises:
         DataError: the file is missing, unreadable, damaged, or of another kind.
     """
-    _check_is_file(path)
-    suffix = _suffix(path)
-    if suffix == ".parquet":
-        yield from _parquet_rows(path)
-    elif suffix:
-        yield from _json_rows(path)
-    else:
-        raise DataError(
-            f"{path} is not a data file that can be read; convert it to JSON lines or Parquet and "
-            f"name it {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
-        )
+    yield from _parquet_rows(path) if _checked_suffix(path) == ".parquet" else _json_rows(path)
 
 
 # Files
+
+
+def _checked_suffix(path: Path) -> str:
+    _check_is_file(path)
+    if suffix := _suffix(path):
+        return suffix
+    raise DataError(
+        f"{path} is not a data file that can be read; convert it to JSON lines or Parquet and "
+        f"name it {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+    )
 
 
 def _check_is_file(path: Path) -> None:
@@ -229,13 +302,19 @@ def _check_is_file(path: Path) -> None:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
+    for line, content in _lines(path):
+        yield line, _json_row(line, content)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, each with its number."""
     try:
         with gzip.open(path) if _suffix(path) == ".jsonl.gz" else path.open("rb") as file:
             for line, content in enumerate(file, start=1):
                 if line == 1 and content.startswith(b"\x1f\x8b"):
                     raise DataError(f"{path} is compressed; name it *.jsonl.gz or unpack it")
                 if content.strip():
-                    yield line, _json_row(line, content)
+                    yield line, content
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(
             f"{path} cannot be unpacked: it is cut short, damaged or not gzip; fetch it again "
@@ -256,11 +335,16 @@ def _json_row(line: int, content: bytes) -> Row | BadRow:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
+    with _reading_parquet(path), pq.ParquetFile(path) as file:
+        batches = file.iter_batches(batch_size=1024)
+        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+        yield from enumerate(rows, start=1)
+
+
+@contextmanager
+def _reading_parquet(path: Path) -> Iterator[None]:
     try:
-        with pq.ParquetFile(path) as file:
-            batches = file.iter_batches(batch_size=1024)
-            rows = chain.from_iterable(batch.to_pylist() for batch in batches)
-            yield from enumerate(rows, start=1)
+        yield
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path} cannot be read as Parquet; write it again ({reason})") from None
@@ -280,6 +364,20 @@ def _source(path: Path) -> str:
     return _short_name(path.absolute())[: -len(_suffix(path)) or None]
 
 
+def _parsed_rows(
+    path: Path, parse: Callable[[Row, str, int], Item | None]
+) -> Iterator[tuple[int, Item | BadRow | None]]:
+    """Line and item of every row of a file; `parse` is as in `_read_files`."""
+    source = _source(path)
+    for line, row in iter_rows(path):
+        item: Item | BadRow | None
+        try:
+            item = row if isinstance(row, BadRow) else parse(row, source, line)
+        except ValueError as error:
+            item = BadRow(line, str(error))
+        yield line, item
+
+
 class _DataFile(Generic[Item]):
     """One file as it is being read: the rows kept so far, and what became of the others."""
 
@@ -288,24 +386,18 @@ class _DataFile(Generic[Item]):
         self.kept: list[tuple[int, Item]] = []
         self.bad: list[BadRow] = []
         self._repeated = 0
-        self._parse = parse
-        self._lines = iter_rows(path)
+        self._rows = _parsed_rows(path, parse)
 
     def read_on(self) -> bool:
         """Read until one more row is kept; False when the file has ended."""
-        for line, row in self._lines:
-            if isinstance(row, BadRow):
-                self.bad.append(row)
-                continue
-            try:
-                item = self._parse(row, _source(self.path), line)
-            except ValueError as error:
-                self.bad.append(BadRow(line, str(error)))
-                continue
-            if item is not None:
+        for line, item in self._rows:
+            if isinstance(item, BadRow):
+                self.bad.append(item)
+            elif item is None:
+                self._repeated += 1
+            else:
                 self.kept.append((line, item))
                 return True
-            self._repeated += 1
         return False
 
     def report(self) -> ReadReport:
@@ -336,23 +428,35 @@ def _read_files(
         kept += len(turns) - len(ended)
         unfinished = [file for file in unfinished if file not in ended]
     if not kept:
-        raise DataError(_nothing_usable(files))
+        path, first = next(((file.path, file.bad[0]) for file in files if file.bad), (Path(), None))
+        rows = sum(file.report().rows for file in files)
+        raise DataError(_nothing_usable(paths, rows, path, first))
     return files
 
 
-def _nothing_usable(files: Sequence[_DataFile[Item]]) -> str:
-    if not files:
+def _nothing_usable(paths: Sequence[Path], rows: int, path: Path, first: BadRow | None) -> str:
+    """Why there is nothing to work on; `first` is the first bad row, in the file `path`."""
+    if not paths:
         return "no data file was given"
-    names = ", ".join(str(file.path) for file in files)
-    rows = sum(file.report().rows for file in files)
-    if not rows:
+    names = ", ".join(map(str, paths))
+    if first is None:
         return f"there are no rows in {names}"
-    file = next(file for file in files if file.bad)
-    first = file.bad[0]
     return (
         f"none of the {rows} rows in {names} can be used; line {first.line} of "
-        f"{_short_name(file.path)}: {first.reason}"
+        f"{_short_name(path)}: {first.reason}"
     )
+
+
+def _sentence(
+    path: Path, rows: int, reasons: Mapping[str, int], first: BadRow | None, repeated: int = 0
+) -> str:
+    text = f"{_short_name(path)}: {rows} row{'' if rows == 1 else 's'}"
+    if repeated:
+        text += f", {repeated} repeated"
+    if first is None:
+        return f"{text}, none left out"
+    counts = ", ".join(f"{count} with {reason}" for reason, count in Counter(reasons).most_common())
+    return f"{text}, {sum(reasons.values())} left out ({counts}; first at line {first.line})"
 
 
 # Rows: each function returns what the row says or raises ValueError with the reason
@@ -370,6 +474,7 @@ def _pair(row: Row, source: str, line: int) -> PreferencePair:
         rejected,
         label=_number(row, "label", default=1.0),
         weight=_number(row, "weight", default=1.0),
+        margin=_number(row, "margin", default=0.0),
         source=_optional_text(row, "source", source),
         criterion=_criterion(row),
         chosen_finished=_flag(row, "chosen_finished", default=True),
@@ -560,6 +665,7 @@ def _conversational(pair: PreferencePair) -> Row:
         "rejected": [{"role": "assistant", "content": pair.rejected}],
         "label": pair.label,
         "weight": pair.weight,
+        "margin": pair.margin,
         "criterion": pair.criterion,
         "source": pair.source,
         "chosen_finished": pair.chosen_finished,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,30 +15,74 @@ from torch import Tensor, nn
 from models.chat import ChatTokenizer
 from models.loading import load_backbone
 from models.logprobs import attention_mask
-from models.packing import TokenIds, collate, micro_batches, pack
+from models.packing import PackedBatch, TokenIds, collate, micro_batches, pack
 from models.precision import resolve_dtype
 from models.sources import weights_fingerprint
 from rlhf.errors import ModelError
 from rlhf.records import Message
 
-_MIN_PROMPT_TOKENS = 32
+TokenRow = tuple[TokenIds, TokenIds]
+"""Prompt and reply."""
 
-FAMILIES = 2
-"""Features come in families of H: the last token's state, then the reply's mean."""
+Pooling = Literal["last", "mean"]
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Family:
+    """How a reply becomes a vector: the state after `layers` layers, of its last token or the mean
+    over its tokens. A finished reply ends with the end-of-turn token, so the last token's state
+    knows whether the reply was cut off."""
+
+    layers: int
+    pooling: Pooling
+
+    def __str__(self) -> str:
+        return f"{self.pooling}@{self.layers}"
+
+
+@dataclass(frozen=True, slots=True)
+class TrunkPass:
+    """What one micro-batch left behind: the state after each layer that was asked for, in the
+    flush layout of `models.packing`."""
+
+    batch: PackedBatch
+    states: dict[int, Tensor]
+
+    def pooled(self, family: Family) -> Tensor:
+        """Features of the batch's replies, float32, shape (n, H)."""
+        return pool(self.states[family.layers], self.batch, family.pooling)
+
+
+def pool(hidden_BLH: Tensor, batch: PackedBatch, pooling: Pooling) -> Tensor:
+    """One vector a reply, float32, shape (n, H)."""
+    hidden_RH = hidden_BLH.flatten(0, 1)
+    lengths_N = batch.reply_mask_NT.sum(dim=1)
+    if pooling == "last":
+        last_N1 = batch.columns_NT.gather(1, (lengths_N - 1).unsqueeze(1))
+        return hidden_RH[last_N1.squeeze(1)].float()
+    hidden_NTH = hidden_RH[batch.columns_NT].float() * batch.reply_mask_NT.unsqueeze(-1)
+    return hidden_NTH.sum(dim=1) / lengths_N.unsqueeze(1)
 
 
 class Trunk:
-    """Features of (conversation, reply): hidden state of the last token, and the reply's mean.
+    """Features of (conversation, reply) under a frozen backbone.
 
-    D = `width` = 2 x hidden size. A finished reply ends with the end-of-turn token, so the
-    last-token features know whether the reply was cut off.
+    Args:
+        folder: the backbone.
+        families: what a reply becomes, F vectors of the hidden size H; the deepest one decides how
+            many layers are run.
+        dtype: precision of the pass.
+        max_tokens: of a row. A prompt keeps its last half of them, whatever the reply, so that
+            replies to one prompt share its pass; a reply gets what the prompt leaves.
+        batch_tokens: padded tokens a forward pass may hold.
     """
 
     def __init__(
         self,
         folder: Path,
+        families: Sequence[Family],
         *,
-        depth: float,
         dtype: str,
         max_tokens: int,
         batch_tokens: int,
@@ -46,8 +91,10 @@ class Trunk:
         self.tokenizer = ChatTokenizer(folder)
         model: Any = load_backbone(folder, dtype)
         model.requires_grad_(False)
-        self.layers = cut_layers(model, depth)
-        self.width = FAMILIES * model.config.hidden_size
+        self.families = tuple(families)
+        self.layers = max(family.layers for family in families)
+        cut_layers(model, self.layers)
+        self.width = int(model.config.hidden_size)
         self._folder = folder
         self._dtype = resolve_dtype(dtype)
         self._model = model.to(device)
@@ -56,70 +103,75 @@ class Trunk:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What features depend on beside the tokens: weights, tokenizer, template, layers,
-        precision, pooling."""
-        parts = [
-            weights_fingerprint(self._folder),
-            self.tokenizer.fingerprint,
-            *(str(self.layers), self._dtype, "last+mean"),
-        ]
+        """What features depend on beside tokens and family: weights, tokenizer, template,
+        precision."""
+        parts = [weights_fingerprint(self._folder), self.tokenizer.fingerprint, self._dtype]
         return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
 
     def tokenise(
         self, messages: Sequence[Message], reply: str, *, finished: bool = True
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    ) -> TokenRow:
         """(prompt ids, reply ids), the prompt cut on the left and the reply on the right.
 
         Raises:
-            ModelError: the reply has no token.
+            ModelError: the reply has no token, or the chat template refuses the conversation.
         """
         reply_ids = self.tokenizer.reply_ids(reply, finished=finished)
         if len(reply_ids) == int(finished):
             raise ModelError("an empty reply cannot be scored")
-        prompt_ids = self.tokenizer.prompt_ids(messages)
-        least = min(_MIN_PROMPT_TOKENS, self._max_tokens // 2)
-        kept_prompt = max(least, self._max_tokens - len(reply_ids))
-        prompt_ids = prompt_ids[-kept_prompt:]
+        prompt_ids = self.tokenizer.prompt_ids(messages)[-(self._max_tokens // 2) :]
         return prompt_ids, reply_ids[: self._max_tokens - len(prompt_ids)]
 
     def features(
-        self,
-        rows: Sequence[tuple[TokenIds, TokenIds]],
-        progress: Callable[[int], None] = lambda count: None,
+        self, rows: Sequence[TokenRow], progress: Callable[[int], None] = lambda count: None
     ) -> Tensor:
-        """Features of tokenised (prompt, reply) rows, float32, shape (N, D).
+        """Features of tokenised rows in the order given, float32, shape (N, F, H).
 
-        Neighbours with the same prompt share its pass. `progress` gets the number of rows done.
+        `progress` gets the number of rows done.
         """
-        features_ND = torch.empty(len(rows), self.width)
+        features_NFH = torch.empty(len(rows), len(self.families), self.width)
+        for indices, part_nFH in self.stream(rows):
+            features_NFH[list(indices)] = part_nFH
+            progress(len(indices))
+        return features_NFH
+
+    def stream(self, rows: Sequence[TokenRow]) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """The same as it comes: (which rows, their features (n, F, H)), the longest rows first."""
+        for part in self.passes(rows):
+            pooled = [part.pooled(family) for family in self.families]
+            yield part.batch.indices, torch.stack(pooled, dim=1).cpu()
+
+    def passes(self, rows: Sequence[TokenRow]) -> Iterator[TrunkPass]:
+        """One forward pass a micro-batch. Neighbours with the same prompt share its part of it."""
         device = next(self._model.parameters()).device
+        taps = {family.layers for family in self.families}
         packed = pack([prompt for prompt, _ in rows], [reply for _, reply in rows])
-        with torch.inference_mode():
-            for chunk in micro_batches(packed, self._batch_tokens):
-                batch = collate(chunk, self.tokenizer.pad_id, device)
-                hidden_BLH = self._model(
+        for chunk in micro_batches(packed, self._batch_tokens, aligned=False):
+            batch = collate(chunk, self.tokenizer.pad_id, device, aligned=False)
+            with torch.inference_mode():
+                states = self._model(
                     input_ids=batch.input_ids_BL,
                     attention_mask=attention_mask(self._model, batch),
                     position_ids=batch.position_ids_BL,
                     use_cache=False,
-                ).last_hidden_state
-                hidden_RH = hidden_BLH[:, -batch.kept_columns :].flatten(0, 1).float()
-                mask_NT1 = batch.reply_mask_NT.unsqueeze(-1)
-                lengths_N = batch.reply_mask_NT.sum(dim=1)
-                last_N = batch.columns_NT.gather(1, (lengths_N - 1).unsqueeze(1)).squeeze(1)
-                mean_NH = (hidden_RH[batch.columns_NT] * mask_NT1).sum(dim=1)
-                mean_NH = mean_NH / lengths_N.unsqueeze(1)
-                pooled_ND = torch.cat([hidden_RH[last_N], mean_NH], dim=1)
-                features_ND[list(batch.indices)] = pooled_ND.cpu()
-                progress(len(batch.indices))
-        return features_ND
+                    output_hidden_states=True,
+                ).hidden_states
+                yield TrunkPass(batch, {layer: states[layer] for layer in taps})
 
 
-def cut_layers(model: Any, depth: float) -> int:
-    """Keep the first `depth` share of the model's layers, without the final norm; returns how many.
+def layers_at(folder: Path, depth: float) -> int:
+    """How many layers `depth` is of a model's, at least one."""
+    from transformers import AutoConfig
+
+    total: int = AutoConfig.from_pretrained(folder).num_hidden_layers
+    return max(1, round(total * depth))
+
+
+def cut_layers(model: Any, kept: int) -> None:
+    """Keep the first `kept` of a model's layers, without the final norm.
 
     Raises:
-        ModelError: the architecture keeps its layers where they are not found.
+        ModelError: the architecture keeps its layers where they are not found, or has fewer.
     """
     total = model.config.num_hidden_layers
     stacks = [
@@ -130,10 +182,10 @@ def cut_layers(model: Any, depth: float) -> int:
     ]
     if len(stacks) != 1:
         raise ModelError(f"the layers of {type(model).__name__} cannot be cut")
+    if kept > total:
+        raise ModelError(f"{kept} layers are wanted of {type(model).__name__}, which has {total}")
     parent, name = stacks[0]
-    kept: int = max(1, round(total * depth))
     setattr(parent, name, getattr(parent, name)[:kept])
     model.config.num_hidden_layers = kept
     if hasattr(model, "norm"):
         model.norm = nn.Identity()
-    return kept

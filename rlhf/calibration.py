@@ -5,6 +5,7 @@ Shapes: K members, N pairs. A margin is the reward of `chosen` minus that of `re
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,45 @@ from rlhf.ensemble import aggregate
 from rlhf.statistics import wilson_interval
 
 
+@dataclass(frozen=True, slots=True)
+class ReliabilityBin:
+    """Pairs of like confidence: how sure the model was on average, and how often it was right."""
+
+    confidence: float
+    right: float
+    mass: float
+
+
+def reliability_curve(
+    probabilities_N: Tensor,
+    outcomes_N: Tensor,
+    weights_N: Tensor | None = None,
+    *,
+    bins: int = 10,
+) -> list[ReliabilityBin]:
+    """Confidence against being right in bins of equal count, the least sure first.
+
+    `probabilities_N` are of the outcome 1. Confidence is max(p, 1 - p), and the likelier side is
+    right as far as it won: an outcome may be anything between 0 and 1.
+    """
+    weights_N = torch.ones_like(probabilities_N) if weights_N is None else weights_N
+    confidence_N = torch.maximum(probabilities_N, 1 - probabilities_N)
+    right_N = torch.where(probabilities_N > 0.5, outcomes_N, 1 - outcomes_N)
+    order = torch.argsort(confidence_N, stable=True)
+    curve = []
+    for index in torch.tensor_split(order, min(bins, max(1, order.numel()))):
+        mass = float(weights_N[index].sum())
+        if mass:
+            curve.append(
+                ReliabilityBin(
+                    float((confidence_N[index] * weights_N[index]).sum()) / mass,
+                    float((right_N[index] * weights_N[index]).sum()) / mass,
+                    mass,
+                )
+            )
+    return curve
+
+
 def expected_calibration_error(
     probabilities_N: Tensor,
     outcomes_N: Tensor,
@@ -21,21 +61,27 @@ def expected_calibration_error(
     *,
     bins: int = 10,
 ) -> float:
-    """ECE over bins of equal mass: mean |confidence - accuracy|, weighted by bin size.
+    """Mean |confidence - being right| over the bins of `reliability_curve`, by their mass (Guo et
+    al., 2017, equation 3, with bins of equal count)."""
+    curve = reliability_curve(probabilities_N, outcomes_N, weights_N, bins=bins)
+    mass = sum(bin.mass for bin in curve)
+    return sum(bin.mass * abs(bin.confidence - bin.right) for bin in curve) / max(mass, 1e-12)
 
-    `probabilities_N` are of the outcome 1. Confidence is max(p, 1 - p), and the likelier side is
-    right as far as it won: an outcome may be anything between 0 and 1 (Guo et al., 2017,
-    equation 3, with equal-mass bins).
-    """
-    weights_N = torch.ones_like(probabilities_N) if weights_N is None else weights_N
-    confidence_N = torch.maximum(probabilities_N, 1 - probabilities_N)
-    right_N = torch.where(probabilities_N > 0.5, outcomes_N, 1 - outcomes_N)
-    order = torch.argsort(confidence_N, stable=True)
-    error = 0.0
-    for index in torch.tensor_split(order, min(bins, max(1, order.numel()))):
-        gap = ((confidence_N[index] - right_N[index]) * weights_N[index]).sum().abs()
-        error += float(gap) / max(float(weights_N.sum()), 1e-12)
-    return error
+
+def calibrated_ece(
+    probabilities_N: Tensor, *, bins: int = 10, draws: int = 1000, quantile: float = 0.95
+) -> float:
+    """The ECE that a perfectly calibrated model with these probabilities stays below in `quantile`
+    of all samples: with few pairs in a bin chance alone makes one (Vaicenavicius et al., 2019,
+    section 4, consistency resampling)."""
+    generator = torch.Generator().manual_seed(0)
+    errors = [
+        expected_calibration_error(
+            probabilities_N, torch.bernoulli(probabilities_N, generator=generator), bins=bins
+        )
+        for _ in range(draws)
+    ]
+    return float(torch.tensor(errors).quantile(quantile))
 
 
 def pair_figures(
@@ -72,5 +118,9 @@ def pair_figures(
         "ece": expected_calibration_error(probabilities_N, labels_N, weights_N)
         if len(labels_N)
         else None,
+        "ece_band": calibrated_ece(probabilities_N, draws=200) if len(labels_N) else None,
+        "reliability": [
+            asdict(bin) for bin in reliability_curve(probabilities_N, labels_N, weights_N)
+        ],
         "member_accuracy": [accuracy(row_N) for row_N in margins_KN] if total else [],
     }

@@ -363,38 +363,88 @@ class RLConfig(LoopConfig):
         return self
 
 
+class PairFile(Section):
+    """A file of pairs, and by what they were judged."""
+
+    path: str
+    """Resolved against PAVLOV_DATA."""
+    criterion: str = Field(default="", max_length=40)
+    """helpful, harmless, honest or any other; rows that name one themselves keep it."""
+
+
 class PairsSection(Section):
     """Where preference pairs come from."""
 
-    train: list[str] = Field(min_length=1)
-    """Pair files to train on, resolved against PAVLOV_DATA."""
-    validation: list[str] = []
+    train: list[str | PairFile] = Field(min_length=1)
+    """Pair files to train on: paths against PAVLOV_DATA, or `{path, criterion}`."""
+    validation: list[str | PairFile] = []
     """Pair files opened once, for the reported figures."""
     limit: PositiveInt | None = None
     """At most this many training pairs."""
 
 
+class ProbeMembers(Section):
+    """Linear heads on a frozen backbone cut at a layer: the default on CPU."""
+
+    kind: Literal["probe"] = "probe"
+    """This kind."""
+    count: PositiveInt = 16
+    """Members, each on a bootstrap draw of its own."""
+    model: str | None = None
+    """Backbone; default: `ensemble.model`. Members of one backbone share its pass."""
+    depth: Annotated[float, Field(gt=0, le=1)] = 0.67
+    """Share of the layers that are run; deeper ones add cost, not accuracy (measured)."""
+    pooling: Literal["last", "mean"] = "last"
+    """The reply's last token, or the mean over its tokens."""
+    l2: list[PositiveFloat] = Field(default=[0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0], min_length=1)
+    """Candidates for the weight of the squared norm; cross-validation chooses, by criterion."""
+    centring: NonNegativeFloat = 0.0
+    """Weight of the mean square of a pair's summed rewards (keeps rewards around zero)."""
+
+
 class EnsembleSection(Section):
-    """The members: linear heads on pooled features of a frozen, cut backbone."""
+    """The reward model's members, and how they become one reward."""
 
     model: str = "embedded"
     """The backbone: `embedded`, a Hugging Face folder, or a hub id."""
     dtype: DType = "auto"
     """Precision of the frozen pass."""
-    members: Annotated[int, Field(ge=3)] = 8
-    """K. Disagreement of fewer than eight is a lottery (measured)."""
-    depth: Annotated[float, Field(gt=0, le=1)] = 0.67
-    """Share of the layers that are run; deeper ones add cost, not accuracy (measured)."""
+    members: list[ProbeMembers] = Field(
+        default=[
+            ProbeMembers(count=12, pooling="last"),
+            ProbeMembers(count=10, pooling="mean"),
+            ProbeMembers(count=10, pooling="mean", depth=0.4),
+        ],
+        min_length=1,
+    )
+    """Groups of members; disagreement is taken within a feature family (pooling and depth)."""
+    combination: dict[str, float] | None = None
+    """The reward as weights of the standardised criteria, such as `{helpful = 1, harmless = 0.5}`.
+    Default: `overall` where the data has it, else every criterion with the same weight."""
     max_tokens: Annotated[int, Field(ge=16)] = 256
-    """Longer prompts are cut on the left, longer replies on the right."""
-    l2: list[PositiveFloat] = Field(default=[0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0], min_length=1)
-    """Candidates for the weight of the squared norm; cross-validation chooses."""
+    """Of prompt and reply: a prompt keeps its last half of them, a reply gets the rest."""
     folds: Annotated[int, Field(ge=2)] = 5
     """Folds of the cross-validation, by first user turn."""
     false_alarm_rate: Fraction = 0.05
     """Share of held-out replies that the domain-shift threshold may flag."""
-    batch_tokens: PositiveInt = 4096
+    batch_tokens: PositiveInt = 2048
     """Padded tokens a forward pass may hold."""
+
+    @model_validator(mode="after")
+    def _enough_members_to_disagree(self) -> EnsembleSection:
+        count = sum(group.count for group in self.members)
+        if count < 3:
+            raise ValueError(
+                f"ensemble.members gives {count} members: at least 3 are needed to disagree (fewer "
+                "than 8 are a lottery)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_combination_has_weight(self) -> EnsembleSection:
+        if self.combination is not None and not any(self.combination.values()):
+            raise ValueError("ensemble.combination gives no criterion any weight")
+        return self
 
 
 class RewardConfig(Section):
@@ -512,7 +562,7 @@ def known_keys(root: type[Section], prefix: str = "") -> list[str]:
 
 
 def _section_of(annotation: Any) -> type[Section] | None:
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, list):
         return next(filter(None, map(_section_of, typing.get_args(annotation))), None)
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation

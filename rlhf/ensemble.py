@@ -26,6 +26,20 @@ def disagreement(rewards_KN: Tensor) -> Tensor:
     return rewards_KN.std(dim=0, correction=0)
 
 
+def family_disagreement(rewards_KN: Tensor, family_K: Tensor) -> Tensor:
+    """Disagreement within each family of members, averaged over families; shape (N,).
+
+    Members that look at different features differ everywhere, on familiar replies too, which hides
+    what disagreement is to show (measured: docs/reward-models.md). A family of one member says
+    nothing and is left out; where all are such, the deviation is taken over all members.
+    """
+    families, sizes = torch.unique(family_K, return_counts=True)
+    families = families[sizes > 1]
+    if not len(families):
+        return disagreement(rewards_KN)
+    return torch.stack([disagreement(rewards_KN[family_K == f]) for f in families]).mean(dim=0)
+
+
 def aggregate(rewards_KN: Tensor, *, disagreement_penalty: float = 0.0) -> Tensor:
     """Mean over members minus `disagreement_penalty` standard deviations; shape (N,).
 

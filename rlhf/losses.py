@@ -96,15 +96,31 @@ def entropy_from_logits(logits_NV: Tensor, normaliser_N: Tensor | None = None) -
 
 
 def bradley_terry_loss(
-    margins_N: Tensor, labels_N: Tensor | None = None, weights_N: Tensor | None = None
+    margins_N: Tensor,
+    labels_N: Tensor | None = None,
+    weights_N: Tensor | None = None,
+    wanted_margins_N: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of P(chosen over rejected) = sigmoid(r_chosen - r_rejected); a scalar.
 
     Bradley & Terry (1952); Christiano et al. (2017), equation 1. `margins_N` are the reward
     differences, `labels_N` the probability that the first is preferred (default 1; a tie is 0.5),
-    `weights_N` count each pair (default 1).
+    `weights_N` count each pair (default 1). `wanted_margins_N` is by how much the preferred reply
+    must win at least, subtracted from the difference on the preferred side (Touvron et al., 2023,
+    Llama 2, equation 2; default 0): a tie has no such side, and a soft label its share of one.
     """
     labels_N = torch.ones_like(margins_N) if labels_N is None else labels_N
     weights_N = torch.ones_like(margins_N) if weights_N is None else weights_N
+    if wanted_margins_N is not None:
+        margins_N = margins_N - wanted_margins_N * (2 * labels_N - 1)
     losses_N = F.binary_cross_entropy_with_logits(margins_N, labels_N, reduction="none")
     return (losses_N * weights_N).sum() / weights_N.sum()
+
+
+def centring_loss(sums_N: Tensor, weights_N: Tensor) -> Tensor:
+    """Mean square of r_chosen + r_rejected, which keeps rewards around zero; a scalar.
+
+    Bradley-Terry knows differences only, so that a prompt may shift both rewards at will
+    (Eisenstein et al., 2023, Helping or Herding?, equation 5).
+    """
+    return (sums_N.square() * weights_N).sum() / weights_N.sum()

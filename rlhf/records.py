@@ -95,7 +95,8 @@ class GroupScores:
     how far a completion is from what the members know: `disagreement_G`, their spread, and
     `distance_G`, from the replies they were trained on; `shift_G` is both in one number.
     `data_shift_G` is whether it passes the threshold of human-rated replies, `domain_shift_G` that
-    of the start policy's completions, where there is one: a run acts upon the second.
+    of the start policy's completions, where there is one: a run acts upon the second. `parts_G`
+    are the criteria that the reward combines, by name, averaged over members.
     """
 
     rewards_KG: tuple[tuple[float, ...], ...]
@@ -106,6 +107,7 @@ class GroupScores:
     data_shift_G: tuple[bool, ...]
     domain_shift_G: tuple[bool, ...]
     reward_version: str
+    parts_G: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,7 @@ class ScoredGroup:
             *(scores.rewards_G, scores.disagreement_G, scores.distance_G, scores.shift_G),
             *(scores.data_shift_G, scores.domain_shift_G),
             *scores.rewards_KG,
+            *scores.parts_G.values(),
         ]
         if any(len(column) != len(lengths) for column in columns):
             raise ValueError("rewards do not match the number of completions")
@@ -195,7 +198,8 @@ class PreferencePair:
     """Two replies to one conversation, and which of them is preferred.
 
     `label` is the probability that `chosen` is preferred: 1 for a clear verdict, 0.5 for a tie.
-    `weight` scales the pair's share of a loss. `source` names the data set, `criterion` what was
+    `weight` scales the pair's share of a loss. `margin` is by how much, in log-odds, the preferred
+    reply is to win at least. `source` names the data set, `criterion` what was
     asked (helpful, honest, harmless); both may be empty. A reply that was cut off at a length
     limit is not finished: a reward model may see the difference.
 
@@ -207,6 +211,7 @@ class PreferencePair:
     rejected: str
     label: float = 1.0
     weight: float = 1.0
+    margin: float = 0.0
     source: str = ""
     criterion: str = ""
     chosen_finished: bool = True
@@ -219,6 +224,8 @@ class PreferencePair:
             raise ValueError(f"label {self.label} outside 0 to 1")
         if not 0 <= self.weight < float("inf"):
             raise ValueError(f"weight {self.weight} outside 0 to infinity")
+        if not 0 <= self.margin < float("inf"):
+            raise ValueError(f"margin {self.margin} outside 0 to infinity")
 
     @property
     def first_user_turn(self) -> str:

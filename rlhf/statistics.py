@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 Z_95 = statistics.NormalDist().inv_cdf(0.975)
@@ -18,15 +19,23 @@ def paired_interval(differences: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def wilson_interval(successes: float, trials: float) -> tuple[float, float, float]:
-    """Share and its 95 % score interval (Wilson, 1927): (share, low, high).
+def auroc(negatives: Sequence[float], positives: Sequence[float]) -> float:
+    """P(a positive scores above a negative), ties counted half: the area under the ROC curve
+    (Hanley & McNeil, 1982)."""
+    ordered = sorted(negatives)
+    below = sum(bisect_left(ordered, value) + bisect_right(ordered, value) for value in positives)
+    return below / (2 * len(negatives) * len(positives))
+
+
+def wilson_interval(successes: float, trials: float, z: float = Z_95) -> tuple[float, float, float]:
+    """Share and its score interval (Wilson, 1927), 95 % unless told: (share, low, high).
 
     Both may be fractional: where ties count as half, and where trials have weights.
     """
     if trials == 0:
         return math.nan, 0.0, 1.0
     share = successes / trials
-    scale = 1 + Z_95**2 / trials
-    centre = (share + Z_95**2 / (2 * trials)) / scale
-    half = Z_95 / scale * math.sqrt(share * (1 - share) / trials + Z_95**2 / (4 * trials**2))
+    scale = 1 + z**2 / trials
+    centre = (share + z**2 / (2 * trials)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
     return share, max(0.0, centre - half), min(1.0, centre + half)

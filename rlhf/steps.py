@@ -11,6 +11,7 @@ from rlhf import kl
 from rlhf.advantages import advantages, without_signal
 from rlhf.config import RLSection
 from rlhf.records import FailedGroup, ScoredGroup, StepReport, TrainingBatch, TrainingSequence
+from rlhf.text_checks import TEXT_CHECKS, text_flags
 
 
 def training_batch(
@@ -82,6 +83,8 @@ def step_metrics(
         "ensemble/shift": _mean([s for g in scored for s in g.scores.shift_G]),
         "ensemble/flagged_share": _mean(shifted),
         "ensemble/flagged_share_data": _mean([s for g in scored for s in g.scores.data_shift_G]),
+        **{f"reward/{name}": value for name, value in _parts(scored).items()},
+        **text_shares([completion.text for completion in completions]),
         "kl/mean": _mean([value for group in scored for value in group.kl_G]),
         "kl/coefficient": settings.kl.coefficient,
         "entropy/mean": report.metrics.get("entropy/mean"),
@@ -97,6 +100,24 @@ def step_metrics(
     row |= {f"time/{name}_s": seconds for name, seconds in times_s.items()}
     row |= {name: value for name, value in report.metrics.items() if name not in row}
     return row
+
+
+def _parts(scored: Sequence[ScoredGroup]) -> dict[str, float | None]:
+    """Mean of each criterion that the reward combines."""
+    names = dict.fromkeys(name for group in scored for name in group.scores.parts_G)
+    return {
+        name: _mean([part for group in scored for part in group.scores.parts_G.get(name, ())])
+        for name in names
+    }
+
+
+def text_shares(texts: Sequence[str]) -> dict[str, float | None]:
+    """Share of texts that fail each named check of `rlhf.text_checks`."""
+    flags = [text_flags(text) for text in texts]
+    return {
+        f"text/{check.name}_share": _mean([check.name in flagged for flagged in flags])
+        for check in TEXT_CHECKS
+    }
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from rlhf.records import FailedGroup, ScoredGroup
+from rlhf.text_checks import text_flags
 
 ROLLOUT_SCHEMA = pa.schema(
     [
@@ -27,11 +28,13 @@ ROLLOUT_SCHEMA = pa.schema(
         ("learner_version", pa.int32()),
         ("rewards", pa.list_(pa.float32())),
         ("reward", pa.float32()),
+        ("parts", pa.map_(pa.string(), pa.float32())),
         ("disagreement", pa.float32()),
         ("distance", pa.float32()),
         ("shift", pa.float32()),
         ("data_shift", pa.bool_()),
         ("domain_shift", pa.bool_()),
+        ("text_flags", pa.list_(pa.string())),
         ("kl", pa.float32()),
         ("reward_version", pa.string()),
         ("failure", pa.string()),
@@ -78,11 +81,15 @@ def rollout_table(
                     "learner_version": learner_version,
                     "rewards": [member[sibling] for member in group.scores.rewards_KG],
                     "reward": group.scores.rewards_G[sibling],
+                    "parts": [
+                        (name, part_G[sibling]) for name, part_G in group.scores.parts_G.items()
+                    ],
                     "disagreement": group.scores.disagreement_G[sibling],
                     "distance": group.scores.distance_G[sibling],
                     "shift": group.scores.shift_G[sibling],
                     "data_shift": group.scores.data_shift_G[sibling],
                     "domain_shift": group.scores.domain_shift_G[sibling],
+                    "text_flags": text_flags(completion.text),
                     "kl": group.kl_G[sibling],
                     "reward_version": group.scores.reward_version,
                 }

@@ -99,26 +99,34 @@ def build_tiny_model(folder: Path, *, chat_template: str | None = CHATML, seed: 
 
 
 def build_tiny_reward_model(folder: Path, model: Path) -> Path:
-    """A reward-model folder: three random heads on the whole of a tiny model."""
+    """A reward-model folder: four random heads on the whole of a tiny model, two on either family,
+    for the criterion `overall`."""
     import torch
 
     from models.chat import ChatTokenizer
-    from models.reward_model import Heads, RewardCard, RewardModel
+    from models.heads import Heads
+    from models.reward_model import BankCard, FamilyCard, GroupCard, RewardCard, RewardModel
     from models.sources import weights_fingerprint
 
     generator = torch.Generator().manual_seed(0)
-    card = RewardCard(
-        version="tiny",
+    bank = BankCard(
         model=str(model),
         model_fingerprint=weights_fingerprint(model),
         tokenizer_fingerprint=ChatTokenizer(model).fingerprint,
+        families=(FamilyCard(layers=2, pooling="last"), FamilyCard(layers=2, pooling="mean")),
+        groups=tuple(
+            GroupCard(kind="probe", count=2, family=family, l2={"overall": 0.1})
+            for family in range(2)
+        ),
+    )
+    card = RewardCard(
+        version="tiny",
+        banks=(bank,),
         dtype="float32",
-        depth=1.0,
-        layers=2,
         max_tokens=128,
-        members=3,
-        l2=0.1,
-        temperature=1.0,
+        criteria=("overall",),
+        combination={"overall": 1.0},
+        temperature={"reward": 1.0, "overall": 1.0},
         signal_mean=(0.0, 0.0),
         signal_deviation=(1.0, 1.0),
         threshold=None,
@@ -129,15 +137,18 @@ def build_tiny_reward_model(folder: Path, model: Path) -> Path:
         metrics={},
     )
     heads = Heads(
-        torch.randn(3, 256, generator=generator) / 16,
-        torch.zeros(256),
-        torch.ones(256),
-        torch.zeros(3),
-        torch.ones(3),
-        torch.eye(128).repeat(2, 1, 1),
+        weights_KCH=torch.randn(4, 1, 128, generator=generator) / 11,
+        family_K=torch.tensor([0, 0, 1, 1]),
+        feature_mean_FH=torch.zeros(2, 128),
+        feature_deviation_FH=torch.ones(2, 128),
+        whitening_FHH=torch.eye(128).repeat(2, 1, 1),
+        member_mean_KC=torch.zeros(4, 1),
+        member_deviation_KC=torch.ones(4, 1),
+        combination_C=torch.ones(1),
+        combined_deviation_K=torch.ones(4),
     )
     folder.mkdir()
-    RewardModel(card, heads).save(folder)
+    RewardModel(card, [heads]).save(folder)
     return folder
 
 
@@ -155,7 +166,7 @@ def tiny_base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_reward_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """Three random heads on `tiny_model`. Shared: copy it before changing it."""
+    """Four random heads on `tiny_model`. Shared: copy it before changing it."""
     return build_tiny_reward_model(tmp_path_factory.mktemp("reward") / "reward", tiny_model)
 
 

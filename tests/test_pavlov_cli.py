@@ -233,7 +233,7 @@ def test_what_a_bad_row_says_is_quoted_and_not_obeyed(place, refused, tiny_model
         {"prompt": "Why [red]?", "chosen": "a", "rejected": "b"},
     ]
     place.write("pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    assert "1 pairs with 1 different first user turns are too few" in refused(
+    assert "1 pairs judged by 'overall' with 1 different first user turns are too few" in refused(
         "reward", "reward.toml"
     )
 

@@ -40,7 +40,8 @@ from rlhf.records import Completion, Message, Prompt
 from rlhf.statistics import paired_interval, wilson_interval
 from trainers.fleet import Fleet
 from trainers.recording import Progressing
-from trainers.reward import describe, require_pairs, train_reward_model
+from trainers.reward import require_pairs, train_reward_model
+from trainers.reward_card import describe
 from trainers.rl import run_rl
 from trainers.sampling import requests_for, sample, sample_with_engine
 

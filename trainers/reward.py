@@ -1,4 +1,16 @@
-"""`pavlov reward`: train the reward-model ensemble from preference pairs."""
+"""`pavlov reward`: train the reward-model ensemble from preference pairs.
+
+::
+
+    pairs ─► rows (tokens) ─► trunk pass, kept ─► Comparisons ─┬─► L2 for each group and criterion
+                                                               ├─► cross-validation ─► temperatures,
+                                                               │   threshold, figures
+                                                               └─► final heads, on all pairs
+    validation pairs ──────────► the same pass ─────────────────────► scored once, for figures
+
+What is chosen is chosen by cross-validation over first user turns: every pair trains the final
+heads, and still is scored once by heads that never saw its prompt.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +20,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,74 +28,140 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from cluster.files import RunFolder, folder_beside, resolve_run_folder
+from cluster.files import RunFolder, folder_beside, resolve_run_folder, write_atomically
 from models.embedded import cache_folder
-from models.feature_store import FeatureStore, TokenRow
+from models.feature_store import FeatureStore
+from models.heads import Comparisons, ProbeGroup, choose_l2, fit_probes, fit_temperature
 from models.preferences import ReadReport, folds_by_first_user_turn, read_pairs
+from models.probes import probe_rows
 from models.reward_model import (
-    Heads,
+    COMBINED,
+    OVERALL,
+    Answers,
+    BankCard,
+    FamilyCard,
+    GroupCard,
     RewardCard,
     RewardModel,
-    fit_heads,
-    fit_temperature,
+    ask,
+    version_of,
 )
 from models.sources import portable_name, resolve_model, weights_fingerprint
-from models.trunk import FAMILIES, Trunk
-from rlhf.calibration import pair_figures
-from rlhf.config import EnsembleSection, RewardConfig, data_path
-from rlhf.ensemble import (
-    aggregate,
-    disagreement,
-    false_alarm_interval,
-    quantile_threshold,
-    shift_score,
-    whitening,
-)
+from models.trunk import Family, TokenRow, Trunk, layers_at
+from rlhf.config import EnsembleSection, PairFile, ProbeMembers, RewardConfig, data_path
+from rlhf.ensemble import aggregate, false_alarm_interval, quantile_threshold, shift_score
 from rlhf.errors import DataError, ModelError
-from rlhf.losses import bradley_terry_loss
 from rlhf.records import PreferencePair
 from trainers.recording import Progressing
+from trainers.reward_card import describe, pair_report, probe_report, report
 
 _LEAST_TURNS = 16
-_FIGURES = {
-    "cross_validation": "cross-validation, by which L2, temperature and threshold were chosen",
-    "validation": "validation",
-}
+_PROBES = 32
+"""Prompts that the card's probes are made from."""
 
 
 def run_reward(config: RewardConfig, config_path: Path, console: Console) -> Path:
     """Train and write ``<run>/reward``; returns the run folder."""
     folder_path = resolve_run_folder(config.run.dir, config_path)
-    resolve_model(config.ensemble.model)
-    train, reports = read_pairs([data_path(path) for path in config.data.train], config.data.limit)
+    for name in {config.ensemble.model, *(group.model for group in config.ensemble.members)}:
+        if name is not None:
+            resolve_model(name)
+    train, reports = _read(config.data.train, config.data.limit)
     validation: list[PreferencePair] = []
     if config.data.validation:
-        paths = [data_path(path) for path in config.data.validation]
-        validation, more = read_pairs(paths)
+        validation, more = _read(config.data.validation)
         reports += more
-    for report in reports:
-        console.print(report.sentence())
+    for each in reports:
+        console.print(each.sentence())
     require_pairs(train, config.ensemble)
     folder = RunFolder.claim(folder_path, config.model_dump(mode="json"), resume=None)
     try:
         model = train_reward_model(config.ensemble, train, validation, config.seed, console)
         card = model.card.model_copy(update={"data": {**model.card.data, **_files(reports)}})
         with folder_beside(folder.path / "reward") as beside:
-            RewardModel(card, model.heads).save(beside)
+            RewardModel(card, model.banks).save(beside)
+            write_atomically(beside / "card.md", report(card))
         console.print(describe(card))
+        console.print(f"the whole card: {folder.path / 'reward' / 'card.md'}")
     finally:
         folder.release()
     return folder.path
 
 
+def _read(
+    files: Sequence[str | PairFile], limit: int | None = None
+) -> tuple[list[PreferencePair], list[ReadReport]]:
+    named = [PairFile(path=file) if isinstance(file, str) else file for file in files]
+    return read_pairs(
+        [data_path(file.path) for file in named], limit, [file.criterion for file in named]
+    )
+
+
+def criterion_of(pair: PreferencePair) -> str:
+    """What a pair was judged by; pairs that do not say it were judged on the whole."""
+    return pair.criterion or OVERALL
+
+
+def combination_of(criteria: Sequence[str], settings: EnsembleSection) -> dict[str, float]:
+    """The weights of the criteria in the reward, as configured or by default."""
+    if settings.combination is not None:
+        return {criterion: settings.combination.get(criterion, 0.0) for criterion in criteria}
+    if OVERALL in criteria:
+        return {criterion: float(criterion == OVERALL) for criterion in criteria}
+    return dict.fromkeys(criteria, 1 / len(criteria))
+
+
 def require_pairs(pairs: Sequence[PreferencePair], settings: EnsembleSection) -> None:
-    """Refuse data that is too small to train on and to calibrate with."""
-    turns, least = len({pair.first_user_turn for pair in pairs}), max(_LEAST_TURNS, settings.folds)
-    if turns < least:
-        raise DataError(
-            f"{len(pairs)} pairs with {turns} different first user turns are too few: at least "
-            f"{least} are needed"
+    """Refuse data that is too small to train on and to calibrate with, for every criterion."""
+    found: dict[str, list[PreferencePair]] = {}
+    for pair in pairs:
+        found.setdefault(criterion_of(pair), []).append(pair)
+    for criterion in settings.combination or {}:
+        if criterion not in found:
+            raise DataError(
+                f"ensemble.combination names {criterion!r}, but no pair was judged by it; the data "
+                f"has {', '.join(sorted(found))}"
+            )
+    least = max(_LEAST_TURNS, settings.folds)
+    for criterion, own in sorted(found.items()):
+        live = [pair for pair in own if pair.weight > 0]
+        turns = len({pair.first_user_turn for pair in live})
+        if turns < least:
+            raise DataError(
+                f"{len(live)} pairs judged by {criterion!r} with {turns} different first user "
+                f"turns are too few: at least {least} are needed"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Bank:
+    """What a run trains on one backbone: its trunk, and the groups that read its families."""
+
+    name: str
+    trunk: Trunk
+    groups: tuple[tuple[ProbeMembers, int], ...]
+    """Each with the place of its family."""
+
+
+def plan_banks(settings: EnsembleSection) -> list[Bank]:
+    """Groups of members by backbone; the members of one share its pass."""
+    banks = []
+    names = dict.fromkeys(group.model or settings.model for group in settings.members)
+    for name in names:
+        folder = resolve_model(name)
+        own = [group for group in settings.members if (group.model or settings.model) == name]
+        wanted = [Family(layers_at(folder, group.depth), group.pooling) for group in own]
+        families = sorted(set(wanted))
+        trunk = Trunk(
+            folder,
+            families,
+            dtype=settings.dtype,
+            max_tokens=settings.max_tokens,
+            batch_tokens=settings.batch_tokens,
         )
+        places = [families.index(family) for family in wanted]
+        banks.append(Bank(name, trunk, tuple(zip(own, places, strict=True))))
+    return banks
 
 
 def train_reward_model(
@@ -93,55 +171,50 @@ def train_reward_model(
     seed: int,
     console: Console,
 ) -> RewardModel:
-    """An ensemble from preference pairs.
-
-    L2, temperature and threshold are chosen by cross-validation over first user turns, so that
-    every pair trains the final heads and still is scored once by heads that never saw its prompt.
-    `validation` is scored once, for the figures on the card.
-    """
+    """An ensemble from preference pairs. `validation` is scored once, for the card's figures."""
     started = time.monotonic()
-    folder = resolve_model(settings.model)
-    trunk = Trunk(
-        folder,
-        depth=settings.depth,
-        dtype=settings.dtype,
-        max_tokens=settings.max_tokens,
-        batch_tokens=settings.batch_tokens,
-    )
-    pairs, rows = _tokenised(trunk, pairs, console)
-    validation, validation_rows = _tokenised(trunk, validation, console)
+    banks = plan_banks(settings)
+    pairs, rows = _tokenised(banks, pairs, console)
+    validation, validation_rows = _tokenised(banks, validation, console)
     require_pairs(pairs, settings)
-    with Progressing(console, "features", 2 * (len(pairs) + len(validation))) as progress:
-        store = FeatureStore(cache_folder() / "features", trunk)
-        chosen_ND, rejected_ND = _features(store, rows, progress)
-        validation_features = _features(store, validation_rows, progress)
-    features_s = time.monotonic() - started
-    labels_N, weights_N = _labels(pairs)
-    folds_N = torch.tensor(folds_by_first_user_turn(pairs, settings.folds, seed))
-    candidates = [
-        cross_validate(
-            chosen_ND, rejected_ND, labels_N, weights_N, folds_N, settings.members, l2, seed
+    probes = [probe_rows(bank.trunk, pairs, _PROBES, seed) for bank in banks]
+    flat = [[row for rows in probe.values() for row in rows] for probe in probes]
+    total = sum(len(bank_rows) for part in (rows, validation_rows, flat) for bank_rows in part)
+    with Progressing(console, "features", total) as progress:
+        stores = [FeatureStore(cache_folder() / "features", bank.trunk) for bank in banks]
+        features, validation_features, probe_features = (
+            tuple(
+                store.features(bank_rows, progress.advance)
+                for store, bank_rows in zip(stores, part, strict=True)
+            )
+            for part in (rows, validation_rows, flat)
         )
-        for l2 in settings.l2
-    ]
-    best = min(candidates, key=lambda candidate: candidate.loss)
-    heads = _fit(chosen_ND, rejected_ND, labels_N, weights_N, settings.members, best.l2, seed)
-    signals_SN = torch.stack([best.disagreement_N, best.distance_N])
+    features_s = time.monotonic() - started
+    criteria = sorted({criterion_of(pair) for pair in pairs})
+    combination = combination_of(criteria, settings)
+    combination_C = torch.tensor([combination[criterion] for criterion in criteria])
+    data = [_comparisons(features_NFH, pairs, criteria) for features_NFH in features]
+    folds_N = torch.tensor(folds_by_first_user_turn(pairs, settings.folds, seed))
+    groups, l2_losses = _choose_groups(banks, data, folds_N, criteria)
+    held_out = _cross_validate(data, groups, combination_C, folds_N, seed)
+    fitted = [fit_probes(d, g, combination_C, seed) for d, g in zip(data, groups, strict=True)]
+
+    temperature = _temperatures(held_out, pairs, criteria)
+    signals_SN = torch.stack([held_out.disagreement_N, held_out.distance_N])
     signal_mean_S, signal_deviation_S = signals_SN.mean(dim=1), signals_SN.std(dim=1) + 1e-6
     shift_N = shift_score(signals_SN, signal_mean_S, signal_deviation_S)
     threshold = quantile_threshold(shift_N, settings.false_alarm_rate)
     card = RewardCard(
-        version=hashlib.sha256(heads.weights_KD.numpy().tobytes()).hexdigest()[:12],
-        model=portable_name(settings.model),
-        model_fingerprint=weights_fingerprint(folder),
-        tokenizer_fingerprint=trunk.tokenizer.fingerprint,
+        version=version_of(fitted),
+        banks=tuple(
+            _bank_card(bank, bank_groups, criteria)
+            for bank, bank_groups in zip(banks, groups, strict=True)
+        ),
         dtype=settings.dtype,
-        depth=settings.depth,
-        layers=trunk.layers,
         max_tokens=settings.max_tokens,
-        members=settings.members,
-        l2=best.l2,
-        temperature=best.temperature,
+        criteria=tuple(criteria),
+        combination=combination,
+        temperature=temperature,
         signal_mean=tuple(signal_mean_S.tolist()),
         signal_deviation=tuple(signal_deviation_S.tolist()),
         threshold=threshold if math.isfinite(threshold) else None,
@@ -150,168 +223,181 @@ def train_reward_model(
         seed=seed,
         data={
             "pairs": len(pairs),
+            "pairs_by_criterion": dict(Counter(map(criterion_of, pairs))),
             "pairs_validation": len(validation),
             "hash": _data_hash(pairs),
         },
         metrics={},
     )
-    model = RewardModel(card, heads)
-    flagged_N = shift_N > threshold
+    model = RewardModel(card, fitted)
     metrics: dict[str, Any] = {
         "cross_validation": {
-            **pair_figures(best.margins_KN, best.temperature, labels_N, weights_N),
-            "flagged_share": float(flagged_N.double().mean()),
+            **pair_report(card, held_out, pairs, [len(reply) for _, reply in rows[0]]),
+            "flagged_share": float((shift_N > threshold).double().mean()),
         },
-        "loss": {str(candidate.l2): candidate.loss for candidate in candidates},
-        "features_s": round(features_s, 1),
-        "total_s": round(time.monotonic() - started, 1),
+        "l2_losses": l2_losses,
+        "probes": probe_report(
+            model.score_features(probe_features),
+            {n: len(r) for n, r in probes[0].items()},
+            held_out,
+            shift_N,
+        ),
     }
     if validation:
-        scores = model.score_features(torch.cat(validation_features))
-        chosen_KN, rejected_KN = scores.rewards_KN.chunk(2, dim=1)
+        # In turns, and chosen ones first from here.
+        sides = tuple(torch.cat([f_NFH[0::2], f_NFH[1::2]]) for f_NFH in validation_features)
+        scores = model.score_features(sides)
+        said = Answers(
+            scores.rewards_KN, scores.criteria_KCN, scores.disagreement_N, scores.distance_N
+        )
         metrics["validation"] = {
-            **pair_figures(chosen_KN - rejected_KN, best.temperature, *_labels(validation)),
+            **pair_report(card, said, validation, [len(reply) for _, reply in validation_rows[0]]),
             "flagged_share": float(scores.shifted_N.double().mean()),
         }
-    return RewardModel(card.model_copy(update={"metrics": metrics}), heads)
+    metrics["features_s"] = round(features_s, 1)
+    metrics["total_s"] = round(time.monotonic() - started, 1)
+    return RewardModel(card.model_copy(update={"metrics": metrics}), fitted)
 
 
-@dataclass(frozen=True, slots=True)
-class CrossValidation:
-    """What heads with one L2 say of pairs whose prompts they did not see.
+def _choose_groups(
+    banks: Sequence[Bank], data: Sequence[Comparisons], folds_N: Tensor, criteria: Sequence[str]
+) -> tuple[list[list[ProbeGroup]], dict[str, dict[str, float]]]:
+    """Every group with its L2 for each criterion, and what the candidates lost."""
+    groups: list[list[ProbeGroup]] = []
+    losses: dict[str, dict[str, float]] = {}
+    for bank, pairs in zip(banks, data, strict=True):
+        groups.append([])
+        for members, family in bank.groups:
+            chosen = []
+            for index, criterion in enumerate(criteria):
+                own = pairs.criterion_N == index
+                l2, tried = choose_l2(
+                    pairs[own], family, members.l2, folds_N[own], centring=members.centring
+                )
+                chosen.append(l2)
+                losses[f"{bank.name} {bank.trunk.families[family]} {criterion}"] = tried
+            groups[-1].append(ProbeGroup(family, members.count, tuple(chosen), members.centring))
+    return groups, losses
 
-    `loss` is the cross-entropy after `temperature`; `disagreement_N` and `distance_N` are of all
-    replies, chosen ones first.
-    """
 
-    l2: float
-    loss: float
-    temperature: float
-    margins_KN: Tensor
-    disagreement_N: Tensor
-    distance_N: Tensor
-
-
-def cross_validate(
-    chosen_ND: Tensor,
-    rejected_ND: Tensor,
-    labels_N: Tensor,
-    weights_N: Tensor,
+def _cross_validate(
+    data: Sequence[Comparisons],
+    groups: Sequence[Sequence[ProbeGroup]],
+    combination_C: Tensor,
     folds_N: Tensor,
-    members: int,
-    l2: float,
     seed: int,
-) -> CrossValidation:
-    """Fit on all folds but one, score that one; for every fold."""
-    margins_KN = torch.empty(members, len(labels_N))
-    spread_2N = torch.empty(2, len(labels_N))
-    distance_2N = torch.empty(2, len(labels_N))
+) -> Answers:
+    """What members that never saw a pair's prompt say of its replies; chosen ones first."""
+    pairs = len(folds_N)
+    parts: list[tuple[Tensor, Answers]] = []
     for fold in sorted(set(folds_N.tolist())):
         held, fit = folds_N == fold, folds_N != fold
-        heads = _fit(
-            chosen_ND[fit], rejected_ND[fit], labels_N[fit], weights_N[fit], members, l2, seed
-        )
-        margins_KN[:, held] = heads.rewards(chosen_ND[held]) - heads.rewards(rejected_ND[held])
-        for side, features_ND in enumerate((chosen_ND[held], rejected_ND[held])):
-            spread_2N[side, held] = disagreement(heads.rewards(features_ND))
-            distance_2N[side, held] = heads.distance(features_ND)
-    margins_N = aggregate(margins_KN)
-    temperature = fit_temperature(margins_N, labels_N, weights_N)
-    loss = float(bradley_terry_loss(margins_N / temperature, labels_N, weights_N))
-    return CrossValidation(
-        l2, loss, temperature, margins_KN, spread_2N.flatten(), distance_2N.flatten()
+        banks = [
+            fit_probes(d[fit], g, combination_C, seed) for d, g in zip(data, groups, strict=True)
+        ]
+        where = torch.nonzero(held).squeeze(1)
+        said = ask(banks, tuple(d[held].replies_NFH for d in data))
+        parts.append((torch.cat([where, where + pairs]), said))
+    whole = Answers(
+        *(torch.empty(*getattr(parts[0][1], f.name).shape[:-1], 2 * pairs) for f in fields(Answers))
     )
+    for where, said in parts:
+        for f in fields(Answers):
+            getattr(whole, f.name)[..., where] = getattr(said, f.name)
+    return whole
 
 
-def _fit(
-    chosen_ND: Tensor,
-    rejected_ND: Tensor,
-    labels_N: Tensor,
-    weights_N: Tensor,
-    members: int,
-    l2: float,
-    seed: int,
-) -> Heads:
-    """Heads with the feature scale and the member scale of the replies they were fitted on."""
-    both_ND = torch.cat([chosen_ND, rejected_ND])
-    mean_D, deviation_D = both_ND.mean(dim=0), both_ND.std(dim=0) + 1e-6
-    difference_ND = (chosen_ND - rejected_ND) / deviation_D
-    weights_KD = fit_heads(difference_ND, labels_N, weights_N, members=members, l2=l2, seed=seed)
-    standardised_ND = (both_ND - mean_D) / deviation_D
-    raw_KN = weights_KD @ standardised_ND.T
-    parts_NFH = standardised_ND.reshape(len(both_ND), FAMILIES, -1)
-    return Heads(
-        weights_KD,
-        mean_D,
-        deviation_D,
-        raw_KN.mean(dim=1),
-        raw_KN.std(dim=1) + 1e-6,
-        torch.stack([whitening(parts_NFH[:, family]) for family in range(FAMILIES)]),
-    )
+def _temperatures(
+    held_out: Answers, pairs: Sequence[PreferencePair], criteria: Sequence[str]
+) -> dict[str, float]:
+    """One for the combination on all pairs, one for each criterion on its own."""
+    labels_N = torch.tensor([pair.label for pair in pairs])
+    weights_N = torch.tensor([pair.weight for pair in pairs])
+    chosen_KN, rejected_KN = held_out.rewards_KN.chunk(2, dim=1)
+    temperatures = {
+        COMBINED: fit_temperature(aggregate(chosen_KN - rejected_KN), labels_N, weights_N)
+    }
+    for index, criterion in enumerate(criteria):
+        own_N = torch.tensor([criterion_of(pair) == criterion for pair in pairs])
+        chosen_KN, rejected_KN = held_out.criteria_KCN[:, index].chunk(2, dim=1)
+        margins_N = aggregate(chosen_KN - rejected_KN)[own_N]
+        temperatures[criterion] = fit_temperature(margins_N, labels_N[own_N], weights_N[own_N])
+    return temperatures
 
 
-def describe(card: RewardCard) -> str:
-    """The card in a few lines of text."""
-    lines = [
-        f"reward model {card.version}: {card.members} members on {card.layers} layers of "
-        f"{Path(card.model).name}, {card.data['pairs']} pairs, l2 {card.l2:g}, "
-        f"temperature {card.temperature:.2f}, features {card.metrics['features_s']:.0f} s"
-    ]
-    for name in _FIGURES:
-        if name in card.metrics:
-            m = card.metrics[name]
-            lines.append(
-                f"{_FIGURES[name]}: accuracy {m['accuracy']:.3f} "
-                f"[{m['accuracy_low']:.3f}, {m['accuracy_high']:.3f}] on {m['pairs']} pairs, "
-                f"ECE {m['ece']:.3f}, flagged {m['flagged_share']:.1%} of replies"
+def _bank_card(bank: Bank, groups: Sequence[ProbeGroup], criteria: Sequence[str]) -> BankCard:
+    return BankCard(
+        model=portable_name(bank.name),
+        model_fingerprint=weights_fingerprint(resolve_model(bank.name)),
+        tokenizer_fingerprint=bank.trunk.tokenizer.fingerprint,
+        families=tuple(
+            FamilyCard(layers=family.layers, pooling=family.pooling)
+            for family in bank.trunk.families
+        ),
+        groups=tuple(
+            GroupCard(
+                kind=members.kind,
+                count=group.count,
+                family=group.family,
+                l2=dict(zip(criteria, group.l2_C, strict=True)),
             )
-    return "\n".join(lines)
+            for (members, _), group in zip(bank.groups, groups, strict=True)
+        ),
+    )
 
 
 def _tokenised(
-    trunk: Trunk, pairs: Sequence[PreferencePair], console: Console
-) -> tuple[list[PreferencePair], list[TokenRow]]:
-    """The pairs that the backbone's chat template takes, and two rows for each, chosen first; the
-    others are counted and said."""
+    banks: Sequence[Bank], pairs: Sequence[PreferencePair], console: Console
+) -> tuple[list[PreferencePair], list[list[TokenRow]]]:
+    """The pairs that every backbone's chat template takes, and for each bank two rows a pair,
+    chosen first; the others are counted and said."""
     kept: list[PreferencePair] = []
-    rows: list[TokenRow] = []
+    rows: list[list[TokenRow]] = [[] for _ in banks]
     why: Counter[str] = Counter()
     for pair in pairs:
+        replies = [
+            (pair.chosen, pair.chosen_finished),
+            (pair.rejected, pair.rejected_finished),
+        ]
         try:
-            rows += [
-                trunk.tokenise(pair.prompt, pair.chosen, finished=pair.chosen_finished),
-                trunk.tokenise(pair.prompt, pair.rejected, finished=pair.rejected_finished),
+            own = [
+                [
+                    bank.trunk.tokenise(pair.prompt, text, finished=finished)
+                    for text, finished in replies
+                ]
+                for bank in banks
             ]
         except ModelError as error:
             why[str(error)] += 1
-        else:
-            kept.append(pair)
+            continue
+        kept.append(pair)
+        for bank_rows, more in zip(rows, own, strict=True):
+            bank_rows += more
     for reason, count in why.most_common(3):
         console.print(f"left out: {count} pairs: {reason}")
     return kept, rows
 
 
-def _features(
-    store: FeatureStore, rows: Sequence[TokenRow], progress: Progressing
-) -> tuple[Tensor, Tensor]:
-    features_ND = store.features(rows, progress.advance)
-    return features_ND[0::2], features_ND[1::2]
-
-
-def _labels(pairs: Sequence[PreferencePair]) -> tuple[Tensor, Tensor]:
-    """Labels and weights of pairs, each of shape (N,)."""
-    return (
+def _comparisons(
+    features_NFH: Tensor, pairs: Sequence[PreferencePair], criteria: Sequence[str]
+) -> Comparisons:
+    """Pairs as tensors; features of chosen and rejected replies come in turns."""
+    return Comparisons(
+        features_NFH[0::2],
+        features_NFH[1::2],
         torch.tensor([pair.label for pair in pairs]),
         torch.tensor([pair.weight for pair in pairs]),
+        torch.tensor([pair.margin for pair in pairs]),
+        torch.tensor([criteria.index(criterion_of(pair)) for pair in pairs]),
     )
 
 
 def _data_hash(pairs: Sequence[PreferencePair]) -> str:
     digest = hashlib.sha256()
-    for line in sorted(json.dumps([repr(p.prompt), p.chosen, p.rejected]) for p in pairs):
+    for line in sorted(json.dumps([repr(p.prompt), p.chosen, p.rejected, p.label]) for p in pairs):
         digest.update(line.encode())
     return digest.hexdigest()[:16]
 
 
 def _files(reports: Sequence[ReadReport]) -> dict[str, Any]:
-    return {"files": [report.sentence() for report in reports]}
+    return {"files": [each.sentence() for each in reports]}

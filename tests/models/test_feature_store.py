@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from models import feature_store
 from models.feature_store import FeatureStore, row_key
-from models.trunk import Trunk
+from models.trunk import Family, Trunk
 
+DEEP = (Family(2, "last"), Family(2, "mean"))
 ROWS = [((5, 6, 7), (20 + n, 30, 40)) for n in range(5)] + [((8, 9), (20, 30, 40))]
 
 
@@ -20,11 +23,12 @@ class CountingTrunk(Trunk):
     computed = 0
     fails_after = 10**9
 
-    def features(self, rows, progress=lambda count: None):
-        if self.computed >= self.fails_after:
-            raise RuntimeError("killed")
-        self.computed += len(rows)
-        return super().features(rows, progress)
+    def stream(self, rows):
+        for indices, part_nFH in super().stream(rows):
+            if self.computed >= self.fails_after:
+                raise RuntimeError("killed")
+            self.computed += len(indices)
+            yield indices, part_nFH
 
 
 @pytest.fixture
@@ -32,12 +36,20 @@ def trunk(tiny_model: Path) -> CountingTrunk:
     return make(tiny_model)
 
 
-def make(model: Path, depth: float = 1.0, dtype: str = "float32") -> CountingTrunk:
-    return CountingTrunk(model, depth=depth, dtype=dtype, max_tokens=64, batch_tokens=512)
+def make(model: Path, families: tuple[Family, ...] = DEEP, dtype: str = "float32") -> CountingTrunk:
+    return CountingTrunk(model, families, dtype=dtype, max_tokens=64, batch_tokens=8)
+
+
+def plain(trunk: Trunk, rows: list[Any]) -> Tensor:
+    """The features without a store, not counted."""
+    counted = trunk.computed  # type: ignore[attr-defined]
+    features_NFH = trunk.features(rows)
+    trunk.computed = counted  # type: ignore[attr-defined]
+    return features_NFH
 
 
 def test_kept_features_are_the_computed_ones_and_are_not_computed_again(tmp_path, trunk):
-    wanted_ND = Trunk.features(trunk, ROWS)
+    wanted_ND = plain(trunk, ROWS)
     first_ND = FeatureStore(tmp_path, trunk).features(ROWS)
     assert trunk.computed == len(ROWS)
     counts: list[int] = []
@@ -57,23 +69,33 @@ def test_a_row_that_comes_twice_is_computed_once_and_counted_twice(tmp_path, tru
 
 
 def test_after_a_kill_only_what_was_not_kept_is_computed(tmp_path, trunk, monkeypatch):
-    monkeypatch.setattr(feature_store, "_PASS_ROWS", 2)
     monkeypatch.setattr(feature_store, "_WRITE_EVERY_S", 0.0)
-    trunk.fails_after = 4
+    trunk.fails_after = 3
     with pytest.raises(RuntimeError, match="killed"):
         FeatureStore(tmp_path, trunk).features(ROWS)
     trunk.computed, trunk.fails_after = 0, 10**9
     found_ND = FeatureStore(tmp_path, trunk).features(ROWS)
-    assert trunk.computed == len(ROWS) - 4
-    torch.testing.assert_close(found_ND, Trunk.features(trunk, ROWS), atol=1e-5, rtol=1e-5)
+    assert 0 < trunk.computed < len(ROWS)
+    torch.testing.assert_close(found_ND, plain(trunk, ROWS), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("change", [{"depth": 0.5}, {"dtype": "bfloat16"}])
-def test_another_trunk_has_a_store_of_its_own(tmp_path, tiny_model, trunk, change):
+@pytest.mark.parametrize(
+    "change", [{"dtype": "bfloat16"}, {"families": (Family(1, "last"), Family(2, "last"))}]
+)
+def test_what_another_precision_or_family_needs_is_computed(tmp_path, tiny_model, trunk, change):
     FeatureStore(tmp_path, trunk).features(ROWS)
     other = make(tiny_model, **change)
-    FeatureStore(tmp_path, other).features(ROWS)
+    found_NFH = FeatureStore(tmp_path, other).features(ROWS)
     assert other.computed == len(ROWS)
+    torch.testing.assert_close(found_NFH, plain(other, ROWS), atol=1e-2, rtol=1e-2)
+
+
+def test_a_family_that_was_kept_with_others_is_not_computed_again(tmp_path, tiny_model, trunk):
+    wanted_NFH = FeatureStore(tmp_path, trunk).features(ROWS)
+    fewer = make(tiny_model, families=(Family(2, "mean"),))
+    found_NFH = FeatureStore(tmp_path, fewer).features(ROWS)
+    assert fewer.computed == 0
+    assert torch.equal(found_NFH[:, 0], wanted_NFH[:, 1])
 
 
 def test_another_template_is_another_trunk(tiny_model, tiny_base_model):
@@ -88,7 +110,7 @@ def test_a_damaged_part_is_computed_again(tmp_path, trunk):
     part.write_bytes(part.read_bytes()[:100])
     found_ND = store.features(ROWS)
     assert trunk.computed == 2 * len(ROWS)
-    torch.testing.assert_close(found_ND, Trunk.features(trunk, ROWS), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found_ND, plain(trunk, ROWS), atol=1e-5, rtol=1e-5)
 
 
 def test_prompt_and_reply_are_told_apart():
@@ -97,5 +119,5 @@ def test_prompt_and_reply_are_told_apart():
 
 
 def test_no_rows_need_no_store(tmp_path, trunk):
-    assert FeatureStore(tmp_path / "none", trunk).features([]).shape == (0, trunk.width)
+    assert FeatureStore(tmp_path / "none", trunk).features([]).shape == (0, 2, trunk.width)
     assert not (tmp_path / "none").exists()

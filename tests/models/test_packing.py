@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.packing import MAX_ROW_TOKENS, Row, collate, micro_batches, pack
+from models.packing import (
+    MAX_ROW_TOKENS,
+    Row,
+    collate,
+    micro_batches,
+    pack,
+    padded_tokens,
+)
 
 PAD = 0
 
@@ -197,3 +205,63 @@ def test_no_token_sees_padding():
     padding_seen_BLL = batch.mask_B1LL[:, 0] & real_BL.unsqueeze(2) & ~real_BL.unsqueeze(1)
     assert not padding_seen_BLL.any()
     assert batch.mask_B1LL.dtype == torch.bool
+
+
+# The flush layout
+
+
+LENGTHS = st.lists(
+    st.tuples(st.integers(1, 9), st.lists(st.integers(1, 7), min_size=1, max_size=3)),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(LENGTHS, st.booleans())
+def test_every_reply_token_is_found_where_it_stands_with_its_predecessor_in_either_layout(
+    lengths, aligned
+):
+    rows = pack_of(lengths)
+    batch = collate(rows, PAD, aligned=aligned)
+    kept_BC = batch.input_ids_BL[:, -batch.kept_columns :].flatten()
+    replies = [(row.prompt, reply) for row in rows for reply in row.replies]
+    for n, (prompt, reply) in enumerate(replies):
+        length = len(reply)
+        assert tuple(kept_BC[batch.columns_NT[n, :length]].tolist()) == reply
+        before = (prompt[-1], *reply[:-1])
+        assert tuple(kept_BC[batch.predictors_NT[n, :length]].tolist()) == before
+
+
+@given(LENGTHS)
+def test_in_the_flush_layout_a_token_sees_its_prompt_and_its_own_reply_up_to_itself(lengths):
+    rows = pack_of(lengths)
+    batch = collate(rows, PAD, aligned=False)
+    for b, row_ in enumerate(rows):
+        begin = len(row_.prompt)
+        for reply in row_.replies:
+            for place in range(begin, begin + len(reply)):
+                seen = torch.nonzero(batch.mask_B1LL[b, 0, place]).flatten().tolist()
+                assert seen == [*range(len(row_.prompt)), *range(begin, place + 1)]
+                position = len(row_.prompt) + place - begin
+                assert batch.position_ids_BL[b, place] == position
+            begin += len(reply)
+
+
+@given(LENGTHS)
+def test_the_flush_layout_never_pads_more(lengths):
+    rows = pack_of(lengths)
+    assert padded_tokens(rows, aligned=False) <= padded_tokens(rows)
+    assert padded_tokens(rows, aligned=False) == len(rows) * max(row_.length for row_ in rows)
+
+
+def pack_of(lengths: list[tuple[int, list[int]]]) -> list[Row]:
+    """Rows of the given prompt and reply lengths; every token is another one."""
+    rows, start, index = [], 1, 0
+    for prompt, replies in lengths:
+        total = prompt + sum(replies)
+        ids = tokens(total, start)
+        cuts = [sum(replies[:n]) + prompt for n in range(len(replies) + 1)]
+        parts = tuple(ids[begin:end] for begin, end in pairwise(cuts))
+        rows.append(Row(ids[:prompt], parts, tuple(range(index, index + len(replies)))))
+        start, index = start + total, index + len(replies)
+    return rows

@@ -84,7 +84,7 @@ def only_pair(path: Path, row: Row) -> PreferencePair:
             "rejected": "\n\nHuman: Is tea healthy?\n\nAssistant: Go away.",
         },
         {**GOOD, "prompt": "\n\nHuman: Is tea healthy?\n\nAssistant:"},
-        {**GOOD, "margin": 2, "weight": None, "score": [1, 2]},
+        {**GOOD, "rank": 2, "weight": None, "score": [1, 2]},
     ],
 )
 def test_every_form_of_a_pair_gives_the_same_pair(tmp_path: Path, row: Row) -> None:
@@ -496,6 +496,7 @@ def test_written_pairs_are_in_the_conversational_format(tmp_path: Path) -> None:
             "rejected": [assistant("c")],
             "label": 1.0,
             "weight": 1.0,
+            "margin": 0.0,
             "criterion": "honest",
             "source": "",
             "chosen_finished": True,
@@ -747,3 +748,21 @@ def test_real_prompts_are_the_distinct_texts_of_the_file(
     assert report.bad == ()
     assert report.repeated == len(texts) - len(set(texts))
     assert len({prompt.id for prompt in prompts}) == len(prompts)
+
+
+# Margins and criteria
+
+
+def test_a_margin_is_read_and_written(tmp_path):
+    rows = [{**GOOD, "margin": 1.5}, {**GOOD, "margin": -1}]
+    pairs, _ = read_pairs([write_rows(tmp_path / "rows.jsonl", rows)])
+    assert [pair.margin for pair in pairs] == [1.5]
+    write_pairs(pairs, tmp_path / "again.parquet")
+    assert read_pairs([tmp_path / "again.parquet"])[0] == pairs
+
+
+def test_a_files_criterion_is_that_of_its_rows_that_name_none(tmp_path):
+    rows = [GOOD, {**GOOD, "criterion": "honest"}]
+    files = [write_rows(tmp_path / name, rows) for name in ("first.jsonl", "second.jsonl")]
+    pairs, _ = read_pairs(files, criteria=["helpful", ""])
+    assert [pair.criterion for pair in pairs] == ["helpful", "honest", "", "honest"]

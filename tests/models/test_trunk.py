@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.trunk import Trunk, cut_layers
+from models.trunk import Family, Trunk, cut_layers, layers_at
 from rlhf.errors import ModelError, PavlovError
 from rlhf.records import Message
 
@@ -23,8 +23,9 @@ MakeTrunk = Callable[..., Trunk]
 @pytest.fixture(scope="module")
 def make_trunk(tiny_model: Path) -> MakeTrunk:
     def make(**changes: object) -> Trunk:
-        settings = {"depth": 0.5, "dtype": "float32", "max_tokens": 128, "batch_tokens": 4096}
-        return Trunk(tiny_model, **settings | changes)  # type: ignore[arg-type]
+        settings = {"dtype": "float32", "max_tokens": 128, "batch_tokens": 4096}
+        families = both(int(changes.pop("layers", 1)))  # type: ignore[call-overload]
+        return Trunk(tiny_model, families, **settings | changes)  # type: ignore[arg-type]
 
     return make
 
@@ -32,6 +33,10 @@ def make_trunk(tiny_model: Path) -> MakeTrunk:
 @pytest.fixture(scope="module")
 def trunk(make_trunk: MakeTrunk) -> Trunk:
     return make_trunk()
+
+
+def both(layers: int) -> list[Family]:
+    return [Family(layers, "last"), Family(layers, "mean")]
 
 
 def random_rows(seed: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -67,20 +72,29 @@ def test_packed_features_are_those_of_each_reply_alone(make_trunk, batch_tokens)
     alone = torch.cat([make_trunk().features([row]) for row in rows])
     together = make_trunk(batch_tokens=batch_tokens).features(rows)
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    assert alone.shape == (8, 2, 128)
     assert alone.std(dim=0).min() > 1e-3
 
 
-@pytest.mark.parametrize(("depth", "layer"), [(0.5, 0), (1.0, 1)])
+@pytest.mark.parametrize("layers", [1, 2])
 def test_features_are_the_last_tokens_state_and_the_replys_mean_after_the_kept_layers(
-    make_trunk, tiny_model, depth, layer
+    make_trunk, tiny_model, layers
 ):
-    trunk = make_trunk(depth=depth)
-    assert trunk.layers == layer + 1
+    trunk = make_trunk(layers=layers)
     for prompt, reply in random_rows(1):
-        hidden_TH = hidden_after(tiny_model, layer, prompt + reply)[len(prompt) :]
-        wanted_D = torch.cat([hidden_TH[-1], hidden_TH.mean(dim=0)])
-        found_D = trunk.features([(prompt, reply)])[0]
-        torch.testing.assert_close(found_D, wanted_D, atol=1e-5, rtol=1e-5)
+        hidden_TH = hidden_after(tiny_model, layers - 1, prompt + reply)[len(prompt) :]
+        wanted_FH = torch.stack([hidden_TH[-1], hidden_TH.mean(dim=0)])
+        found_FH = trunk.features([(prompt, reply)])[0]
+        torch.testing.assert_close(found_FH, wanted_FH, atol=1e-5, rtol=1e-5)
+
+
+def test_several_depths_in_one_pass_are_those_of_a_trunk_for_each(make_trunk, tiny_model):
+    families = [Family(2, "mean"), Family(1, "last")]
+    trunk = Trunk(tiny_model, families, dtype="float32", max_tokens=128, batch_tokens=4096)
+    rows = random_rows(4)
+    found_NFH = trunk.features(rows)
+    torch.testing.assert_close(found_NFH[:, 0], make_trunk(layers=2).features(rows)[:, 1])
+    torch.testing.assert_close(found_NFH[:, 1], make_trunk(layers=1).features(rows)[:, 0])
 
 
 def test_features_are_float32_without_gradients_in_any_precision(make_trunk):
@@ -96,7 +110,7 @@ def test_progress_counts_every_row_once(trunk):
 
 
 def test_no_rows_have_no_features(trunk):
-    assert trunk.features([]).shape == (0, 256)
+    assert trunk.features([]).shape == (0, 2, 128)
 
 
 # What becomes a row
@@ -116,19 +130,25 @@ def test_an_empty_reply_is_refused(trunk, finished):
         trunk.tokenise(QUESTION, "", finished=finished)
 
 
-def test_a_long_prompt_is_cut_on_the_left_and_a_long_reply_on_the_right(make_trunk):
+def test_a_prompt_keeps_its_last_half_of_the_tokens_and_a_reply_gets_what_it_leaves(make_trunk):
     trunk = make_trunk(max_tokens=64)
     long = " ".join(["water", "rice", "pasta", "bread"] * 30)
     all_prompt, short = make_trunk(max_tokens=10_000).tokenise(
         (Message("user", long),), "yes", finished=True
     )
     prompt, reply = trunk.tokenise((Message("user", long),), "yes", finished=True)
-    assert prompt == all_prompt[-(64 - len(short)) :]
+    assert prompt == all_prompt[-32:]
     assert reply == short
     all_reply = make_trunk(max_tokens=10_000).tokenise(QUESTION, long, finished=True)[1]
     prompt, reply = trunk.tokenise(QUESTION, long, finished=True)
     assert reply == all_reply[: 64 - len(prompt)]
     assert 0 < len(prompt) <= 32
+
+
+def test_replies_to_one_prompt_share_it_however_long_they_are(make_trunk):
+    trunk = make_trunk(max_tokens=64)
+    question = (Message("user", "rice " * 100),)
+    assert trunk.tokenise(question, "yes")[0] == trunk.tokenise(question, "yes " * 50)[0]
 
 
 @pytest.mark.parametrize("max_tokens", [16, 32, 33, 128])
@@ -150,13 +170,18 @@ def test_a_row_keeps_to_the_limit_and_some_of_the_reply_or_the_limit_is_refused(
 # Which layers
 
 
-@pytest.mark.parametrize(("depth", "kept"), [(0.01, 1), (0.3, 3), (0.67, 7), (0.95, 10), (1.0, 10)])
-def test_the_first_share_of_the_layers_is_kept_and_the_final_norm_dropped(depth, kept):
+@pytest.mark.parametrize(("depth", "layers"), [(0.01, 1), (0.3, 1), (0.67, 1), (0.8, 2), (1.0, 2)])
+def test_a_depth_is_a_share_of_the_layers_and_at_least_one(tiny_model, depth, layers):
+    assert layers_at(tiny_model, depth) == layers
+
+
+@pytest.mark.parametrize("kept", [1, 7, 10])
+def test_the_first_layers_are_kept_and_the_final_norm_dropped(kept):
     model = nn.Module()
     layers = [nn.Linear(1, 1) for _ in range(10)]
     model.layers, model.norm = nn.ModuleList(layers), nn.LayerNorm(1)
     model.config = SimpleNamespace(num_hidden_layers=10)  # type: ignore[assignment]
-    assert cut_layers(model, depth) == kept
+    cut_layers(model, kept)
     assert list(model.layers) == layers[:kept]
     assert model.config.num_hidden_layers == kept
     assert isinstance(model.norm, nn.Identity)
@@ -170,7 +195,7 @@ def test_an_architecture_whose_layers_are_not_found_is_refused(stacks):
     for number in range(stacks):
         setattr(model, f"stack{number}", nn.ModuleList([nn.Linear(1, 1)] * 3))
     with pytest.raises(ModelError, match="layers of Module cannot be cut"):
-        cut_layers(model, 0.5)
+        cut_layers(model, 2)
 
 
 def test_damaged_weights_are_a_model_error_in_one_sentence(tiny_model, tmp_path):
@@ -178,6 +203,6 @@ def test_damaged_weights_are_a_model_error_in_one_sentence(tiny_model, tmp_path)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ModelError) as caught:
-        Trunk(folder, depth=0.5, dtype="float32", max_tokens=64, batch_tokens=64)
+        Trunk(folder, both(1), dtype="float32", max_tokens=64, batch_tokens=64)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)

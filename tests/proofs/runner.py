@@ -26,6 +26,21 @@ Proof = Callable[[Path], dict[str, Any]]
 """Takes a folder of its own and returns figures; its docstring is the claim."""
 
 
+class NotHeldError(AssertionError):
+    """A claim that did not hold, with the figures that say so."""
+
+    def __init__(self, unmet: Sequence[str], figures: dict[str, Any]) -> None:
+        super().__init__("; ".join(unmet))
+        self.figures = {"unmet": list(unmet), **figures}
+
+
+def hold(bars: dict[str, bool], figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures, if every bar was met."""
+    if unmet := [name for name, met in bars.items() if not met]:
+        raise NotHeldError(unmet, figures)
+    return figures
+
+
 def prove(area: str, proofs: Sequence[Proof], argv: Sequence[str]) -> int:
     """Run the proofs (or those named), write the page; returns the exit code."""
     folder = ROOT / "runs" / "proofs" / area
@@ -41,7 +56,8 @@ def prove(area: str, proofs: Sequence[Proof], argv: Sequence[str]) -> int:
         except Exception as error:
             traceback.print_exc()
             text = str(error).strip() or type(error).__name__
-            result = {"held": False, "figures": {"reason": text.splitlines()[-1][:300]}}
+            figures = getattr(error, "figures", {"reason": text.splitlines()[-1][:300]})
+            result = {"held": False, "figures": figures}
         result |= {"seconds": round(time.monotonic() - started), "date": time.strftime("%Y-%m-%d")}
         result |= {"commit": _git("rev-parse", "--short", "HEAD"), "changed": bool(_changes())}
         path.write_text(json.dumps(result, indent=2) + "\n")

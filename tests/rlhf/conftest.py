@@ -42,6 +42,7 @@ class Make:
         kl_G: tuple[float, ...] | None = None,
         shifted_G: tuple[bool, ...] | None = None,
         disagreement_G: tuple[float, ...] | None = None,
+        parts_G: dict[str, tuple[float, ...]] | None = None,
         name: str = "p0",
     ) -> ScoredGroup:
         completions = completions or tuple(cls.completion() for _ in rewards_G)
@@ -59,6 +60,7 @@ class Make:
             data_shift_G=(True,) * len(rewards_G),
             domain_shift_G=shifted_G or (False,) * len(rewards_G),
             reward_version="r1",
+            parts_G=parts_G or {},
         )
         return ScoredGroup(cls.rollout(*completions, name=name), scores, reference)
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf.calibration import expected_calibration_error, pair_figures
+from rlhf.calibration import (
+    calibrated_ece,
+    expected_calibration_error,
+    pair_figures,
+    reliability_curve,
+)
 from rlhf.statistics import wilson_interval
 
 
@@ -93,3 +98,34 @@ def test_a_pair_counts_by_its_weight():
     # Effective pairs: 6^2 / (1 + 9 + 4).
     low, high = wilson_interval(0.5 * 36 / 14, 36 / 14)[1:]
     assert (found["accuracy_low"], found["accuracy_high"]) == pytest.approx((low, high))
+
+
+# Reliability
+
+
+def test_the_reliability_curve_by_hand():
+    # Confidences 0.6, 0.7 | 0.8, 0.9; the likelier side was right for 0.4 (as 0) and 0.8, 0.9.
+    curve = reliability_curve(
+        torch.tensor([0.4, 0.7, 0.8, 0.9]), torch.tensor([0.0, 0.0, 1.0, 1.0]), bins=2
+    )
+    found = [(bin.confidence, bin.right, bin.mass) for bin in curve]
+    assert found == [pytest.approx((0.65, 0.5, 2.0)), pytest.approx((0.85, 1.0, 2.0))]
+
+
+def test_chance_alone_makes_an_error_and_a_calibrated_model_stays_below_the_band():
+    generator = torch.Generator().manual_seed(3)
+    probabilities_N = 0.5 + torch.rand(300, generator=generator) / 2
+    band = calibrated_ece(probabilities_N)
+    assert 0.03 < band < 0.15
+    below = [
+        expected_calibration_error(
+            probabilities_N, torch.bernoulli(probabilities_N, generator=generator)
+        )
+        <= band
+        for _ in range(200)
+    ]
+    assert 0.9 <= sum(below) / 200 <= 0.99
+    boasting = expected_calibration_error(
+        torch.full((300,), 0.95), torch.bernoulli(torch.full((300,), 0.6), generator=generator)
+    )
+    assert boasting > calibrated_ece(torch.full((300,), 0.95))

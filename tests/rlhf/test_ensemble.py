@@ -9,6 +9,7 @@ from rlhf.ensemble import (
     disagreement,
     distance,
     false_alarm_interval,
+    family_disagreement,
     quantile_threshold,
     shift_score,
     standardise,
@@ -126,3 +127,15 @@ def test_too_few_values_for_a_threshold_never_alarm():
 def test_a_rate_outside_the_unit_interval_is_refused(rate):
     with pytest.raises(ValueError, match=f"false_alarm_rate must lie in .*{rate}"):
         quantile_threshold(torch.arange(9.0), rate)
+
+
+def test_disagreement_is_taken_within_families_and_those_of_one_member_say_nothing():
+    rewards_KN = torch.tensor([[1.0], [3.0], [10.0], [16.0], [99.0]])
+    family_K = torch.tensor([0, 0, 1, 1, 2])
+    # Deviations 1 and 3; the fifth stands alone.
+    assert family_disagreement(rewards_KN, family_K).tolist() == [2.0]
+
+
+def test_members_that_all_stand_alone_disagree_with_each_other():
+    rewards_KN = torch.tensor([[1.0], [3.0]])
+    assert family_disagreement(rewards_KN, torch.tensor([0, 1])).tolist() == [1.0]

@@ -6,6 +6,7 @@ import torch
 from rlhf.losses import (
     BatchSize,
     bradley_terry_loss,
+    centring_loss,
     clipped_policy_loss,
     entropy_from_logits,
     reduce_tokens,
@@ -247,3 +248,26 @@ def test_bradley_terry_stays_finite_at_large_margins():
     loss.backward()
     assert loss.item() == pytest.approx(500)  # (0 + 1000) / 2
     torch.testing.assert_close(margins.grad, double([0.0, -0.5]))
+
+
+# Margins and centring
+
+
+def test_a_wanted_margin_counts_on_the_preferred_side_as_far_as_it_is_preferred():
+    """log(1 + e^-(x - m)) for a win, log(1 + e^(x + m)) for a loss, no margin for a tie."""
+    x, m = 0.7, 0.5
+
+    def loss(label: float) -> float:
+        values = (torch.tensor([v]) for v in (x, label, 1.0, m))
+        return float(bradley_terry_loss(*values))
+
+    assert loss(1.0) == pytest.approx(math.log1p(math.exp(-(x - m))), rel=1e-5)
+    assert loss(0.0) == pytest.approx(math.log1p(math.exp(x + m)), rel=1e-5)
+    plain = (math.log1p(math.exp(-x)) + math.log1p(math.exp(x))) / 2
+    assert loss(0.5) == pytest.approx(plain, rel=1e-5)
+
+
+def test_centring_is_the_weighted_mean_square_of_the_sums():
+    # (1 x 4 + 3 x 1) / 4
+    loss = centring_loss(torch.tensor([2.0, -1.0]), torch.tensor([1.0, 3.0]))
+    assert float(loss) == pytest.approx(7 / 4)

@@ -1,8 +1,10 @@
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from rlhf.statistics import Z_95, paired_interval, wilson_interval
+from rlhf.statistics import Z_95, auroc, paired_interval, wilson_interval
 
 
 def test_95_percent_of_a_normal_lies_within_1_96_deviations():
@@ -43,3 +45,27 @@ def test_no_trials_claim_nothing():
     share, low, high = wilson_interval(0, 0)
     assert math.isnan(share)
     assert (low, high) == (0, 1)
+
+
+# ROC
+
+
+def test_the_area_by_hand_with_a_tie():
+    # 3 beats 1 and 2; 2 beats 1 and ties with 2: 3.5 of 4.
+    assert auroc([1.0, 2.0], [3.0, 2.0]) == 3.5 / 4
+    assert auroc([0.0], [1.0]) == 1.0
+    assert auroc([1.0], [0.0]) == 0.0
+
+
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=12),
+    st.lists(st.integers(0, 5), min_size=1, max_size=12),
+)
+def test_the_area_is_the_share_of_pairs_in_order(negatives, positives):
+    pairs = [(n < p) + 0.5 * (n == p) for n in negatives for p in positives]
+    assert auroc(negatives, positives) == pytest.approx(sum(pairs) / len(pairs))
+
+
+def test_a_wilson_interval_of_less_certainty_is_narrower():
+    wide, narrow = wilson_interval(6, 10)[1:], wilson_interval(6, 10, z=1.645)[1:]
+    assert wide[0] < narrow[0] < 0.6 < narrow[1] < wide[1]

@@ -4,12 +4,14 @@ import pytest
 from rlhf.records import FailedGroup
 from rlhf.tables import ROLLOUT_SCHEMA, rollout_table
 
+TEXT = "What a great question, naïve 🐈!\n"
+
 
 @pytest.fixture
 def table(make, tmp_path):
     """A scored and a failed group, written to Parquet and read back."""
     completions = (
-        make.completion(length=3, text="naïve 🐈\n", seed=2**31 - 1, newest_version=2),
+        make.completion(length=3, text=TEXT, seed=2**31 - 1, newest_version=2),
         make.completion(
             length=1, text="", finish_reason="length", oldest_version=2, newest_version=2
         ),
@@ -20,6 +22,7 @@ def table(make, tmp_path):
         kl_G=(0.75, -0.25),
         shifted_G=(False, True),
         disagreement_G=(0.25, 2.0),
+        parts_G={"helpful": (0.5, 1.0), "harmless": (0.25, 2.0)},
     )
     failed = FailedGroup(make.prompt("p1", "Too long?"), epoch=1, reason="too long", attempts=3)
     path = tmp_path / "rollouts.parquet"
@@ -40,7 +43,7 @@ def test_a_completion_survives_parquet_with_its_versions_rewards_and_flags(table
         "prompt_id": "p0",
         "epoch": 0,
         "prompt": "Hello?",
-        "completion": "naïve 🐈\n",
+        "completion": TEXT,
         "token_ids": [0, 1, 2],
         "rollout_logprobs": [-0.5, -0.5, -0.5],
         "reference_logprobs": [-0.75, -0.75, -0.75],
@@ -51,11 +54,13 @@ def test_a_completion_survives_parquet_with_its_versions_rewards_and_flags(table
         "learner_version": 3,
         "rewards": [0.5, 0.5],
         "reward": 0.5,
+        "parts": [("helpful", 0.5), ("harmless", 0.25)],
         "disagreement": 0.25,
         "distance": 2.5,
         "shift": -0.25,
         "data_shift": True,
         "domain_shift": False,
+        "text_flags": ["flattery"],
         "kl": 0.75,
         "reward_version": "r1",
         "failure": None,

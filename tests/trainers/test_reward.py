@@ -25,7 +25,7 @@ def pair(number: int, **changes: Any) -> dict[str, Any]:
     noun = NOUNS[number % len(NOUNS)]
     return {
         "prompt": f"Question {number}: what about {noun}?",
-        "chosen": f"Use less water for the {noun}.",
+        "chosen": f"Use less water for the {noun} and stir it once.",
         "rejected": f"The {noun} is lazy and the",
         "rejected_finished": False,
         **changes,
@@ -39,7 +39,10 @@ def train(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
     said = io.StringIO()
 
     def train(
-        rows: list[dict[str, Any]], validation: list[dict[str, Any]], model: Path = tiny_model
+        rows: list[dict[str, Any]],
+        validation: list[dict[str, Any]],
+        model: Path = tiny_model,
+        **ensemble: Any,
     ) -> tuple[Path, str]:
         for name, some in (("train", rows), ("validation", validation)):
             text = "".join(json.dumps(row) + "\n" for row in some)
@@ -51,7 +54,15 @@ def train(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
                     "train": [str(tmp_path / "train.jsonl")],
                     "validation": [str(tmp_path / "validation.jsonl")] if validation else [],
                 },
-                "ensemble": {"model": str(model), "members": 4, "depth": 1.0, "max_tokens": 64},
+                "ensemble": {
+                    "model": str(model),
+                    "max_tokens": 64,
+                    "members": [
+                        {"count": 3, "depth": 1.0, "pooling": "last"},
+                        {"count": 3, "depth": 0.5, "pooling": "mean"},
+                    ],
+                    **ensemble,
+                },
             },
             "test",
         )
@@ -102,7 +113,10 @@ def test_pairs_that_the_template_refuses_are_left_out_and_said(train, tiny_model
 
 
 def test_too_few_pairs_are_refused_before_anything_is_written(train, tmp_path):
-    with pytest.raises(DataError, match="15 pairs with 15 different first user turns are too few"):
+    with pytest.raises(
+        DataError,
+        match="15 pairs judged by 'overall' with 15 different first user turns are too few",
+    ):
         train([pair(n) for n in range(15)], [])
     assert not (tmp_path / "runs").exists()
 
@@ -114,3 +128,68 @@ def test_a_reward_run_is_not_overwritten(train):
     with pytest.raises(RunFolderError, match="already holds a run; choose another"):
         train(rows, [])
     assert RewardModel.load(run).card.version == version
+
+
+def test_criteria_that_oppose_each_other_are_kept_apart(train):
+    """Helpful wants water, harmless wants the other: each head is right by its own pairs."""
+    rows = [pair(n, criterion="helpful", source="a") for n in range(40)]
+    rows += [pair(n, criterion="harmless", label=0.0, source="b") for n in range(40, 80)]
+    held = [pair(n, criterion="helpful", source="a") for n in range(100, 120)]
+    held += [pair(n, criterion="harmless", label=0.0, source="b") for n in range(120, 140)]
+    run, said = train(rows, held, combination={"helpful": 1.0, "harmless": 0.25})
+    card = RewardModel.load(run).card
+    assert card.criteria == ("harmless", "helpful")
+    assert card.combination == {"harmless": 0.25, "helpful": 1.0}
+    figures = card.metrics["validation"]
+    # The reward follows the heavier criterion, which half of the pairs contradict.
+    assert figures["accuracy"] == 0.5
+    assert {name: own["accuracy"] for name, own in figures["per_criterion"].items()} == {
+        "harmless": 1.0,
+        "helpful": 1.0,
+    }
+    assert {name: own["accuracy"] for name, own in figures["per_source"].items()} == {
+        "a": 1.0,
+        "b": 1.0,
+    }
+    assert "reward = 0.25 harmless + helpful" in said
+    text = (run / "reward" / "card.md").read_text()
+    for expected in ("harmless, own head", "source b", "sentence loop", "mean of layer 1"):
+        assert expected in text
+
+
+def test_a_criterion_without_pairs_or_with_too_few_is_refused(train, tmp_path):
+    rows = [pair(n) for n in range(40)]
+    with pytest.raises(DataError, match=r"names 'honest', but no pair .* the data has overall"):
+        train(rows, [], combination={"honest": 1.0})
+    rows += [pair(50, criterion="honest")]
+    with pytest.raises(DataError, match="1 pairs judged by 'honest' with 1 different"):
+        train(rows, [])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_validation_pairs_do_not_touch_the_model(train, tmp_path):
+    rows = [pair(n) for n in range(40)]
+    first = RewardModel.load(train(rows, [])[0]).card
+    shutil.rmtree(tmp_path / "runs")
+    held = [pair(n, label=0.0) for n in range(100, 120)]
+    second = RewardModel.load(train(rows, held)[0]).card
+    assert second.metrics["validation"]["accuracy"] == 0.0
+    assert (first.version, first.temperature, first.threshold) == (
+        second.version,
+        second.temperature,
+        second.threshold,
+    )
+
+
+def test_members_on_two_backbones_stand_in_one_model(train, tmp_path):
+    from tests.conftest import build_tiny_model
+
+    other = build_tiny_model(tmp_path / "other", seed=1)
+    members = [{"count": 3, "depth": 1.0}, {"count": 2, "depth": 1.0, "model": str(other)}]
+    run, _ = train(
+        [pair(n) for n in range(40)], [pair(n) for n in range(100, 120)], members=members
+    )
+    model = RewardModel.load(run)
+    assert [heads.members for heads in model.banks] == [3, 2]
+    assert model.card.metrics["validation"]["accuracy"] == 1.0
+    assert model.card.banks[1].model == str(other)

@@ -1,0 +1,169 @@
+"""A stream of tables through actors by Ray Data: any length, a bounded part of it in memory.
+
+::
+
+    read() in one task ──blocks──► map_batches: a pool of actors ──blocks, in order──► the driver
+
+Whoever is ahead waits for the one behind. An actor that dies is started again, and its batch with
+it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from cluster.layout import actor_environment
+from cluster.spawn import find_cause, first_line
+from rlhf.errors import ActorLostError, PavlovError, ResourceError, RunError
+
+_BLOCK_BYTES = 256 * 1024
+"""A block as it is read: about two hundred pairs."""
+_BATCH_ROWS = 256
+_SHARE = 0.6
+"""Of a node's CPUs for its actor: more than half, so that no two stand on one node."""
+_NO_PROGRESS_S = 3600.0
+"""Without any block read or computed. A batch may take long: a large model on CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """How many actors compute, and what each takes."""
+
+    actors: int
+    cpus: float
+    gpus: float
+
+
+def choose_pool(nodes: Sequence[Mapping[str, float]], *, use_gpus: bool) -> Pool:
+    """An actor for every GPU, else one for every node: it computes with all cores.
+
+    `nodes` are the resources of each. The reader takes no CPU of Ray's: with one core it must run
+    beside an actor, and it waits for most of the time.
+
+    Raises:
+        ResourceError: there is neither.
+    """
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes) if use_gpus else 0
+    if gpus:
+        return Pool(gpus, 0, 1)
+    cpus = [node["CPU"] for node in nodes if node.get("CPU")]
+    if not cpus:
+        raise ResourceError("no node of the cluster has a CPU to compute with")
+    return Pool(len(cpus), _SHARE * min(cpus), 0)
+
+
+def stream_through_actors(
+    read: Callable[[], Iterator[pa.Table]],
+    cls: type,
+    arguments: Mapping[str, Any],
+    *,
+    use_gpus: bool,
+) -> Generator[pa.Table, None, None]:
+    """What ``cls(**arguments, gpus=…)(table)`` gives of everything that `read` gives, in order.
+
+    Inside a `ray_session`. `read` runs on this node, as files of the driver's are there.
+
+    Raises:
+        PavlovError: as `read` or an actor raised it.
+        ResourceError: there is nothing to compute with.
+        ActorLostError: an actor died again and again.
+        RunError: anything else.
+    """
+    import ray
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    pool = choose_pool(
+        [node["Resources"] for node in ray.nodes() if node["Alive"]], use_gpus=use_gpus
+    )
+    environment = {"env_vars": actor_environment("turns", pool.gpus)}
+    dataset = ray.data.read_datasource(
+        _one_task(read), override_num_blocks=1, num_cpus=0, runtime_env=environment
+    ).map_batches(
+        cls,
+        fn_constructor_kwargs={**arguments, "gpus": pool.gpus},
+        batch_size=_BATCH_ROWS,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=pool.actors),
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus,
+        runtime_env=environment,
+    )
+    context = dataset.context
+    context.target_max_block_size = _BLOCK_BYTES
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True
+    context.execution_no_progress_timeout_s = _NO_PROGRESS_S
+    try:
+        with _without_complaint(context):
+            yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+    except ray.exceptions.RayTaskError as error:
+        cause = find_cause(error)
+        # Ray Data adds lines of its own to the message.
+        line = (str(cause).splitlines() or [""])[0]
+        if isinstance(cause, PavlovError):
+            raise type(cause)(line) from None
+        raise RunError(f"scoring failed: {type(cause).__name__}: {line}") from error
+    except ray.exceptions.RayActorError as error:
+        raise ActorLostError(f"an actor died: {first_line(error)}") from None
+    except (ray.exceptions.RayError, ray.data.exceptions.ExecutionTimeoutError) as error:
+        raise RunError(f"Ray failed: {first_line(error)}") from None
+
+
+def _one_task(read: Callable[[], Iterator[pa.Table]]) -> Any:
+    from ray.data import Datasource, ReadTask
+    from ray.data.block import BlockMetadata
+
+    class Tables(Datasource):
+        def estimate_inmemory_data_size(self) -> int | None:
+            return None
+
+        def get_read_tasks(
+            self,
+            parallelism: int,
+            per_task_row_limit: int | None = None,
+            data_context: Any = None,
+        ) -> list[Any]:
+            unknown = BlockMetadata(None, None, None, None)
+            return [ReadTask(read, unknown, per_task_row_limit=per_task_row_limit)]
+
+        @property
+        def supports_distributed_reads(self) -> bool:
+            return False
+
+    return Tables()
+
+
+@contextlib.contextmanager
+def _without_complaint(context: Any) -> Iterator[None]:
+    """Keep Ray's native code off stderr until the actors of an execution are created.
+
+    It says there, at every start, that actors which Ray Data lets restart may fail to.
+    """
+    stderr = os.dup(2)
+
+    class Reopen:
+        def before_execution_starts(self, executor: object) -> None:
+            os.dup2(stderr, 2)
+
+        def __getattr__(self, hook: str) -> Callable[..., None]:
+            return lambda *arguments: None
+
+    context.custom_execution_callback_classes = [Reopen]
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
