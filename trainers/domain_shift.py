@@ -59,13 +59,13 @@ async def shift_threshold(
 async def _calibrate(
     config: RLConfig, fleet: Fleet, prompts: Sequence[Prompt]
 ) -> dict[str, object]:
-    settings, siblings = config.reward.domain_shift, config.rl.completions_per_prompt
+    settings = config.reward.domain_shift
     cursor = PromptCursor(prompts, derive_seed(config.seed, FILE))
-    drawn = [cursor.next()[0] for _ in range(-(-settings.calibration_completions // siblings))]
-    # A prompt that comes again would only repeat its completions.
-    requests = requests_for(
-        list(dict.fromkeys(drawn)), siblings, config.rl, derive_seed(config.seed, FILE)
-    )
+    # As many prompts as there are: siblings are alike, and would promise more than they know.
+    count = min(len(prompts), settings.calibration_completions)
+    drawn = [cursor.next()[0] for _ in range(count)]
+    siblings = -(-settings.calibration_completions // count)
+    requests = requests_for(drawn, siblings, config.rl, derive_seed(config.seed, FILE))
     await fleet.publish(0)
     groups = await fleet.score(await fleet.sample(requests))
     scored = [group for group in groups if isinstance(group, ScoredGroup)]

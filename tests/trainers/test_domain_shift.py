@@ -47,11 +47,12 @@ class StartPolicy:
             if index < self.unscored:
                 scored.append(GenerationError("cannot be scored"))
                 continue
-            zeros = (0.0,) * SIBLINGS
-            shift_G = tuple(float(SIBLINGS * index + sibling) for sibling in range(SIBLINGS))
-            flags = (True,) * SIBLINGS
+            siblings = len(group.completions)
+            zeros = (0.0,) * siblings
+            shift_G = tuple(float(siblings * index + sibling) for sibling in range(siblings))
+            flags = (True,) * siblings
             scores = GroupScores((zeros,), zeros, zeros, zeros, shift_G, flags, flags, "r7")
-            scored.append(ScoredGroup(group, scores, ((-0.5,),) * SIBLINGS))
+            scored.append(ScoredGroup(group, scores, ((-0.5,),) * siblings))
         return scored
 
 
@@ -78,11 +79,11 @@ def threshold(
 
 
 def test_the_threshold_is_the_conformal_quantile_of_the_start_policys_scores(tmp_path):
-    # 25 prompts of 4: scores 0 to 99, rank ceil(101 * 0.9) = 91, the value 90.
+    # 40 prompts of 3: scores 0 to 119, rank ceil(121 * 0.9) = 109, the value 108.
     fleet = StartPolicy()
-    assert threshold(tmp_path, fleet, settings()) == 90.0
+    assert threshold(tmp_path, fleet, settings()) == 108.0
     record = json.loads((tmp_path / FILE).read_text())
-    assert (record["completions"], record["reward_version"]) == (100, "r7")
+    assert (record["completions"], record["reward_version"]) == (120, "r7")
     low, high = record["false_alarm_interval"]
     assert low < 0.1 < high
 
@@ -94,7 +95,7 @@ def test_it_is_sampled_as_the_run_samples_with_seeds_of_its_own(tmp_path):
         (config.rl.max_tokens, config.rl.temperature)
     }
     seeds = [seed for request in fleet.requests for seed in request.seeds]
-    assert len(set(seeds)) == len(seeds) == 100
+    assert len(set(seeds)) == len(seeds) == 120
     again = StartPolicy()
     threshold(tmp_path / "..", again, config)
     (tmp_path / ".." / FILE).unlink()
@@ -104,7 +105,7 @@ def test_it_is_sampled_as_the_run_samples_with_seeds_of_its_own(tmp_path):
 def test_it_is_set_once_and_read_by_a_resumed_run(tmp_path):
     threshold(tmp_path, StartPolicy(), settings())
     resumed = StartPolicy()
-    assert threshold(tmp_path, resumed, settings(rate=0.5), at_start=False) == 90.0
+    assert threshold(tmp_path, resumed, settings(rate=0.5), at_start=False) == 108.0
     assert not resumed.published
 
 
@@ -134,3 +135,11 @@ def test_fewer_prompts_than_wanted_are_asked_once_each(tmp_path):
     fleet = StartPolicy()
     threshold(tmp_path, fleet, settings(completions=400))
     assert sorted(request.prompt.id for request in fleet.requests) == sorted(p.id for p in PROMPTS)
+
+
+def test_as_many_prompts_as_there_are_give_a_completion_each(tmp_path):
+    """Siblings are alike: 30 completions of 8 prompts know less than 30 of 30."""
+    fleet = StartPolicy()
+    threshold(tmp_path, fleet, settings(completions=30))
+    assert len({request.prompt.id for request in fleet.requests}) == 30
+    assert {len(request.seeds) for request in fleet.requests} == {1}
