@@ -78,6 +78,24 @@ def stream_through_actors(
         RunError: anything else.
     """
     import ray
+
+    try:
+        yield from _stream(read, cls, arguments, use_gpus)
+        return
+    except ray.exceptions.RayError as error:
+        failure = _own_error(error)
+    # Not from Ray's error: that holds the actors, and with them their resources, for as long as
+    # somebody holds it.
+    raise failure
+
+
+def _stream(
+    read: Callable[[], Iterator[pa.Table]],
+    cls: type,
+    arguments: Mapping[str, Any],
+    use_gpus: bool,
+) -> Iterator[pa.Table]:
+    import ray
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
@@ -107,17 +125,25 @@ def stream_through_actors(
     try:
         with _without_complaint(context):
             yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
-    except ray.exceptions.RayTaskError as error:
-        cause = find_cause(error)
-        # Ray Data adds lines of its own to the message.
-        line = (str(cause).splitlines() or [""])[0]
-        if isinstance(cause, PavlovError):
-            raise type(cause)(line) from None
-        raise RunError(f"scoring failed: {type(cause).__name__}: {line}") from error
-    except ray.exceptions.RayActorError as error:
-        raise ActorLostError(f"an actor died: {first_line(error)}") from None
-    except (ray.exceptions.RayError, ray.data.exceptions.ExecutionTimeoutError) as error:
-        raise RunError(f"Ray failed: {first_line(error)}") from None
+    except ray.data.exceptions.ExecutionTimeoutError as error:
+        raise RunError(f"the stream stands still: {first_line(error)}") from None
+
+
+def _own_error(error: Exception) -> PavlovError:
+    import ray
+
+    if isinstance(error, ray.exceptions.RayActorError):
+        return ActorLostError(f"an actor died: {first_line(error)}")
+    if not isinstance(error, ray.exceptions.RayTaskError):
+        return RunError(f"Ray failed: {first_line(error)}")
+    cause = find_cause(error)
+    # Ray Data adds lines of its own to the message.
+    line = (str(cause).splitlines() or [""])[0]
+    if isinstance(cause, PavlovError):
+        return type(cause)(line)
+    failure = RunError(f"an actor failed: {type(cause).__name__}: {line}")
+    failure.add_note(str(error))
+    return failure
 
 
 def _one_task(read: Callable[[], Iterator[pa.Table]]) -> Any:

@@ -10,6 +10,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A machine that does something else meanwhile makes no example wrong.
+settings.register_profile("pavlov", deadline=None)
+settings.load_profile("pavlov")
 
 ROOT = Path(__file__).parents[1]
 

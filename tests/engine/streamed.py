@@ -50,7 +50,7 @@ class Broken(Echo):
 
 
 class DyingOnce(Echo):
-    """Dies in its second batch, the first time."""
+    """Dies in its third batch, the first time."""
 
     def __init__(self, mark: str, gpus: float) -> None:
         self._mark = Path(mark)
@@ -58,7 +58,7 @@ class DyingOnce(Echo):
 
     def __call__(self, table: pa.Table) -> pa.Table:
         self._batches += 1
-        if self._batches == 2 and not self._mark.exists():
+        if self._batches == 3 and not self._mark.exists():
             self._mark.touch()
             os._exit(1)
         return super().__call__(table)

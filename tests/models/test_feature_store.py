@@ -73,9 +73,28 @@ def test_after_a_kill_only_what_was_not_kept_is_computed(tmp_path, trunk, monkey
     trunk.fails_after = 3
     with pytest.raises(RuntimeError, match="killed"):
         FeatureStore(tmp_path, trunk).features(ROWS)
-    trunk.computed, trunk.fails_after = 0, 10**9
+    kept, trunk.computed, trunk.fails_after = trunk.computed, 0, 10**9
+    assert 3 <= kept < len(ROWS)
     found_ND = FeatureStore(tmp_path, trunk).features(ROWS)
-    assert 0 < trunk.computed < len(ROWS)
+    assert trunk.computed == len(ROWS) - kept
+    torch.testing.assert_close(found_ND, plain(trunk, ROWS), atol=1e-5, rtol=1e-5)
+
+
+def test_a_kill_in_the_middle_of_writing_leaves_nothing_that_is_read(tmp_path, trunk, monkeypatch):
+    write = feature_store.pq.write_table
+
+    def killed(table: Any, path: Path) -> None:
+        write(table, path)
+        path.write_bytes(path.read_bytes()[:-50])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(feature_store.pq, "write_table", killed)
+    with pytest.raises(KeyboardInterrupt):
+        FeatureStore(tmp_path, trunk).features(ROWS)
+    monkeypatch.undo()
+    assert not list(FeatureStore(tmp_path, trunk).folder.glob("*.parquet"))
+    found_ND = FeatureStore(tmp_path, trunk).features(ROWS)
+    assert trunk.computed == 2 * len(ROWS)
     torch.testing.assert_close(found_ND, plain(trunk, ROWS), atol=1e-5, rtol=1e-5)
 
 
@@ -96,6 +115,27 @@ def test_a_family_that_was_kept_with_others_is_not_computed_again(tmp_path, tiny
     found_NFH = FeatureStore(tmp_path, fewer).features(ROWS)
     assert fewer.computed == 0
     assert torch.equal(found_NFH[:, 0], wanted_NFH[:, 1])
+
+
+def test_what_was_computed_anew_for_another_family_is_kept_beside_the_first(
+    tmp_path, tiny_model, trunk
+):
+    mixed = (Family(2, "mean"), Family(1, "last"))
+    first_NFH = FeatureStore(tmp_path, trunk).features(ROWS)
+    mixed_NFH = FeatureStore(tmp_path, make(tiny_model, mixed)).features(ROWS)
+    for families, wanted_NFH in ((DEEP, first_NFH), (mixed, mixed_NFH)):
+        again = make(tiny_model, families)
+        assert torch.equal(FeatureStore(tmp_path, again).features(ROWS), wanted_NFH)
+        assert again.computed == 0
+
+
+def test_families_are_found_by_name_in_whatever_order_they_are_asked_for(
+    tmp_path, tiny_model, trunk
+):
+    wanted_NFH = FeatureStore(tmp_path, trunk).features(ROWS)
+    turned = make(tiny_model, DEEP[::-1])
+    assert torch.equal(FeatureStore(tmp_path, turned).features(ROWS), wanted_NFH.flip(1))
+    assert turned.computed == 0
 
 
 def test_another_template_is_another_trunk(tiny_model, tiny_base_model):

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.packing import (
-    MAX_ROW_TOKENS,
-    Row,
-    collate,
-    micro_batches,
-    pack,
-    padded_tokens,
-)
+from models.packing import MAX_ROW_TOKENS, Row, collate, micro_batches, pack, padded_tokens
 
 PAD = 0
+LAYOUTS = pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "flush"])
 
 
 def tokens(count: int, start: int = 1) -> tuple[int, ...]:
@@ -108,20 +101,31 @@ def test_a_row_over_the_budget_has_a_batch_of_its_own():
 LENGTHS = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), max_size=25)
 
 
+@LAYOUTS
 @given(LENGTHS, st.integers(1, 300))
-def test_every_row_is_in_one_batch(lengths, budget):
+def test_every_row_is_in_one_batch(aligned, lengths, budget):
     rows = [row(prompt, reply, index=i) for i, (prompt, reply) in enumerate(lengths)]
-    batches = micro_batches(rows, budget)
+    batches = micro_batches(rows, budget, aligned=aligned)
     assert Counter(row for batch in batches for row in batch) == Counter(rows)
     assert all(batches)
 
 
+@LAYOUTS
 @given(LENGTHS, st.integers(1, 300))
-def test_no_batch_pads_to_more_than_the_budget(lengths, budget):
+def test_no_batch_pads_to_more_than_the_budget(aligned, lengths, budget):
     rows = [row(prompt, reply, index=i) for i, (prompt, reply) in enumerate(lengths)]
-    for batch in micro_batches(rows, budget):
-        padded = collate(batch, PAD).input_ids_BL.numel()
+    for batch in micro_batches(rows, budget, aligned=aligned):
+        padded = collate(batch, PAD, aligned=aligned).input_ids_BL.numel()
+        assert padded == padded_tokens(batch, aligned=aligned)
         assert padded <= budget or len(batch) == 1
+
+
+def test_a_batch_is_filled_by_what_it_pads_to_in_its_own_layout():
+    # Flush, the rows of 10 pad to 20; aligned, to 8 + 9 columns of 2 rows.
+    rows = [row(8, 2, index=0), row(1, 9, index=1)]
+    assert [len(batch) for batch in micro_batches(rows, 20, aligned=False)] == [2]
+    assert [len(batch) for batch in micro_batches(rows, 33)] == [1, 1]
+    assert [len(batch) for batch in micro_batches(rows, 34)] == [2]
 
 
 # What stands where, and who sees what
@@ -146,10 +150,11 @@ def numbered_rows(groups) -> list[Row]:
     return rows
 
 
+@LAYOUTS
 @given(GROUPS)
-def test_every_reply_token_is_predicted_from_its_predecessor(groups):
+def test_every_reply_token_is_found_and_is_predicted_from_its_predecessor(aligned, groups):
     rows = numbered_rows(groups)
-    batch = collate(rows, PAD)
+    batch = collate(rows, PAD, aligned=aligned)
     kept = batch.input_ids_BL[:, -batch.kept_columns :].flatten()
     n = 0
     for row_ in rows:
@@ -167,12 +172,14 @@ def test_every_reply_token_is_predicted_from_its_predecessor(groups):
     assert n == len(batch.indices)
 
 
+@LAYOUTS
 @given(GROUPS)
-def test_a_token_sees_its_prompt_and_its_own_reply_up_to_itself_and_nothing_else(groups):
+def test_a_token_sees_its_prompt_and_its_own_reply_up_to_itself_and_nothing_else(aligned, groups):
     rows = numbered_rows(groups)
-    batch = collate(rows, PAD)
+    batch = collate(rows, PAD, aligned=aligned)
     for b, row_ in enumerate(rows):
         ids = batch.input_ids_BL[b].tolist()
+        # By token, and so padding, which is token 0, would be seen in the set.
         seen = {
             token: {
                 ids[key] for key in range(len(ids)) if batch.mask_B1LL[b, 0, ids.index(token), key]
@@ -188,7 +195,16 @@ def test_a_token_sees_its_prompt_and_its_own_reply_up_to_itself_and_nothing_else
                 assert positions[token] == place
 
 
-def test_replies_of_all_rows_begin_in_one_column():
+@LAYOUTS
+def test_no_token_sees_padding(aligned):
+    batch = collate(numbered_rows([(2, [3]), (6, [1, 1])]), PAD, aligned=aligned)
+    real_BL = batch.input_ids_BL != PAD
+    padding_seen_BLL = batch.mask_B1LL[:, 0] & real_BL.unsqueeze(2) & ~real_BL.unsqueeze(1)
+    assert not padding_seen_BLL.any()
+    assert batch.mask_B1LL.dtype == torch.bool
+
+
+def test_aligned_replies_of_all_rows_begin_in_one_column():
     batch = collate([row(2, 3), row(7, 1, 1)], 99)
     assert batch.kept_columns == 4
     starts = batch.columns_NT[:, 0] % batch.kept_columns
@@ -199,69 +215,20 @@ def test_replies_of_all_rows_begin_in_one_column():
     ]
 
 
-def test_no_token_sees_padding():
-    batch = collate(numbered_rows([(2, [3]), (6, [1, 1])]), PAD)
-    real_BL = batch.input_ids_BL != PAD
-    padding_seen_BLL = batch.mask_B1LL[:, 0] & real_BL.unsqueeze(2) & ~real_BL.unsqueeze(1)
-    assert not padding_seen_BLL.any()
-    assert batch.mask_B1LL.dtype == torch.bool
+def test_flush_rows_are_padded_on_the_right_alone():
+    batch = collate([row(2, 3), row(7, 1, 1)], 99, aligned=False)
+    assert batch.input_ids_BL.tolist() == [
+        [1, 2, 1, 2, 3, 99, 99, 99, 99],
+        [1, 2, 3, 4, 5, 6, 7, 1, 1],
+    ]
+    assert batch.kept_columns == 9
+    assert batch.columns_NT[:, 0].tolist() == [2, 9 + 7, 9 + 8]
+    assert batch.predictors_NT[:, 0].tolist() == [1, 9 + 6, 9 + 6]
 
 
-# The flush layout
-
-
-LENGTHS = st.lists(
-    st.tuples(st.integers(1, 9), st.lists(st.integers(1, 7), min_size=1, max_size=3)),
-    min_size=1,
-    max_size=4,
-)
-
-
-@given(LENGTHS, st.booleans())
-def test_every_reply_token_is_found_where_it_stands_with_its_predecessor_in_either_layout(
-    lengths, aligned
-):
-    rows = pack_of(lengths)
-    batch = collate(rows, PAD, aligned=aligned)
-    kept_BC = batch.input_ids_BL[:, -batch.kept_columns :].flatten()
-    replies = [(row.prompt, reply) for row in rows for reply in row.replies]
-    for n, (prompt, reply) in enumerate(replies):
-        length = len(reply)
-        assert tuple(kept_BC[batch.columns_NT[n, :length]].tolist()) == reply
-        before = (prompt[-1], *reply[:-1])
-        assert tuple(kept_BC[batch.predictors_NT[n, :length]].tolist()) == before
-
-
-@given(LENGTHS)
-def test_in_the_flush_layout_a_token_sees_its_prompt_and_its_own_reply_up_to_itself(lengths):
-    rows = pack_of(lengths)
-    batch = collate(rows, PAD, aligned=False)
-    for b, row_ in enumerate(rows):
-        begin = len(row_.prompt)
-        for reply in row_.replies:
-            for place in range(begin, begin + len(reply)):
-                seen = torch.nonzero(batch.mask_B1LL[b, 0, place]).flatten().tolist()
-                assert seen == [*range(len(row_.prompt)), *range(begin, place + 1)]
-                position = len(row_.prompt) + place - begin
-                assert batch.position_ids_BL[b, place] == position
-            begin += len(reply)
-
-
-@given(LENGTHS)
-def test_the_flush_layout_never_pads_more(lengths):
-    rows = pack_of(lengths)
-    assert padded_tokens(rows, aligned=False) <= padded_tokens(rows)
-    assert padded_tokens(rows, aligned=False) == len(rows) * max(row_.length for row_ in rows)
-
-
-def pack_of(lengths: list[tuple[int, list[int]]]) -> list[Row]:
-    """Rows of the given prompt and reply lengths; every token is another one."""
-    rows, start, index = [], 1, 0
-    for prompt, replies in lengths:
-        total = prompt + sum(replies)
-        ids = tokens(total, start)
-        cuts = [sum(replies[:n]) + prompt for n in range(len(replies) + 1)]
-        parts = tuple(ids[begin:end] for begin, end in pairwise(cuts))
-        rows.append(Row(ids[:prompt], parts, tuple(range(index, index + len(replies)))))
-        start, index = start + total, index + len(replies)
-    return rows
+@given(GROUPS)
+def test_the_flush_layout_pads_to_the_longest_row_and_never_to_more_than_the_aligned_one(groups):
+    rows = numbered_rows(groups)
+    flush = padded_tokens(rows, aligned=False)
+    assert flush == len(rows) * max(row_.length for row_ in rows)
+    assert flush <= padded_tokens(rows)

@@ -7,15 +7,27 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from models.chat import ChatTokenizer
 from models.heads import Heads
-from models.reward_model import BankCard, FamilyCard, GroupCard, RewardCard, RewardModel
+from models.reward_model import (
+    BankCard,
+    FamilyCard,
+    GroupCard,
+    RewardCard,
+    RewardModel,
+    version_of,
+)
+from models.sources import weights_fingerprint
+from models.trunk import Family, Trunk
 from rlhf.errors import ModelError
 from rlhf.records import Message
+from tests.conftest import build_tiny_model
 
 QUESTION = (Message("user", "What is a good name for a cat?"),)
 
@@ -127,6 +139,106 @@ def test_text_is_scored_by_the_trunks_features_and_a_cut_off_reply_otherwise(tin
     assert scores.disagreement_N.shape == scores.shifted_N.shape == (3,)
 
 
+@pytest.fixture(scope="module")
+def two_backbones(tiny_reward_model: Path, tmp_path_factory: pytest.TempPathFactory) -> RewardModel:
+    """Two banks of the tiny reward model's members: its own backbone, and one that differs in
+    weights and template, and of which one layer and one family are read."""
+    other = build_tiny_model(
+        tmp_path_factory.mktemp("other") / "other",
+        chat_template="{{ messages[-1].content }} So: ",
+        seed=1,
+    )
+    model = RewardModel.load(tiny_reward_model)
+    [heads], [bank] = model.banks, model.card.banks
+    shallow = bank.model_copy(
+        update={
+            "model": str(other),
+            "model_fingerprint": weights_fingerprint(other),
+            "tokenizer_fingerprint": ChatTokenizer(other).fingerprint,
+            "families": (FamilyCard(layers=1, pooling="mean"),),
+            "groups": (GroupCard(kind="probe", count=4, family=0, l2={"overall": 0.1}),),
+        }
+    )
+    one_family = dataclasses.replace(
+        heads,
+        family_K=torch.zeros(4, dtype=torch.long),
+        feature_mean_FH=heads.feature_mean_FH[:1],
+        feature_deviation_FH=heads.feature_deviation_FH[:1],
+        whitening_FHH=heads.whitening_FHH[:1],
+    )
+    card = model.card.model_copy(update={"banks": (bank, shallow)})
+    return RewardModel(card, [heads, one_family])
+
+
+def test_each_bank_reads_the_reply_by_its_own_backbone(two_backbones):
+    rows = [(QUESTION, "Tom is a good name.", True), (QUESTION, "Rice", False)]
+    tokenised = [two_backbones.tokenise(row) for row in rows]
+    for bank, trunk in enumerate(two_backbones.trunks()):
+        for (messages, reply, finished), row in zip(rows, tokenised, strict=True):
+            assert row[bank] == trunk.tokenise(messages, reply, finished=finished)
+    assert tokenised[0][0][0] != tokenised[0][1][0]
+    features = two_backbones.features(tokenised)
+    families = [[Family(2, "last"), Family(2, "mean")], [Family(1, "mean")]]
+    for bank, f_NFH in enumerate(features):
+        alone = Trunk(
+            Path(two_backbones.card.banks[bank].model),
+            families[bank],
+            dtype="float32",
+            max_tokens=128,
+            batch_tokens=512,
+        )
+        wanted_NFH = alone.features([row[bank] for row in tokenised])
+        assert wanted_NFH.shape == (2, len(families[bank]), 128)
+        torch.testing.assert_close(f_NFH, wanted_NFH, atol=1e-5, rtol=1e-5)
+
+
+def test_members_of_two_backbones_are_one_ensemble(two_backbones):
+    rows = [(QUESTION, "Tom is a good name.", True), (QUESTION, "Rice", False)]
+    scores = two_backbones.score(rows)
+    features = two_backbones.features([two_backbones.tokenise(row) for row in rows])
+    parts = [
+        (heads.rewards(f_NFH), heads.distances(f_NFH), heads.criteria(f_NFH))
+        for heads, f_NFH in zip(two_backbones.banks, features, strict=True)
+    ]
+    assert two_backbones.card.members == 8
+    torch.testing.assert_close(scores.rewards_KN, torch.cat([part[0] for part in parts]))
+    torch.testing.assert_close(scores.criteria_KCN, torch.cat([part[2] for part in parts]))
+    # Three families: members 0 and 1, 2 and 3, and all four of the second backbone.
+    families = [scores.rewards_KN[0:2], scores.rewards_KN[2:4], scores.rewards_KN[4:8]]
+    deviations = torch.stack([part_KN.std(dim=0, correction=0) for part_KN in families])
+    torch.testing.assert_close(scores.disagreement_N, deviations.mean(dim=0))
+    torch.testing.assert_close(
+        scores.distance_N, torch.cat([part[1] for part in parts]).mean(dim=0)
+    )
+
+
+def test_progress_counts_a_reply_once_however_many_backbones_read_it(two_backbones):
+    counts: list[int] = []
+    rows = [two_backbones.tokenise((QUESTION, "Tom " * n, True)) for n in range(1, 6)]
+    two_backbones.features(rows, counts.append)
+    assert sum(counts) == 5
+
+
+def test_two_backbones_are_saved_and_loaded(two_backbones, tmp_path):
+    two_backbones.save(tmp_path)
+    again = RewardModel.load(tmp_path)
+    assert again.card == two_backbones.card
+    row = (QUESTION, "Tom is a good name.", True)
+    assert torch.equal(again.score([row]).rewards_KN, two_backbones.score([row]).rewards_KN)
+
+
+def test_heads_have_a_version_of_their_own_and_keep_it_when_saved(tmp_path):
+    version = version_of([HEADS, HEADS])
+    model_of(HEADS, HEADS).save(tmp_path)
+    assert version_of(RewardModel.load(tmp_path).banks) == version
+    for field in dataclasses.fields(Heads):
+        tensor = getattr(HEADS, field.name)
+        moved = dataclasses.replace(HEADS, **{field.name: tensor + 1})
+        assert version_of([HEADS, moved]) != version, field.name
+        assert version_of([HEADS, moved]) != version_of([moved, HEADS]), field.name
+    assert version_of([HEADS]) != version
+
+
 def test_a_criterion_that_the_model_does_not_have_is_refused_by_name():
     assert model_of(HEADS).criterion("helpful") == 1
     with pytest.raises(ModelError, match="no criterion 'honest'; it has harmless, helpful"):
@@ -175,11 +287,15 @@ def replace_heads(folder: Path, **tensors: Tensor | None) -> None:
     save_file({name: tensor for name, tensor in changed.items() if tensor is not None}, path)
 
 
-def edit_group(folder: Path, **values: object) -> None:
+def edit_banks(folder: Path, change: Callable[[list[Any]], object]) -> None:
     path = folder / "reward.json"
     banks = json.loads(path.read_text())["banks"]
-    banks[0]["groups"][0] |= values
+    change(banks)
     edit(path, banks=banks)
+
+
+def edit_group(folder: Path, **values: object) -> None:
+    edit_banks(folder, lambda banks: banks[0]["groups"][0].update(values))
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
@@ -191,6 +307,11 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "other families": lambda f: replace_heads(f, whitening_FHH=torch.eye(128).unsqueeze(0)),
     "no such family": lambda f: replace_heads(f, family_K=torch.tensor([0, 0, 1, 2])),
     "no square": lambda f: replace_heads(f, whitening_FHH=torch.ones(2, 128, 64)),
+    "another bank": lambda f: edit_banks(f, lambda banks: banks.append(banks[0])),
+    "another family": lambda f: edit_banks(f, lambda banks: banks[0]["families"].pop()),
+    "a negative family": lambda f: replace_heads(f, family_K=torch.tensor([0, 0, 1, -1])),
+    "other criteria": lambda f: replace_heads(f, combination_C=torch.ones(2)),
+    "flat weights": lambda f: replace_heads(f, weights_KCH=torch.zeros(4, 128)),
     "other members": lambda f: replace_heads(f, member_mean_KC=torch.zeros(2, 1)),
     "broken json": lambda f: (f / "reward.json").write_text('{"version": '),
     "binary json": lambda f: (f / "reward.json").write_bytes(b"\xff\xfe\x00"),
@@ -238,6 +359,16 @@ def test_another_backbone_is_refused_by_its_fingerprint(moved):
 def test_another_chat_template_is_refused(moved):
     reward, backbone = moved
     (backbone / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with pytest.raises(ModelError, match="another tokenizer or chat template"):
+        RewardModel.load(reward).trunks()
+
+
+def test_another_tokenizer_is_refused(moved):
+    reward, backbone = moved
+    tokenizer = json.loads((backbone / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (backbone / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ModelError, match="another tokenizer or chat template"):
         RewardModel.load(reward).trunks()
 

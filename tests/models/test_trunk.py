@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.trunk import Family, Trunk, cut_layers, layers_at
-from rlhf.errors import ModelError, PavlovError
+from models.logprobs import attention_mask
+from models.packing import Row, collate, pack
+from models.trunk import Family, Trunk, cut_layers, layers_at, pool
+from rlhf.errors import ModelError
 from rlhf.records import Message
 
 QUESTION = (Message("user", "What is a good name for a cat?"),)
@@ -88,13 +90,76 @@ def test_features_are_the_last_tokens_state_and_the_replys_mean_after_the_kept_l
         torch.testing.assert_close(found_FH, wanted_FH, atol=1e-5, rtol=1e-5)
 
 
-def test_several_depths_in_one_pass_are_those_of_a_trunk_for_each(make_trunk, tiny_model):
+@pytest.mark.parametrize("first", ["deep", "shallow"])
+def test_several_depths_in_one_pass_are_those_of_a_trunk_for_each(make_trunk, tiny_model, first):
     families = [Family(2, "mean"), Family(1, "last")]
+    if first == "shallow":
+        families.reverse()
     trunk = Trunk(tiny_model, families, dtype="float32", max_tokens=128, batch_tokens=4096)
     rows = random_rows(4)
     found_NFH = trunk.features(rows)
-    torch.testing.assert_close(found_NFH[:, 0], make_trunk(layers=2).features(rows)[:, 1])
-    torch.testing.assert_close(found_NFH[:, 1], make_trunk(layers=1).features(rows)[:, 0])
+    assert trunk.layers == 2
+    alone = {2: make_trunk(layers=2).features(rows)[:, 1], 1: make_trunk().features(rows)[:, 0]}
+    for index, family in enumerate(families):
+        torch.testing.assert_close(found_NFH[:, index], alone[family.layers])
+
+
+def test_a_reply_has_the_same_states_in_either_layout(tiny_model):
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    rows = random_rows(5)
+    packed = pack([prompt for prompt, _ in rows], [reply for _, reply in rows])
+    pooled: list[Tensor] = []
+    for aligned in (True, False):
+        batch = collate(packed, 0, aligned=aligned)
+        with torch.no_grad():
+            hidden_BLH = model(
+                input_ids=batch.input_ids_BL,
+                attention_mask=attention_mask(model, batch),
+                position_ids=batch.position_ids_BL,
+            ).last_hidden_state[:, -batch.kept_columns :]
+        pooled.append(
+            torch.stack([pool(hidden_BLH, batch, "last"), pool(hidden_BLH, batch, "mean")])
+        )
+    torch.testing.assert_close(pooled[0], pooled[1], atol=1e-5, rtol=1e-5)
+
+
+def test_pooling_by_hand():
+    # The state of a token is its number: prompt 1 2, replies 3 4 5 and 6; prompt 7, reply 8 9.
+    rows = [Row((1, 2), ((3, 4, 5), (6,)), (0, 1)), Row((7,), ((8, 9),), (2,))]
+    batch = collate(rows, 0, aligned=False)
+    hidden_BL1 = batch.input_ids_BL.unsqueeze(2).to(torch.bfloat16)
+    assert pool(hidden_BL1, batch, "last").flatten().tolist() == [5.0, 6.0, 9.0]
+    found_N1 = pool(hidden_BL1, batch, "mean")
+    assert found_N1.flatten().tolist() == [4.0, 6.0, 8.5]
+    assert found_N1.dtype == torch.float32
+
+
+def test_a_stream_brings_every_row_once_in_passes_within_the_budget(make_trunk):
+    trunk = make_trunk(batch_tokens=60)
+    rows = random_rows(6)
+    wanted_NFH = make_trunk().features(rows)
+    widths, order = [], []
+    for part, (indices, part_nFH) in zip(trunk.passes(rows), trunk.stream(rows), strict=True):
+        assert part.batch.indices == indices
+        # Only what a family reads is kept of a pass.
+        assert set(part.states) == {1}
+        columns = part.batch.input_ids_BL.shape
+        assert columns.numel() <= 60 or columns[0] == 1
+        widths.append(columns[1])
+        torch.testing.assert_close(part_nFH, wanted_NFH[list(indices)], atol=1e-5, rtol=1e-5)
+        order += indices
+    assert sorted(order) == list(range(8))
+    assert len(widths) > 1
+    assert widths == sorted(widths, reverse=True)
+
+
+def test_neighbours_with_one_prompt_share_its_pass(trunk):
+    rows = [((5, 6, 7), (8,)), ((5, 6, 7), (9, 10)), ((5, 6), (8,))]
+    [part] = trunk.passes(rows)
+    tokens = [[token for token in row if token] for row in part.batch.input_ids_BL.tolist()]
+    assert tokens == [[5, 6, 7, 8, 9, 10], [5, 6, 8]]
 
 
 def test_features_are_float32_without_gradients_in_any_precision(make_trunk):
@@ -152,16 +217,11 @@ def test_replies_to_one_prompt_share_it_however_long_they_are(make_trunk):
 
 
 @pytest.mark.parametrize("max_tokens", [16, 32, 33, 128])
-def test_a_row_keeps_to_the_limit_and_some_of_the_reply_or_the_limit_is_refused(
-    make_trunk, max_tokens
-):
+def test_a_row_keeps_to_the_limit_and_has_some_of_both(make_trunk, max_tokens):
     long_question = (Message("user", "rice " * 100),)
     for reply in ("water", "water " * 200):
-        try:
-            trunk = make_trunk(max_tokens=max_tokens)
-            prompt_ids, reply_ids = trunk.tokenise(long_question, reply, finished=True)
-        except PavlovError:
-            return
+        trunk = make_trunk(max_tokens=max_tokens)
+        prompt_ids, reply_ids = trunk.tokenise(long_question, reply, finished=True)
         assert len(prompt_ids) + len(reply_ids) <= max_tokens
         assert prompt_ids
         assert reply_ids
@@ -185,6 +245,11 @@ def test_the_first_layers_are_kept_and_the_final_norm_dropped(kept):
     assert list(model.layers) == layers[:kept]
     assert model.config.num_hidden_layers == kept
     assert isinstance(model.norm, nn.Identity)
+
+
+def test_more_layers_than_a_model_has_are_refused(tiny_model):
+    with pytest.raises(ModelError, match="3 layers are wanted of LlamaModel, which has 2"):
+        Trunk(tiny_model, both(3), dtype="float32", max_tokens=64, batch_tokens=64)
 
 
 @pytest.mark.parametrize("stacks", [0, 2])
