@@ -288,7 +288,7 @@ def said(line: int, replies: int, reward: float) -> Row:
 
 
 def test_the_other_kind_of_row_late_in_a_long_file_loses_nothing(tmp_path, tiny_reward_model):
-    kinds = [1] * (ROW_GROUP + 5) + [2] * 3 + [1] * (2 * ROW_GROUP)
+    kinds = [1] * (ROW_GROUP + 500) + [2] * 3 + [1] * (2 * ROW_GROUP)
     rows = [said(line, kind, line / 8) for line, kind in enumerate(kinds, start=1)]
     parts = [rows[begin : begin + 300] for begin in range(0, len(rows), 300)]
     summary = Summary(RewardModel.load(tiny_reward_model).card, tmp_path / "rows.jsonl")
