@@ -138,8 +138,10 @@ class Trunk:
     def stream(self, rows: Sequence[TokenRow]) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """The same as it comes: (which rows, their features (n, F, H)), the longest rows first."""
         for part in self.passes(rows):
-            pooled = [part.pooled(family) for family in self.families]
-            yield part.batch.indices, torch.stack(pooled, dim=1).cpu()
+            with torch.inference_mode():
+                pooled = torch.stack([part.pooled(family) for family in self.families], dim=1)
+            # A plain copy: an inference tensor could not be trained on.
+            yield part.batch.indices, pooled.cpu().clone()
 
     def passes(self, rows: Sequence[TokenRow]) -> Iterator[TrunkPass]:
         """One forward pass a micro-batch. Neighbours with the same prompt share its part of it."""
@@ -156,7 +158,8 @@ class Trunk:
                     use_cache=False,
                     output_hidden_states=True,
                 ).hidden_states
-                yield TrunkPass(batch, {layer: states[layer] for layer in taps})
+            # Outside of the block: between yields the caller's own mode must hold.
+            yield TrunkPass(batch, {layer: states[layer] for layer in taps})
 
 
 def layers_at(folder: Path, depth: float) -> int:

@@ -85,7 +85,10 @@ def test_random_tokens_in_place_of_a_reply_that_the_limit_cuts_have_no_end(tiny_
     # A reply that the limit cuts has no end, and neither have random tokens in its place.
     short = Trunk(tiny_model, [Family(1, "last")], dtype="float32", max_tokens=32, batch_tokens=512)
     rows = probe_rows(short, PAIRS, 3, seed=0)
+    own = dict(short.tokenise(p.prompt, p.chosen) for p in PAIRS)
     assert all(len(reply) == 32 - len(prompt) for prompt, reply in rows["random tokens"])
+    # Not even the token that the reply happens to be cut at.
+    assert any(reply[-1] != own[prompt][-1] for prompt, reply in rows["random tokens"])
     assert all(len(reply) == 4 for _, reply in rows["cut off"])
 
 

@@ -141,7 +141,9 @@ def test_a_stream_brings_every_row_once_in_passes_within_the_budget(make_trunk):
     rows = random_rows(6)
     wanted_NFH = make_trunk().features(rows)
     widths, order = [], []
-    for part, (indices, part_nFH) in zip(trunk.passes(rows), trunk.stream(rows), strict=True):
+    # One after the other: each holds inference mode while it is under way.
+    passes, stream = list(trunk.passes(rows)), list(trunk.stream(rows))
+    for part, (indices, part_nFH) in zip(passes, stream, strict=True):
         assert part.batch.indices == indices
         # Only what a family reads is kept of a pass.
         assert set(part.states) == {1}

@@ -112,6 +112,44 @@ def test_the_reliability_curve_by_hand():
     assert found == [pytest.approx((0.65, 0.5, 2.0)), pytest.approx((0.85, 1.0, 2.0))]
 
 
+def test_bins_without_weight_are_left_out_of_the_curve():
+    curve = reliability_curve(
+        torch.tensor([0.6, 0.7, 0.8, 0.9]),
+        torch.tensor([1.0, 0.0, 1.0, 0.0]),
+        torch.tensor([0.0, 0.0, 3.0, 1.0]),
+        bins=2,
+    )
+    # 0.8 three times and 0.9 once; right for 1 three times and 0 once.
+    assert [(bin.confidence, bin.right, bin.mass) for bin in curve] == [
+        pytest.approx((3.3 / 4, 3 / 4, 4.0))
+    ]
+
+
+def test_the_least_sure_come_first_on_either_side_of_a_half():
+    curve = reliability_curve(torch.tensor([0.1, 0.6, 0.7]), torch.ones(3), bins=3)
+    # The likelier side of 0.1 is the other one, which was wrong.
+    found = [(bin.confidence, bin.right) for bin in curve]
+    assert found == [pytest.approx(pair) for pair in ((0.6, 1.0), (0.7, 1.0), (0.9, 0.0))]
+
+
+def test_figures_hold_the_curve_and_the_band_of_their_probabilities():
+    found = figures([1.0, 0.0, 1.0, 1.0])
+    probabilities_N = torch.sigmoid(MARGINS_KN.mean(dim=0) / 2.0)
+    curve = reliability_curve(probabilities_N, torch.tensor([1.0, 0.0, 1.0, 1.0]))
+    assert found["reliability"] == [
+        {"confidence": bin.confidence, "right": bin.right, "mass": bin.mass} for bin in curve
+    ]
+    assert found["ece_band"] == calibrated_ece(probabilities_N, draws=200)
+
+
+@pytest.mark.filterwarnings("ignore:std")
+def test_no_pairs_have_no_figures():
+    found = pair_figures(torch.zeros(3, 0), 1.0, torch.zeros(0), torch.zeros(0))
+    assert found["pairs"] == 0
+    assert (found["accuracy"], found["ece"], found["ece_band"]) == (None, None, None)
+    assert found["reliability"] == []
+
+
 def test_chance_alone_makes_an_error_and_a_calibrated_model_stays_below_the_band():
     generator = torch.Generator().manual_seed(3)
     probabilities_N = 0.5 + torch.rand(300, generator=generator) / 2

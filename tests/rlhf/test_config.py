@@ -1,5 +1,6 @@
 import json
 import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from pydantic import ValidationError
 from rlhf.config import (
     DemoConfig,
     LoopConfig,
+    PairFile,
     RewardConfig,
     RLConfig,
     Section,
@@ -62,15 +64,25 @@ def test_a_minimal_file_gets_the_defaults(load):
     )
 
 
+def sections_in(annotation) -> list[type[Section]]:
+    """The sections in an annotation, in lists and unions too."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [found for each in typing.get_args(annotation) for found in sections_in(each)]
+
+
 @pytest.mark.parametrize("root", [RLConfig, RewardConfig, DemoConfig])
 def test_a_sentence_stands_under_every_field(root):
     def fields(section: type[Section]):
         for name, field in section.model_fields.items():
-            yield name, field.description
-            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-                yield from fields(field.annotation)
+            yield f"{section.__name__}.{name}", field.description
+            for below in sections_in(field.annotation):
+                yield from fields(below)
 
-    assert not [name for name, description in fields(root) if not description]
+    described = dict(fields(root))
+    assert not [name for name, description in described.items() if not description]
+    if root is RewardConfig:
+        assert {"PairFile.criterion", "ProbeMembers.pooling"} <= described.keys()
 
 
 @pytest.mark.parametrize(
@@ -323,6 +335,114 @@ def test_the_demo_refuses_what_reinforcement_learning_refuses(tmp_path, override
     path.write_text("")
     with pytest.raises(ConfigError, match=re.escape(setting)):
         load_config(DemoConfig, path, overrides)
+
+
+# Reward models
+
+
+@pytest.fixture
+def parse():
+    """A RewardConfig from its two sections."""
+
+    def parse(*, data: dict | None = None, **ensemble: object) -> RewardConfig:
+        values = {"data": data or {"train": ["pairs.jsonl"]}, "ensemble": ensemble}
+        return parse_config(RewardConfig, values, "reward.toml")
+
+    return parse
+
+
+def test_a_pair_file_is_a_path_or_a_path_and_a_criterion(parse):
+    named = {"path": "b.jsonl", "criterion": "harmless"}
+    data = parse(data={"train": ["a.jsonl", named], "validation": [{"path": "c.jsonl"}]}).data
+    assert data.train == ["a.jsonl", PairFile(path="b.jsonl", criterion="harmless")]
+    assert data.validation == [PairFile(path="c.jsonl", criterion="")]
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        {"criterion": "helpful"},
+        {"path": "a.jsonl", "criterion": "x" * 41},
+        {"path": "a.jsonl", "criteria": "helpful"},
+    ],
+)
+def test_a_pair_file_without_path_or_with_a_strange_criterion_is_refused(parse, file):
+    with pytest.raises(ConfigError, match=r"^reward\.toml: data\.train\.1"):
+        parse(data={"train": ["a.jsonl", file]})
+
+
+def test_members_are_groups_with_defaults(parse):
+    groups = parse(members=[{"count": 3}, {"count": 2, "pooling": "mean", "l2": [1.0]}]).ensemble
+    assert [(g.count, g.pooling, g.kind, g.model) for g in groups.members] == [
+        (3, "last", "probe", None),
+        (2, "mean", "probe", None),
+    ]
+    assert groups.members[1].l2 == [1.0]
+    assert sum(group.count for group in parse().ensemble.members) == 32
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"count": 0},
+        {"depth": 0.0},
+        {"depth": 1.1},
+        {"pooling": "first"},
+        {"kind": "tree"},
+        {"l2": []},
+        {"l2": [0.0]},
+        {"centring": -0.1},
+        {"centring": float("inf")},
+    ],
+)
+def test_a_group_of_members_beyond_its_limits_is_refused_by_key(parse, wrong):
+    [key] = wrong
+    with pytest.raises(ConfigError, match=rf"reward\.toml: ensemble\.members\.0\.{key}"):
+        parse(members=[{"count": 8} | wrong])
+
+
+def test_an_unknown_key_of_a_group_is_refused_with_the_nearest_one(parse):
+    with pytest.raises(ConfigError, match=r"did you mean ensemble\.members\.pooling\?$"):
+        parse(members=[{"count": 8, "poolng": "mean"}])
+
+
+@pytest.mark.parametrize("counts", [[1], [2], [1, 1]])
+def test_fewer_than_three_members_are_refused_in_all_groups_together(parse, counts):
+    with pytest.raises(ConfigError, match=f"gives {sum(counts)} members: at least 3 are needed"):
+        parse(members=[{"count": count} for count in counts])
+
+
+def test_three_members_are_enough_in_whatever_groups(parse):
+    for counts in ([3], [2, 1], [1, 1, 1]):
+        parse(members=[{"count": count} for count in counts])
+    with pytest.raises(ConfigError, match=r"ensemble\.members"):
+        parse(members=[])
+
+
+@pytest.mark.parametrize("combination", [{}, {"helpful": 0.0}, {"helpful": 0, "harmless": 0}])
+def test_a_combination_that_weighs_nothing_is_refused(parse, combination):
+    with pytest.raises(ConfigError, match=r"ensemble\.combination gives no criterion any weight"):
+        parse(combination=combination)
+
+
+def test_a_combination_may_weigh_a_criterion_against_another(parse):
+    for combination in (None, {"helpful": 1.0, "long": -0.5}, {"helpful": 1.0, "harmless": 0.0}):
+        assert parse(combination=combination).ensemble.combination == combination
+
+
+def test_keys_of_groups_are_known_keys():
+    keys = known_keys(RewardConfig)
+    assert {"ensemble.members", "ensemble.members.pooling", "data.train.criterion"} <= set(keys)
+    assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+def test_no_weight_of_a_combination_is_infinite_or_none_at_all(parse, value):
+    with pytest.raises(ConfigError, match=r"ensemble\.combination"):
+        parse(combination={"helpful": 1.0, "harmless": float(value)})
+
+
+# Both commands with a loop
 
 
 @pytest.mark.parametrize("root", [RLConfig, DemoConfig])

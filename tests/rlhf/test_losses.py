@@ -265,6 +265,9 @@ def test_a_wanted_margin_counts_on_the_preferred_side_as_far_as_it_is_preferred(
     assert loss(0.0) == pytest.approx(math.log1p(math.exp(x + m)), rel=1e-5)
     plain = (math.log1p(math.exp(-x)) + math.log1p(math.exp(x))) / 2
     assert loss(0.5) == pytest.approx(plain, rel=1e-5)
+    # A label of 3/4 has half the margin: 0.7 - 0.5 / 2 = 0.45.
+    soft = 0.75 * math.log1p(math.exp(-0.45)) + 0.25 * math.log1p(math.exp(0.45))
+    assert loss(0.75) == pytest.approx(soft, rel=1e-5)
 
 
 def test_centring_is_the_weighted_mean_square_of_the_sums():

@@ -57,6 +57,7 @@ def test_reference_logprobs_of_other_lengths_are_refused(make):
         ("shift_G", (0.0, 0.0, 0.0)),
         ("data_shift_G", (False,)),
         ("domain_shift_G", (False, False, False)),
+        ("parts_G", {"helpful": (1.0, 2.0), "harmless": (1.0,)}),
     ],
 )
 def test_scores_for_another_number_of_completions_are_refused(make, field, value):
@@ -105,11 +106,13 @@ def test_a_pair_answers_a_user_turn(prompt):
 
 
 @pytest.mark.parametrize("value", [-0.1, math.inf, math.nan])
-def test_labels_are_probabilities_and_weights_finite(value):
+def test_labels_are_probabilities_and_weights_and_margins_finite(value):
     with pytest.raises(ValueError, match=f"label {value} outside"):
         PreferencePair((USER,), "4", "5", label=value)
     with pytest.raises(ValueError, match=f"weight {value} outside"):
         PreferencePair((USER,), "4", "5", weight=value)
+    with pytest.raises(ValueError, match=f"margin {value} outside"):
+        PreferencePair((USER,), "4", "5", margin=value)
     with pytest.raises(ValueError, match=r"label 1\.1 outside"):
         PreferencePair((USER,), "4", "5", label=1.1)
 

@@ -66,6 +66,6 @@ def test_the_area_is_the_share_of_pairs_in_order(negatives, positives):
     assert auroc(negatives, positives) == pytest.approx(sum(pairs) / len(pairs))
 
 
-def test_a_wilson_interval_of_less_certainty_is_narrower():
-    wide, narrow = wilson_interval(6, 10)[1:], wilson_interval(6, 10, z=1.645)[1:]
-    assert wide[0] < narrow[0] < 0.6 < narrow[1] < wide[1]
+def test_a_wilson_interval_of_one_deviation_by_hand():
+    # z = 1: centre (0.6 + 1 / 20) / 1.1 = 0.590909; half sqrt(0.024 + 1 / 400) / 1.1 = 0.147989.
+    assert wilson_interval(6, 10, z=1.0) == pytest.approx((0.6, 0.442920, 0.738898), abs=1e-6)

@@ -24,6 +24,7 @@ CONTRACT = {
     "time/weights_s",
     "tokens/step",
 }
+LOOP = "You use enough water and stir it once. " * 8
 TIMES = {"step": 4.0, "rollout": 2.0, "learn": 1.0, "weights": 0.5}
 
 
@@ -104,7 +105,9 @@ def row(make, failed):
         make.scored(
             (1.0, 3.0),
             (
-                make.completion(length=2, oldest_version=7, newest_version=7),
+                make.completion(
+                    length=2, text="What a great question!", oldest_version=7, newest_version=7
+                ),
                 make.completion(
                     length=4, oldest_version=4, newest_version=6, finish_reason="length"
                 ),
@@ -112,16 +115,18 @@ def row(make, failed):
             kl_G=(0.5, 1.5),
             shifted_G=(True, False),
             disagreement_G=(0.1, 0.3),
+            parts_G={"helpful": (0.0, 2.0), "harmless": (1.0, -1.0)},
         ),
         failed,
         make.scored(
             (5.0, 7.0),
             (
-                make.completion(length=1, oldest_version=6, newest_version=6),
+                make.completion(length=1, text=LOOP, oldest_version=6, newest_version=6),
                 make.completion(length=3, oldest_version=6, newest_version=7),
             ),
             kl_G=(-1.0, 3.0),
             disagreement_G=(0.2, 0.2),
+            parts_G={"helpful": (3.0, 5.0), "honest": (0.5, 0.0)},
         ),
     ]
     rl = settings(0.1, entropy=EntropySection(coefficient=0.01))
@@ -145,6 +150,12 @@ def test_the_metrics_of_a_step_by_hand(row):
         "ensemble/shift": -0.2,
         "ensemble/flagged_share": 0.25,
         "ensemble/flagged_share_data": 1.0,
+        "reward/helpful": 2.5,  # (0 + 2 + 3 + 5) / 4
+        "reward/harmless": 0.0,  # of the one group that has it
+        "reward/honest": 0.25,
+        "text/flattery_share": 0.25,
+        "text/sentence_loop_share": 0.25,
+        "text/repetition_share": 0.25,
         "kl/mean": 1.0,  # (0.5 + 1.5 - 1 + 3) / 4
         "kl/coefficient": 0.1,
         "entropy/mean": 1.25,
@@ -173,6 +184,13 @@ def test_the_learner_adds_metrics_but_replaces_none(row):
     assert row["reward/mean"] == 4.0
 
 
+def test_a_reward_of_one_part_has_no_parts_in_its_metrics(make):
+    group = make.scored((1.0, 3.0))
+    batch = training_batch([group], settings())
+    row = step_metrics(0, 0, [group], batch, StepReport(), settings(), TIMES)
+    assert [key for key in row if key.startswith("reward/")] == ["reward/mean", "reward/std"]
+
+
 def test_a_mean_over_nothing_is_none_never_a_number(failed):
     rl = settings()
     row = step_metrics(0, 0, [failed], TrainingBatch((), 8, 1.0), StepReport(), rl, TIMES)
@@ -188,6 +206,10 @@ def test_a_mean_over_nothing_is_none_never_a_number(failed):
         "staleness/max",
         "completion/length_mean",
         "completion/finished_share",
+        "text/flattery_share",
+        "text/sentence_loop_share",
+        "text/repetition_share",
     ):
         assert row[key] is None
+    assert not [key for key in row if key.startswith("reward/")][2:]
     assert (row["groups/failed"], row["tokens/step"], row["sequences/trained"]) == (1, 0, 0)

@@ -71,6 +71,7 @@ def test_a_completion_survives_parquet_with_its_versions_rewards_and_flags(table
         True,
     )
     assert second["rewards"] == [-1.5, -1.5]
+    assert (second["parts"], second["text_flags"]) == ([("helpful", 1.0), ("harmless", 2.0)], [])
     assert (second["oldest_version"], second["reward"], second["kl"]) == (2, -1.5, -0.25)
 
 
