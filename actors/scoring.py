@@ -16,9 +16,12 @@ import pyarrow as pa
 
 from actors.gauges import in_ray_actor
 from cluster.guard import Guard
-from models.preferences import BadRow, SingleCompletion, iter_scoring_rows
+from models.data_files import BadRow
+from models.preferences import MESSAGES, iter_scoring_rows
+from models.row_forms import SingleCompletion
 from rlhf.errors import ModelError
 from rlhf.records import Message, PreferencePair
+from rlhf.tables import SCORE_FIELDS
 from rlhf.text_checks import text_flags
 
 if TYPE_CHECKING:
@@ -35,31 +38,18 @@ ROWS_SCHEMA = pa.schema(
         ("criterion", pa.string()),
         ("label", pa.float64()),
         ("weight", pa.float64()),
-        ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+        ("prompt", MESSAGES),
         ("replies", pa.list_(pa.struct([("text", pa.string()), ("finished", pa.bool_())]))),
     ]
 )
 """Rows to score: a pair has two replies, chosen first. `bad` is why a row was left out."""
-
-REPLY_FIELDS = [
-    ("rewards", pa.list_(pa.float32())),
-    ("reward", pa.float32()),
-    ("parts", pa.map_(pa.string(), pa.float32())),
-    ("disagreement", pa.float32()),
-    ("distance", pa.float32()),
-    ("shift", pa.float32()),
-    ("domain_shift", pa.bool_()),
-    ("text_flags", pa.list_(pa.string())),
-]
-"""What is said of a reply: `rewards` by every member, `reward` their mean, `parts` the mean by
-criterion."""
 
 SCORES_SCHEMA = pa.schema(
     [
         *(ROWS_SCHEMA.field(name) for name in ("line", "bad", "source", "criterion")),
         *(ROWS_SCHEMA.field(name) for name in ("label", "weight")),
         ("refused", pa.string()),
-        ("replies", pa.list_(pa.struct(REPLY_FIELDS))),
+        ("replies", pa.list_(pa.struct(SCORE_FIELDS))),
         ("own_margins", pa.list_(pa.float32())),
     ]
 )
@@ -130,7 +120,6 @@ class ScoringActor:
 
     def _score(self, model: RewardModel, rows: list[dict[str, Any]], tokenised: list[Any]) -> None:
         """Fill in `replies` and `own_margins`."""
-        from models.reward_model import OVERALL
         from rlhf.ensemble import aggregate
 
         scores = model.score_features(model.features(tokenised))
@@ -158,7 +147,7 @@ class ScoringActor:
                 }
                 for n, text in enumerate(row["texts"], start=begin)
             ]
-            asked = row["criterion"] or OVERALL
+            asked = row["criterion"]
             if len(row["texts"]) == 2 and asked in model.card.criteria:
                 own_KN = criteria_KCN[:, model.criterion(asked), begin:end]
                 row["own_margins"] = (own_KN[:, 0] - own_KN[:, 1]).tolist()
@@ -176,7 +165,7 @@ def _as_row(line: int, row: PreferencePair | SingleCompletion | BadRow) -> dict[
         return {**shared, "replies": [{"text": row.completion, "finished": row.finished}]}
     return {
         **shared,
-        "criterion": row.criterion,
+        "criterion": row.judged_by,
         "label": row.label,
         "weight": row.weight,
         "replies": [

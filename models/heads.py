@@ -44,7 +44,12 @@ class Heads:
         return self.weights_KCH.shape[0]
 
     def fit_together(self) -> bool:
-        """Whether the tensors agree on K, C, F and H."""
+        """Whether the tensors are numbers, and agree on K, C, F and H."""
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            wanted_type = torch.int64 if field.name == "family_K" else torch.float32
+            if tensor.dtype != wanted_type or not torch.isfinite(tensor).all():
+                return False
         if self.weights_KCH.ndim != 3 or self.feature_mean_FH.ndim != 2:
             return False
         (members, criteria, width), families = self.weights_KCH.shape, len(self.feature_mean_FH)
@@ -138,6 +143,8 @@ def fit_probes(
     Raises:
         DataError: a criterion has no pair with any weight.
     """
+    # What has no weight has no say, in the scales neither.
+    pairs = pairs[pairs.weights_N > 0]
     replies_NFH = pairs.replies_NFH
     mean_FH, deviation_FH = replies_NFH.mean(dim=0), replies_NFH.std(dim=0) + _NEVER_ZERO
     criteria = len(combination_C)

@@ -59,7 +59,9 @@ def probe_rows(
         end = reply_ids[-1:] if reply_ids[-1] == trunk.tokenizer.end_id else ()
         rows["empty"].append((prompt_ids, (trunk.tokenizer.end_id,)))
         rows["cut off"].append((prompt_ids, reply_ids[:_CUT_OFF_TOKENS]))
-        noise = tuple(draw.randrange(trunk.tokenizer.size) for _ in reply_ids[len(end) :])
+        # Drawn apart: banks with other tokenizers get the same texts.
+        token = random.Random(derive_seed(seed, "tokens", index))
+        noise = tuple(token.randrange(trunk.tokenizer.size) for _ in reply_ids[len(end) :])
         rows["random tokens"].append((prompt_ids, (*noise, *end)))
         sentence = " ".join(words[: draw.randint(6, 12)]).rstrip(".,!?") + ". "
         texts = {
@@ -69,8 +71,10 @@ def probe_rows(
             "Cyrillic": draw.choice(_CYRILLIC),
             "Japanese": draw.choice(_JAPANESE),
             "flattery": draw.choice(_FLATTERY),
-            "another prompt's reply": drawn[index - 1].chosen,
         }
+        strangers = [other.chosen for other in drawn if other.prompt != pair.prompt]
+        if strangers:
+            texts["another prompt's reply"] = draw.choice(strangers)
         for name, text in texts.items():
             rows[name].append(trunk.tokenise(pair.prompt, text))
     return rows

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,12 +22,11 @@ from torch import Tensor
 from models.heads import Heads
 from models.sources import resolve_model, weights_fingerprint
 from models.trunk import Family, Pooling, TokenRow, Trunk
+from rlhf.config import DType
 from rlhf.ensemble import family_disagreement, shift_score
 from rlhf.errors import ModelError
 from rlhf.records import Message
 
-OVERALL = "overall"
-"""The criterion of pairs that name none."""
 COMBINED = "reward"
 """What the stated combination of criteria is called beside them."""
 
@@ -47,7 +46,7 @@ class _Part(BaseModel):
 class FamilyCard(_Part):
     """A feature family: see `models.trunk.Family`."""
 
-    layers: int
+    layers: int = Field(ge=1)
     pooling: Pooling
 
 
@@ -55,8 +54,8 @@ class GroupCard(_Part):
     """Members of one kind and setting in a bank."""
 
     kind: str
-    count: int
-    family: int
+    count: int = Field(ge=1)
+    family: int = Field(ge=0)
     l2: dict[str, float]
 
 
@@ -74,10 +73,10 @@ class RewardCard(_Part):
     """``reward.json``: what the members were trained on, and what they may be used with."""
 
     version: str
-    banks: tuple[BankCard, ...]
-    dtype: str
-    max_tokens: int
-    criteria: tuple[str, ...]
+    banks: tuple[BankCard, ...] = Field(min_length=1)
+    dtype: DType
+    max_tokens: int = Field(ge=2)
+    criteria: tuple[str, ...] = Field(min_length=1)
     combination: dict[str, float]
     """The reward is this weighted sum of the standardised criteria, standardised again."""
     temperature: dict[str, float]
@@ -95,6 +94,14 @@ class RewardCard(_Part):
     data: dict[str, Any]
     metrics: dict[str, Any]
 
+    @model_validator(mode="after")
+    def _every_criterion_has_its_numbers(self) -> RewardCard:
+        if set(self.combination) != set(self.criteria):
+            raise ValueError("combination and criteria differ")
+        if set(self.temperature) != {COMBINED, *self.criteria}:
+            raise ValueError("temperature and criteria differ")
+        return self
+
     @property
     def members(self) -> int:
         """K, over all banks."""
@@ -102,29 +109,26 @@ class RewardCard(_Part):
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
-    """What an ensemble says of N replies.
+class Answers:
+    """What the members of all banks say of N replies.
 
     `rewards_KN` are of the combination, `criteria_KCN` its parts; all are in deviations over the
-    training replies. `shifted_N`: by the threshold of held-out replies.
+    training replies.
     """
 
     rewards_KN: Tensor
     criteria_KCN: Tensor
     disagreement_N: Tensor
     distance_N: Tensor
-    shift_N: Tensor
-    shifted_N: Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
-    """What the members of all banks say of N replies, before any threshold."""
+class Scores(Answers):
+    """Answers, and whether the replies are what the members know: both signals in one number, and
+    whether it passes the threshold of held-out replies."""
 
-    rewards_KN: Tensor
-    criteria_KCN: Tensor
-    disagreement_N: Tensor
-    distance_N: Tensor
+    shift_N: Tensor
+    shifted_N: Tensor
 
 
 def ask(banks: Sequence[Heads], features: RowFeatures) -> Answers:
@@ -181,6 +185,11 @@ class RewardModel:
             batch_tokens=_BATCH_TOKENS,
             device=device,
         )
+        width = self.banks[self.card.banks.index(bank)].feature_mean_FH.shape[1]
+        if trunk.width != width:
+            raise ModelError(
+                f"the reward model's heads read {width} features, {bank.model} has {trunk.width}"
+            )
         if trunk.tokenizer.fingerprint != bank.tokenizer_fingerprint:
             raise ModelError(
                 f"the reward model was trained with another tokenizer or chat template than "
@@ -275,7 +284,7 @@ class RewardModel:
             raise ModelError(
                 f"{folder} is a damaged reward model: {str(error).splitlines()[0]}"
             ) from None
-        if not all(map(_fits, banks, card.banks)):
+        if not all(_fits(heads, bank, card) for heads, bank in zip(banks, card.banks, strict=True)):
             raise ModelError(f"{folder} is a damaged reward model: heads and card disagree")
         return cls(card, banks)
 
@@ -294,9 +303,12 @@ def _heads(tensors: Mapping[str, Tensor], prefix: str) -> Heads:
     return Heads(**{field.name: tensors[f"{prefix}{field.name}"] for field in fields(Heads)})
 
 
-def _fits(heads: Heads, card: BankCard) -> bool:
+def _fits(heads: Heads, bank: BankCard, card: RewardCard) -> bool:
+    families = [group.family for group in bank.groups for _ in range(group.count)]
+    combination = [card.combination[criterion] for criterion in card.criteria]
     return (
         heads.fit_together()
-        and heads.members == sum(group.count for group in card.groups)
-        and len(heads.feature_mean_FH) == len(card.families)
+        and heads.family_K.tolist() == families
+        and len(heads.feature_mean_FH) == len(bank.families)
+        and torch.equal(heads.combination_C, torch.tensor(combination))
     )

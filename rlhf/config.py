@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -372,12 +373,16 @@ class PairFile(Section):
     """helpful, harmless, honest or any other; rows that name one themselves keep it."""
 
 
+def _named(value: object) -> object:
+    return {"path": value} if isinstance(value, str) else value
+
+
 class PairsSection(Section):
     """Where preference pairs come from."""
 
-    train: list[str | PairFile] = Field(min_length=1)
+    train: list[Annotated[PairFile, BeforeValidator(_named)]] = Field(min_length=1)
     """Pair files to train on: paths against PAVLOV_DATA, or `{path, criterion}`."""
-    validation: list[str | PairFile] = []
+    validation: list[Annotated[PairFile, BeforeValidator(_named)]] = []
     """Pair files opened once, for the reported figures."""
     limit: PositiveInt | None = None
     """At most this many training pairs."""
@@ -562,7 +567,7 @@ def known_keys(root: type[Section], prefix: str = "") -> list[str]:
 
 
 def _section_of(annotation: Any) -> type[Section] | None:
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, list):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, list, Annotated):
         return next(filter(None, map(_section_of, typing.get_args(annotation))), None)
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation

@@ -16,6 +16,9 @@ from typing import Literal
 
 FinishReason = Literal["stop", "length"]
 
+OVERALL = "overall"
+"""The criterion of pairs that name none."""
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -226,6 +229,11 @@ class PreferencePair:
             raise ValueError(f"weight {self.weight} outside 0 to infinity")
         if not 0 <= self.margin < float("inf"):
             raise ValueError(f"margin {self.margin} outside 0 to infinity")
+
+    @property
+    def judged_by(self) -> str:
+        """The criterion; pairs that name none were judged on the whole."""
+        return self.criterion or OVERALL
 
     @property
     def first_user_turn(self) -> str:

@@ -83,7 +83,7 @@ def step_metrics(
         "ensemble/shift": _mean([s for g in scored for s in g.scores.shift_G]),
         "ensemble/flagged_share": _mean(shifted),
         "ensemble/flagged_share_data": _mean([s for g in scored for s in g.scores.data_shift_G]),
-        **{f"reward/{name}": value for name, value in _parts(scored).items()},
+        **{f"criterion/{name}": value for name, value in _parts(scored).items()},
         **text_shares([completion.text for completion in completions]),
         "kl/mean": _mean([value for group in scored for value in group.kl_G]),
         "kl/coefficient": settings.kl.coefficient,

@@ -9,6 +9,18 @@ import pyarrow as pa
 from rlhf.records import FailedGroup, ScoredGroup
 from rlhf.text_checks import text_flags
 
+SCORE_FIELDS = [
+    ("rewards", pa.list_(pa.float32())),
+    ("reward", pa.float32()),
+    ("parts", pa.map_(pa.string(), pa.float32())),
+    ("disagreement", pa.float32()),
+    ("distance", pa.float32()),
+    ("shift", pa.float32()),
+    ("domain_shift", pa.bool_()),
+    ("text_flags", pa.list_(pa.string())),
+]
+"""What is said of a reply: `rewards` by every member, `reward` aggregated, `parts` by criterion."""
+
 ROLLOUT_SCHEMA = pa.schema(
     [
         ("step", pa.int32()),
@@ -26,15 +38,8 @@ ROLLOUT_SCHEMA = pa.schema(
         ("oldest_version", pa.int32()),
         ("newest_version", pa.int32()),
         ("learner_version", pa.int32()),
-        ("rewards", pa.list_(pa.float32())),
-        ("reward", pa.float32()),
-        ("parts", pa.map_(pa.string(), pa.float32())),
-        ("disagreement", pa.float32()),
-        ("distance", pa.float32()),
-        ("shift", pa.float32()),
+        *SCORE_FIELDS,
         ("data_shift", pa.bool_()),
-        ("domain_shift", pa.bool_()),
-        ("text_flags", pa.list_(pa.string())),
         ("kl", pa.float32()),
         ("reward_version", pa.string()),
         ("failure", pa.string()),

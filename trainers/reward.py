@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +30,21 @@ from rich.console import Console
 from torch import Tensor
 
 from cluster.files import RunFolder, folder_beside, resolve_run_folder, write_atomically
+from models.data_files import ReadReport
 from models.embedded import cache_folder
 from models.feature_store import FeatureStore
 from models.heads import Comparisons, ProbeGroup, choose_l2, fit_probes, fit_temperature
-from models.preferences import ReadReport, folds_by_first_user_turn, read_pairs
+from models.preferences import folds_by_first_user_turn, read_pairs
 from models.probes import probe_rows
 from models.reward_model import (
     COMBINED,
-    OVERALL,
     Answers,
     BankCard,
     FamilyCard,
     GroupCard,
     RewardCard,
     RewardModel,
+    RowFeatures,
     ask,
     version_of,
 )
@@ -51,7 +53,7 @@ from models.trunk import Family, TokenRow, Trunk, layers_at
 from rlhf.config import EnsembleSection, PairFile, ProbeMembers, RewardConfig, data_path
 from rlhf.ensemble import aggregate, false_alarm_interval, quantile_threshold, shift_score
 from rlhf.errors import DataError, ModelError
-from rlhf.records import PreferencePair
+from rlhf.records import OVERALL, PreferencePair
 from trainers.recording import Progressing
 from trainers.reward_card import describe, pair_report, probe_report, report
 
@@ -63,9 +65,8 @@ _PROBES = 32
 def run_reward(config: RewardConfig, config_path: Path, console: Console) -> Path:
     """Train and write ``<run>/reward``; returns the run folder."""
     folder_path = resolve_run_folder(config.run.dir, config_path)
-    for name in {config.ensemble.model, *(group.model for group in config.ensemble.members)}:
-        if name is not None:
-            resolve_model(name)
+    for name in _backbones(config.ensemble):
+        resolve_model(name)
     train, reports = _read(config.data.train, config.data.limit)
     validation: list[PreferencePair] = []
     if config.data.validation:
@@ -89,17 +90,11 @@ def run_reward(config: RewardConfig, config_path: Path, console: Console) -> Pat
 
 
 def _read(
-    files: Sequence[str | PairFile], limit: int | None = None
+    files: Sequence[PairFile], limit: int | None = None
 ) -> tuple[list[PreferencePair], list[ReadReport]]:
-    named = [PairFile(path=file) if isinstance(file, str) else file for file in files]
     return read_pairs(
-        [data_path(file.path) for file in named], limit, [file.criterion for file in named]
+        [data_path(file.path) for file in files], limit, [file.criterion for file in files]
     )
-
-
-def criterion_of(pair: PreferencePair) -> str:
-    """What a pair was judged by; pairs that do not say it were judged on the whole."""
-    return pair.criterion or OVERALL
 
 
 def combination_of(criteria: Sequence[str], settings: EnsembleSection) -> dict[str, float]:
@@ -115,7 +110,11 @@ def require_pairs(pairs: Sequence[PreferencePair], settings: EnsembleSection) ->
     """Refuse data that is too small to train on and to calibrate with, for every criterion."""
     found: dict[str, list[PreferencePair]] = {}
     for pair in pairs:
-        found.setdefault(criterion_of(pair), []).append(pair)
+        found.setdefault(pair.judged_by, []).append(pair)
+    if COMBINED in found:
+        raise DataError(
+            f"a criterion cannot be called {COMBINED!r}: that is what they make together"
+        )
     for criterion in settings.combination or {}:
         if criterion not in found:
             raise DataError(
@@ -143,11 +142,14 @@ class Bank:
     """Each with the place of its family."""
 
 
+def _backbones(settings: EnsembleSection) -> list[str]:
+    return list(dict.fromkeys(group.model or settings.model for group in settings.members))
+
+
 def plan_banks(settings: EnsembleSection) -> list[Bank]:
     """Groups of members by backbone; the members of one share its pass."""
     banks = []
-    names = dict.fromkeys(group.model or settings.model for group in settings.members)
-    for name in names:
+    for name in _backbones(settings):
         folder = resolve_model(name)
         own = [group for group in settings.members if (group.model or settings.model) == name]
         wanted = [Family(layers_at(folder, group.depth), group.pooling) for group in own]
@@ -178,19 +180,14 @@ def train_reward_model(
     validation, validation_rows = _tokenised(banks, validation, console)
     require_pairs(pairs, settings)
     probes = [probe_rows(bank.trunk, pairs, _PROBES, seed) for bank in banks]
-    flat = [[row for rows in probe.values() for row in rows] for probe in probes]
-    total = sum(len(bank_rows) for part in (rows, validation_rows, flat) for bank_rows in part)
-    with Progressing(console, "features", total) as progress:
-        stores = [FeatureStore(cache_folder() / "features", bank.trunk) for bank in banks]
-        features, validation_features, probe_features = (
-            tuple(
-                store.features(bank_rows, progress.advance)
-                for store, bank_rows in zip(stores, part, strict=True)
-            )
-            for part in (rows, validation_rows, flat)
-        )
+    probe_sizes = {name: len(made) for name, made in probes[0].items()}
+    probed_rows = [list(chain.from_iterable(made.values())) for made in probes]
+    features, validation_features, probe_features = _features(
+        banks, (rows, validation_rows, probed_rows), console
+    )
     features_s = time.monotonic() - started
-    criteria = sorted({criterion_of(pair) for pair in pairs})
+
+    criteria = sorted({pair.judged_by for pair in pairs})
     combination = combination_of(criteria, settings)
     combination_C = torch.tensor([combination[criterion] for criterion in criteria])
     data = [_comparisons(features_NFH, pairs, criteria) for features_NFH in features]
@@ -199,22 +196,18 @@ def train_reward_model(
     held_out = _cross_validate(data, groups, combination_C, folds_N, seed)
     fitted = [fit_probes(d, g, combination_C, seed) for d, g in zip(data, groups, strict=True)]
 
-    temperature = _temperatures(held_out, pairs, criteria)
     signals_SN = torch.stack([held_out.disagreement_N, held_out.distance_N])
     signal_mean_S, signal_deviation_S = signals_SN.mean(dim=1), signals_SN.std(dim=1) + 1e-6
     shift_N = shift_score(signals_SN, signal_mean_S, signal_deviation_S)
     threshold = quantile_threshold(shift_N, settings.false_alarm_rate)
     card = RewardCard(
         version=version_of(fitted),
-        banks=tuple(
-            _bank_card(bank, bank_groups, criteria)
-            for bank, bank_groups in zip(banks, groups, strict=True)
-        ),
+        banks=tuple(_bank_card(b, g, criteria) for b, g in zip(banks, groups, strict=True)),
         dtype=settings.dtype,
         max_tokens=settings.max_tokens,
         criteria=tuple(criteria),
         combination=combination,
-        temperature=temperature,
+        temperature=_temperatures(held_out, pairs, criteria),
         signal_mean=tuple(signal_mean_S.tolist()),
         signal_deviation=tuple(signal_deviation_S.tolist()),
         threshold=threshold if math.isfinite(threshold) else None,
@@ -223,40 +216,54 @@ def train_reward_model(
         seed=seed,
         data={
             "pairs": len(pairs),
-            "pairs_by_criterion": dict(Counter(map(criterion_of, pairs))),
+            "pairs_by_criterion": dict(Counter(pair.judged_by for pair in pairs)),
             "pairs_validation": len(validation),
             "hash": _data_hash(pairs),
         },
         metrics={},
     )
     model = RewardModel(card, fitted)
+    probed = model.score_features(probe_features)
     metrics: dict[str, Any] = {
         "cross_validation": {
-            **pair_report(card, held_out, pairs, [len(reply) for _, reply in rows[0]]),
+            **pair_report(card, held_out, pairs, _lengths(rows)),
             "flagged_share": float((shift_N > threshold).double().mean()),
         },
         "l2_losses": l2_losses,
-        "probes": probe_report(
-            model.score_features(probe_features),
-            {n: len(r) for n, r in probes[0].items()},
-            held_out,
-            shift_N,
-        ),
+        "probes": probe_report(probed, probe_sizes, held_out, shift_N),
     }
     if validation:
         # In turns, and chosen ones first from here.
         sides = tuple(torch.cat([f_NFH[0::2], f_NFH[1::2]]) for f_NFH in validation_features)
         scores = model.score_features(sides)
-        said = Answers(
-            scores.rewards_KN, scores.criteria_KCN, scores.disagreement_N, scores.distance_N
-        )
         metrics["validation"] = {
-            **pair_report(card, said, validation, [len(reply) for _, reply in validation_rows[0]]),
+            **pair_report(card, scores, validation, _lengths(validation_rows)),
             "flagged_share": float(scores.shifted_N.double().mean()),
         }
     metrics["features_s"] = round(features_s, 1)
     metrics["total_s"] = round(time.monotonic() - started, 1)
     return RewardModel(card.model_copy(update={"metrics": metrics}), fitted)
+
+
+def _features(
+    banks: Sequence[Bank], parts: Sequence[Sequence[Sequence[TokenRow]]], console: Console
+) -> list[RowFeatures]:
+    """Features of every part, each with the rows of every bank, from one pass that is kept."""
+    stores = [FeatureStore(cache_folder() / "features", bank.trunk) for bank in banks]
+    total = sum(len(rows) for part in parts for rows in part)
+    with Progressing(console, "features", total) as progress:
+        return [
+            tuple(
+                store.features(rows, progress.advance)
+                for store, rows in zip(stores, part, strict=True)
+            )
+            for part in parts
+        ]
+
+
+def _lengths(rows: Sequence[Sequence[TokenRow]]) -> list[int]:
+    """Tokens of the replies, as the first backbone reads them."""
+    return [len(reply) for _, reply in rows[0]]
 
 
 def _choose_groups(
@@ -318,7 +325,7 @@ def _temperatures(
         COMBINED: fit_temperature(aggregate(chosen_KN - rejected_KN), labels_N, weights_N)
     }
     for index, criterion in enumerate(criteria):
-        own_N = torch.tensor([criterion_of(pair) == criterion for pair in pairs])
+        own_N = torch.tensor([pair.judged_by == criterion for pair in pairs])
         chosen_KN, rejected_KN = held_out.criteria_KCN[:, index].chunk(2, dim=1)
         margins_N = aggregate(chosen_KN - rejected_KN)[own_N]
         temperatures[criterion] = fit_temperature(margins_N, labels_N[own_N], weights_N[own_N])
@@ -388,7 +395,7 @@ def _comparisons(
         torch.tensor([pair.label for pair in pairs]),
         torch.tensor([pair.weight for pair in pairs]),
         torch.tensor([pair.margin for pair in pairs]),
-        torch.tensor([criteria.index(criterion_of(pair)) for pair in pairs]),
+        torch.tensor([criteria.index(pair.judged_by) for pair in pairs]),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.reward_model import COMBINED, OVERALL, Answers, RewardCard, Scores
+from models.reward_model import COMBINED, Answers, RewardCard, Scores
 from rlhf.calibration import pair_figures
 from rlhf.ensemble import aggregate
 from rlhf.records import PreferencePair
@@ -50,7 +50,7 @@ def pair_report(
     whole = figures(rewards_KN, card.temperature[COMBINED], everything_N)
     per_criterion: dict[str, Any] = {}
     own_KN = rewards_KN.clone()
-    asked = [pair.criterion or OVERALL for pair in pairs]
+    asked = [pair.judged_by for pair in pairs]
     for index, criterion in enumerate(card.criteria):
         which_N = torch.tensor([name == criterion for name in asked])
         if which_N.any():
@@ -243,7 +243,8 @@ def _accuracy(figures: Mapping[str, Any], prefix: str = "accuracy ") -> str:
         return "no decided pair"
     interval = f"[{figures['accuracy_low']:.3f}, {figures['accuracy_high']:.3f}]"
     text = f"{prefix}{figures['accuracy']:.3f} {interval}"
-    return f"{text} on {figures['pairs']} pairs" if prefix else text
+    ties = f", {figures['ties']} ties beside" if figures["ties"] else ""
+    return f"{text} on {figures['pairs'] - figures['ties']} pairs{ties}" if prefix else text
 
 
 def _number(value: float | None) -> str:

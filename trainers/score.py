@@ -24,16 +24,18 @@ import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 
-from actors.scoring import REPLY_FIELDS, ScoringActor, read_tables
+from actors.scoring import ScoringActor, read_tables
 from cluster.guard import Guard
 from cluster.layout import usable_cores
 from cluster.session import ray_session
 from cluster.streaming import stream_through_actors
-from models.preferences import BadRow, Tally, count_rows, require_scoring_row
-from models.reward_model import COMBINED, OVERALL, RewardCard, RewardModel
+from models.data_files import BadRow, Tally, count_rows
+from models.preferences import require_scoring_row
+from models.reward_model import COMBINED, RewardCard, RewardModel
 from models.sources import resolve_reward_model
 from rlhf.calibration import pair_figures
 from rlhf.errors import DataError
+from rlhf.tables import SCORE_FIELDS
 from rlhf.text_checks import TEXT_CHECKS
 from trainers.recording import Progressing
 
@@ -147,7 +149,7 @@ class Summary:
             for pairs in (self._pairs, self._by_source[row["source"]]):
                 pairs.add(margins_K, row["label"], row["weight"])
             if row["own_margins"] is not None:
-                own = self._by_criterion[row["criterion"] or OVERALL]
+                own = self._by_criterion[row["criterion"]]
                 own.add(row["own_margins"], row["label"], row["weight"])
 
     def figures(self) -> Row:
@@ -299,7 +301,7 @@ def _schema(kinds: Iterable[int]) -> pa.Schema:
                 (f"{name}{suffix}", type_)
                 for kind in sorted(kinds)
                 for suffix in _SUFFIXES[kind]
-                for name, type_ in REPLY_FIELDS
+                for name, type_ in SCORE_FIELDS
             ),
         ]
     )

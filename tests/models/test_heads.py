@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import fields, replace
 
@@ -458,3 +459,25 @@ def test_scales_can_be_taken_anew_from_other_replies(opposed):
     assert torch.equal(again.weights_KCH, heads.weights_KCH)
     assert torch.equal(again.whitening_FHH, heads.whitening_FHH)
     assert not torch.allclose(again.member_mean_KC, heads.member_mean_KC, atol=0.1)
+
+
+def test_a_pair_without_weight_does_not_move_the_scales(opposed):
+    dead = Comparisons(
+        50 * opposed.chosen_NFH,
+        50 * opposed.rejected_NFH,
+        opposed.labels_N,
+        torch.zeros(600),
+        opposed.margins_N,
+        opposed.criterion_N,
+    )
+    both = Comparisons(
+        *(
+            torch.cat([getattr(opposed, field.name), getattr(dead, field.name)])
+            for field in dataclasses.fields(Comparisons)
+        )
+    )
+    alone, beside = (fit_probes(p, GROUPS, torch.tensor([1.0, 0.5]), 0) for p in (opposed, both))
+    for field in dataclasses.fields(alone):
+        torch.testing.assert_close(
+            getattr(beside, field.name), getattr(alone, field.name), atol=1e-3, rtol=1e-3
+        )

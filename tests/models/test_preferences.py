@@ -9,7 +9,6 @@ import random
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.preferences import (
-    BadRow,
-    ReadReport,
-    SingleCompletion,
-    folds_by_first_user_turn,
-    iter_rows,
-    read_pairs,
-    read_prompts,
-    read_scoring_rows,
-    write_pairs,
-)
-from models.transcripts import is_transcript, parse_prompt, parse_transcript, split_reply
+from models.data_files import BadRow, ReadReport, iter_rows
+from models.preferences import folds_by_first_user_turn, read_pairs, read_prompts, write_pairs
 from rlhf.errors import DataError
 from rlhf.records import Message, PreferencePair, Prompt
 
@@ -422,35 +411,6 @@ def test_prompts_keep_their_own_id_and_ids_stay_unique(tmp_path: Path) -> None:
     assert [prompt.id for prompt in prompts] == ["p", "p#2", "7", "mine/4"]
 
 
-# Rows to score
-
-
-def test_scoring_rows_keep_their_lines_through_bad_rows(tmp_path: Path) -> None:
-    rows: list[Row | str] = [
-        "{",
-        {"prompt": "a", "completion": "b"},
-        "",
-        GOOD,
-        {"prompt": "a", "completion": " "},
-        {"completion": "\n\nHuman: a\n\nAssistant: b", "source": "mine"},
-        {"prompt": "a"},
-    ]
-    scored, report = read_scoring_rows(write_rows(tmp_path / "set" / "s.jsonl", rows))
-    prompt = (Message("user", "a"),)
-    assert scored == [
-        (2, SingleCompletion(prompt, "b", "set/s")),
-        (4, only_pair(tmp_path, GOOD | {"source": "set/s"})),
-        (6, SingleCompletion(prompt, "b", "mine")),
-    ]
-    assert [row.line for row in report.bad] == [1, 5, 7]
-    assert (report.rows, report.kept) == (6, 3)
-
-
-def test_a_file_without_rows_to_score_is_a_data_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no chosen"):
-        read_scoring_rows(write_rows(tmp_path / "s.jsonl", [{"prompt": "a"}]))
-
-
 # Written and read back
 
 TEXTS = st.text(min_size=1).filter(str.strip)
@@ -572,68 +532,6 @@ def test_a_pair_names_its_first_user_turn_and_refuses_what_cannot_be_one() -> No
         PreferencePair((Message("assistant", "a"),), "b", "c")
     with pytest.raises(ValueError, match="label"):
         PreferencePair(pair.prompt, "b", "c", label=1.1)
-
-
-# Transcripts
-
-
-def test_a_transcript_becomes_turns() -> None:
-    text = "\n\nHuman: Hi\n there \n\nAssistant:Hello.\n\nHuman: Bye\n\nAssistant:  Bye."
-    assert parse_transcript(text) == (
-        Message("user", "Hi\n there"),
-        Message("assistant", "Hello."),
-        Message("user", "Bye"),
-        Message("assistant", "Bye."),
-    )
-    assert split_reply(text) == (parse_transcript(text)[:-1], "Bye.")
-
-
-def test_only_markers_after_a_blank_line_begin_a_turn() -> None:
-    reply = "She said\nHuman: no.  Assistant: yes\nAssistant: maybe\n\n Human: x\n\nHumans: y"
-    assert parse_transcript(f"\n\nHuman: a Human: b\n\nAssistant: {reply}") == (
-        Message("user", "a Human: b"),
-        Message("assistant", reply),
-    )
-
-
-def test_turns_of_one_role_in_a_row_are_merged_but_the_last_reply_stands_alone() -> None:
-    text = "\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nAssistant: d"
-    assert parse_transcript(text) == (Message("user", "a\n\nb"), Message("assistant", "c\n\nd"))
-    assert split_reply(text) == ((Message("user", "a\n\nb"), Message("assistant", "c")), "d")
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("", "does not start with"),
-        ("Human: a\n\nAssistant: b", "does not start with"),
-        ("\n\nAssistant: b", "does not start with"),
-        ("\n\nHuman: a\n\nAssistant: ", "empty reply"),
-        ("\n\nHuman: \n\nAssistant: b", "empty turn"),
-        ("\n\nHuman: a\n\nAssistant:\n\nHuman: b\n\nAssistant: c", "empty turn"),
-    ],
-)
-def test_a_transcript_that_cannot_be_used_says_why(text: str, reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        parse_transcript(text)
-
-
-def test_a_prompt_transcript_may_close_with_the_assistants_marker() -> None:
-    expected = (Message("user", "a"),)
-    for text in ("\n\nHuman: a", "\n\nHuman: a\n\nAssistant:", "\n\nHuman: a\n\nAssistant: \n"):
-        assert parse_prompt(text) == expected
-
-
-@given(st.text())
-def test_any_text_is_a_transcript_or_says_why_not(text: str) -> None:
-    assert is_transcript(text) == text.startswith("\n\nHuman:")
-    try:
-        messages = parse_transcript("\n\nHuman:" + text)
-    except ValueError:
-        return
-    roles = [message.role for message in messages]
-    assert roles[0] == "user"
-    assert all(one != other for one, other in pairwise(roles))
 
 
 # The real files, counted a second way

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,5 +116,18 @@ def test_probes_are_the_same_under_a_seed_and_others_under_another(trunk):
 
 def test_replies_of_a_few_words_make_no_probes(trunk):
     rows = probe_rows(trunk, [pair(n, 3) for n in range(6)] + [pair(7, 9)], 4, 0)
+    # A prompt that stands alone has no other's reply.
+    assert not rows.pop("another prompt's reply")
     assert {len(found) for found in rows.values()} == {1}
     assert all(not found for found in probe_rows(trunk, [pair(0, 2)], 4, 0).values())
+
+
+def test_no_prompt_gets_its_own_reply_for_anothers(trunk):
+    same = [replace(pair(0, 10), chosen=f"{pair(0, 10).chosen} {n}") for n in range(5)]
+    alone = probe_rows(trunk, same, 5, 0)
+    assert not alone["another prompt's reply"]
+    assert len(alone["word loop"]) == 5
+    rows = probe_rows(trunk, [*same, pair(1, 10)], 6, 0)["another prompt's reply"]
+    own = {trunk.tokenise(p.prompt, p.chosen) for p in [*same, pair(1, 10)]}
+    assert len(rows) == 6
+    assert not own & {(tuple(a), tuple(b)) for a, b in rows}

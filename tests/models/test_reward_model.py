@@ -46,20 +46,24 @@ HEADS = Heads(
 REPLY_NFH = torch.tensor([[[3.0], [10.0]]])
 
 
-def bank_card(count: int = 3) -> BankCard:
+def bank_card() -> BankCard:
+    """The card of `HEADS`."""
     return BankCard(
         model="none",
         model_fingerprint="m",
         tokenizer_fingerprint="t",
         families=(FamilyCard(layers=1, pooling="last"), FamilyCard(layers=1, pooling="mean")),
-        groups=(GroupCard(kind="probe", count=count, family=0, l2={"helpful": 0.1}),),
+        groups=(
+            GroupCard(kind="probe", count=2, family=0, l2={"helpful": 0.1}),
+            GroupCard(kind="probe", count=1, family=1, l2={"helpful": 0.3}),
+        ),
     )
 
 
 def model_of(*banks: Heads, **changes: object) -> RewardModel:
     card = {
         "version": "v",
-        "banks": tuple(bank_card(heads.members) for heads in banks),
+        "banks": (bank_card(),) * len(banks),
         "dtype": "float32",
         "max_tokens": 64,
         "criteria": ("harmless", "helpful"),
@@ -306,6 +310,16 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "other features": lambda f: replace_heads(f, feature_mean_FH=torch.zeros(2, 7)),
     "other families": lambda f: replace_heads(f, whitening_FHH=torch.eye(128).unsqueeze(0)),
     "no such family": lambda f: replace_heads(f, family_K=torch.tensor([0, 0, 1, 2])),
+    "not a number": lambda f: replace_heads(f, weights_KCH=torch.full((4, 1, 128), torch.nan)),
+    "other precision": lambda f: replace_heads(f, member_mean_KC=torch.zeros(4, 1).half()),
+    "fractional families": lambda f: replace_heads(f, family_K=torch.tensor([0.0, 0, 1, 1])),
+    "families of others": lambda f: replace_heads(f, family_K=torch.tensor([0, 1, 1, 1])),
+    "another combination": lambda f: replace_heads(f, combination_C=torch.zeros(1)),
+    "more criteria": lambda f: edit(f / "reward.json", criteria=["overall", "honest"]),
+    "no temperature": lambda f: edit(f / "reward.json", temperature={"reward": 1.0}),
+    "no bank": lambda f: edit(f / "reward.json", banks=[]),
+    "unknown precision": lambda f: edit(f / "reward.json", dtype="int8"),
+    "no tokens": lambda f: edit(f / "reward.json", max_tokens=0),
     "no square": lambda f: replace_heads(f, whitening_FHH=torch.ones(2, 128, 64)),
     "another bank": lambda f: edit_banks(f, lambda banks: banks.append(banks[0])),
     "another family": lambda f: edit_banks(f, lambda banks: banks[0]["families"].pop()),

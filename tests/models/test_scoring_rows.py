@@ -11,15 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from models.preferences import (
-    BadRow,
-    SingleCompletion,
-    Tally,
-    count_rows,
-    iter_scoring_rows,
-    read_pairs,
-    require_scoring_row,
-)
+from models.data_files import BadRow, Tally, count_rows
+from models.preferences import iter_scoring_rows, read_pairs, require_scoring_row
+from models.row_forms import SingleCompletion
 from rlhf.errors import DataError
 from rlhf.records import Message, PreferencePair
 

@@ -167,3 +167,19 @@ def test_chance_alone_makes_an_error_and_a_calibrated_model_stays_below_the_band
         torch.full((300,), 0.95), torch.bernoulli(torch.full((300,), 0.6), generator=generator)
     )
     assert boasting > calibrated_ece(torch.full((300,), 0.95))
+
+
+@pytest.mark.parametrize("heavy", [10.0, 0.0])
+def test_the_band_knows_that_unequal_weights_leave_less_to_go_by(heavy):
+    generator = torch.Generator().manual_seed(5)
+    probabilities_N = 0.5 + torch.rand(300, generator=generator) / 2
+    weights_N = torch.where(torch.rand(300, generator=generator) < 0.2, 1.0, heavy)
+    band = calibrated_ece(probabilities_N, weights_N)
+    below = [
+        expected_calibration_error(
+            probabilities_N, torch.bernoulli(probabilities_N, generator=generator), weights_N
+        )
+        <= band
+        for _ in range(1000)
+    ]
+    assert 0.9 <= sum(below) / 1000 <= 0.99

@@ -354,7 +354,7 @@ def parse():
 def test_a_pair_file_is_a_path_or_a_path_and_a_criterion(parse):
     named = {"path": "b.jsonl", "criterion": "harmless"}
     data = parse(data={"train": ["a.jsonl", named], "validation": [{"path": "c.jsonl"}]}).data
-    assert data.train == ["a.jsonl", PairFile(path="b.jsonl", criterion="harmless")]
+    assert data.train == [PairFile(path="a.jsonl"), PairFile(path="b.jsonl", criterion="harmless")]
     assert data.validation == [PairFile(path="c.jsonl", criterion="")]
 
 
@@ -529,3 +529,10 @@ def test_the_two_variables_are_not_mixed_up(monkeypatch):
     monkeypatch.setenv("PAVLOV_DATA", "/data")
     monkeypatch.setenv("PAVLOV_RUNS", "/runs")
     assert (data_path("a"), runs_path("a")) == (Path("/data/a"), Path("/runs/a"))
+
+
+def test_a_misspelt_key_of_a_pair_file_is_named_with_the_one_that_exists(parse):
+    with pytest.raises(
+        ConfigError, match=r"train\.0\.criteria .* did you mean data\.train\.criterion"
+    ):
+        parse(data={"train": [{"path": "a.jsonl", "criteria": "helpful"}]})

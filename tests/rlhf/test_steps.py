@@ -150,9 +150,9 @@ def test_the_metrics_of_a_step_by_hand(row):
         "ensemble/shift": -0.2,
         "ensemble/flagged_share": 0.25,
         "ensemble/flagged_share_data": 1.0,
-        "reward/helpful": 2.5,  # (0 + 2 + 3 + 5) / 4
-        "reward/harmless": 0.0,  # of the one group that has it
-        "reward/honest": 0.25,
+        "criterion/helpful": 2.5,  # (0 + 2 + 3 + 5) / 4
+        "criterion/harmless": 0.0,  # of the one group that has it
+        "criterion/honest": 0.25,
         "text/flattery_share": 0.25,
         "text/sentence_loop_share": 0.25,
         "text/repetition_share": 0.25,

@@ -193,3 +193,9 @@ def test_members_on_two_backbones_stand_in_one_model(train, tmp_path):
     assert [heads.members for heads in model.banks] == [3, 2]
     assert model.card.metrics["validation"]["accuracy"] == 1.0
     assert model.card.banks[1].model == str(other)
+
+
+def test_a_criterion_cannot_take_the_name_of_what_they_make_together(train, tmp_path):
+    with pytest.raises(DataError, match="a criterion cannot be called 'reward'"):
+        train([pair(n, criterion="reward") for n in range(40)], [])
+    assert not (tmp_path / "runs").exists()

@@ -140,7 +140,7 @@ def test_a_card_is_described_by_its_members_reward_and_accuracy(card):
         "reward model v: 3 members on 1 layers of none, 2 pairs, reward = harmless + 0.5 helpful, "
         "features 3 s of 5 s"
     )
-    assert "cross-validation: accuracy 1.000 [0.207, 1.000] on 2 pairs" in said
+    assert "cross-validation: accuracy 1.000 [0.207, 1.000] on 1 pairs, 1 ties beside" in said
     assert "flagged 25.0% of replies" in said
     assert "  helpful, by its own head: accuracy 1.000" in said
     # The one pair of this criterion is a tie.
