@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ class TrainingEngine:
         module: what is trained; its `forward` is what `run` calls.
         settings: the optimiser.
         dtype: ``float32`` or ``bfloat16``, of the forward and backward pass.
-        rank, world_size, master: this process among its peers; `master` is ``host:port``.
+        rank, world_size, master: this process among its peers; `master` is ``host:port``, or None
+            where the peers have met already (Ray Train's workers).
+        rate_factors: multiples of the learning rate for parameters whose name begins so.
     """
 
     def __init__(
@@ -38,24 +40,26 @@ class TrainingEngine:
         *,
         rank: int = 0,
         world_size: int = 1,
-        master: str,
+        master: str | None,
+        rate_factors: Mapping[str, float] | None = None,
     ) -> None:
-        host, _, port = master.rpartition(":")
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": host,
-            "MASTER_PORT": port,
-            "PATH": tools_path(),
-        }
+        os.environ["PATH"] = tools_path()
+        if master is not None:
+            host, _, port = master.rpartition(":")
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": "0",
+                "WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": host,
+                "MASTER_PORT": port,
+            }
         import deepspeed
 
         cuda = torch.cuda.is_available()
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
         module = module.float()
         optimiser = torch.optim.AdamW(
-            module.parameters(),
+            _parameter_groups(module, rate_factors or {}),
             lr=settings.learning_rate,
             betas=(0.9, 0.95),
             weight_decay=settings.weight_decay,
@@ -92,7 +96,7 @@ class TrainingEngine:
         if self._settings.warmup_steps:
             rate *= min(1.0, (step + 1) / self._settings.warmup_steps)
         for group in self._optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate_factor"]
         self._engine.train()
         for index, loss in enumerate(losses):
             self._engine.set_gradient_accumulation_boundary(index == len(losses) - 1)
@@ -143,6 +147,14 @@ class TrainingEngine:
             ) from None
         if path is None:
             raise CheckpointError(f"{folder} holds no checkpoint of this learner")
+
+
+def _parameter_groups(module: nn.Module, rate_factors: Mapping[str, float]) -> list[dict[str, Any]]:
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        factors = [factor for start, factor in rate_factors.items() if name.startswith(start)]
+        groups.setdefault(factors[0] if factors else 1.0, []).append(parameter)
+    return [{"params": own, "rate_factor": factor} for factor, own in groups.items()]
 
 
 def _deepspeed_config(settings: LearnerSection, dtype: str) -> dict[str, Any]:

@@ -17,19 +17,23 @@ from rlhf.losses import bradley_terry_loss, centring_loss
 from rlhf.seeding import derive_seed
 
 _NEVER_ZERO = 1e-6
+_KEPT_GAIN = 0.9
+"""Share of the best candidate's gain that a weaker L2 must keep to be preferred."""
 
 
 @dataclass(frozen=True, slots=True)
 class Heads:
     """K members of C heads each on the families of one trunk, and the scales that they need.
 
-    Member k reads family `family_K[k]`, standardised by the training replies. Its heads are
+    Member k reads family `family_K[k]`, standardised by the training replies, and disagrees with
+    those that have its `kin_K`. Its heads are
     standardised in turn, combined with the weights `combination_C`, and the sum is brought back to
     deviation 1. `whitening_FHH` says how the training replies lie in each family.
     """
 
     weights_KCH: Tensor
     family_K: Tensor
+    kin_K: Tensor
     feature_mean_FH: Tensor
     feature_deviation_FH: Tensor
     whitening_FHH: Tensor
@@ -47,7 +51,7 @@ class Heads:
         """Whether the tensors are numbers, and agree on K, C, F and H."""
         for field in fields(self):
             tensor = getattr(self, field.name)
-            wanted_type = torch.int64 if field.name == "family_K" else torch.float32
+            wanted_type = torch.int64 if field.name in ("family_K", "kin_K") else torch.float32
             if tensor.dtype != wanted_type or not torch.isfinite(tensor).all():
                 return False
         if self.weights_KCH.ndim != 3 or self.feature_mean_FH.ndim != 2:
@@ -55,6 +59,7 @@ class Heads:
         (members, criteria, width), families = self.weights_KCH.shape, len(self.feature_mean_FH)
         wanted = {
             "family_K": (members,),
+            "kin_K": (members,),
             "feature_mean_FH": (families, width),
             "feature_deviation_FH": (families, width),
             "whitening_FHH": (families, width, width),
@@ -134,9 +139,34 @@ class ProbeGroup:
     l2_C: tuple[float, ...]
     centring: float = 0.0
 
+    @property
+    def kin(self) -> int:
+        """Members of one family are compared with each other."""
+        return self.family
 
-def fit_probes(
-    pairs: Comparisons, groups: Sequence[ProbeGroup], combination_C: Tensor, seed: int
+
+@dataclass(frozen=True, slots=True)
+class TrainedHead:
+    """A member whose head was trained along with its features: `weights_CH` on them as they are.
+
+    `kin` numbers those that it is compared with, beyond the numbers of families.
+    """
+
+    family: int
+    kin: int
+    weights_CH: Tensor
+
+    @property
+    def count(self) -> int:
+        """One."""
+        return 1
+
+
+def fit_members(
+    pairs: Comparisons,
+    groups: Sequence[ProbeGroup | TrainedHead],
+    combination_C: Tensor,
+    seed: int,
 ) -> Heads:
     """All groups' members, with the scales of the replies that they were fitted on.
 
@@ -151,6 +181,11 @@ def fit_probes(
     weights: list[Tensor] = []
     first = 0
     for group in groups:
+        if isinstance(group, TrainedHead):
+            # On standardised features; the constant falls out of every difference.
+            weights.append((group.weights_CH * deviation_FH[group.family]).unsqueeze(0))
+            first += 1
+            continue
         heads_CKH = []
         for criterion in range(criteria):
             own = pairs[pairs.criterion_N == criterion]
@@ -170,6 +205,7 @@ def fit_probes(
     unscaled = Heads(
         weights_KCH=torch.cat(weights),
         family_K=torch.tensor([group.family for group in groups for _ in range(group.count)]),
+        kin_K=torch.tensor([group.kin for group in groups for _ in range(group.count)]),
         feature_mean_FH=mean_FH,
         feature_deviation_FH=deviation_FH,
         whitening_FHH=torch.stack(
@@ -192,6 +228,7 @@ def rescaled(heads: Heads, replies_NFH: Tensor) -> Heads:
     return Heads(
         heads.weights_KCH,
         heads.family_K,
+        heads.kin_K,
         heads.feature_mean_FH,
         heads.feature_deviation_FH,
         heads.whitening_FHH,
@@ -273,8 +310,12 @@ def choose_l2(
     *,
     centring: float = 0.0,
 ) -> tuple[float, dict[str, float]]:
-    """The candidate with the lowest cross-validated cross-entropy (after its own temperature), and
-    every candidate's; of one head without bootstrap, for pairs of one criterion."""
+    """The L2 for one group and criterion, and every candidate's cross-validated cross-entropy.
+
+    Chosen is the smallest candidate that keeps nine tenths of the best one's gain over a coin:
+    strong shrinkage makes all members alike, so that they agree even where they know nothing.
+    Losses are of one head without bootstrap, after its own temperature, on pairs of one criterion.
+    """
     if len(candidates) == 1:
         return candidates[0], {}
     margins_LN = torch.zeros(len(candidates), len(folds_N))
@@ -297,7 +338,12 @@ def choose_l2(
         losses[f"{l2:g}"] = float(
             bradley_terry_loss(margins_N / temperature, pairs.labels_N, pairs.weights_N)
         )
-    return min(candidates, key=lambda l2: losses[f"{l2:g}"]), losses
+    coin = float(
+        bradley_terry_loss(torch.zeros_like(pairs.labels_N), pairs.labels_N, pairs.weights_N)
+    )
+    least = min(losses.values())
+    allowed = coin - _KEPT_GAIN * (coin - least) if least < coin else least
+    return min(l2 for l2 in candidates if losses[f"{l2:g}"] <= allowed), losses
 
 
 def fit_temperature(margins_N: Tensor, labels_N: Tensor, weights_N: Tensor) -> float:

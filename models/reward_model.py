@@ -8,6 +8,7 @@ one backbone share one pass. Shapes: K members over all banks, C criteria, N rep
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from models.heads import Heads
 from models.sources import resolve_model, weights_fingerprint
+from models.top_layers import TopLayers, file_hash
 from models.trunk import Family, Pooling, TokenRow, Trunk
 from rlhf.config import DType
 from rlhf.ensemble import family_disagreement, shift_score
@@ -43,11 +45,25 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class OwnLayersCard(_Part):
+    """Layers that a member trained: ``own/<name>.safetensors``, named by the file's hash."""
+
+    name: str = Field(pattern=r"^[0-9a-f]{16}$")
+    end: int = Field(ge=1)
+    """The backbone's layer that they end with."""
+
+
 class FamilyCard(_Part):
     """A feature family: see `models.trunk.Family`."""
 
-    layers: int = Field(ge=1)
+    layers: int = Field(ge=0)
     pooling: Pooling
+    own: OwnLayersCard | None = None
+
+    @property
+    def family(self) -> Family:
+        """What the trunk computes."""
+        return Family(self.layers, self.pooling, "" if self.own is None else self.own.name)
 
 
 class GroupCard(_Part):
@@ -56,7 +72,9 @@ class GroupCard(_Part):
     kind: str
     count: int = Field(ge=1)
     family: int = Field(ge=0)
-    l2: dict[str, float]
+    l2: dict[str, float] = {}
+    training: dict[str, float] = {}
+    """What training a member gave: its last losses, seconds, pairs."""
 
 
 class BankCard(_Part):
@@ -139,24 +157,31 @@ def ask(banks: Sequence[Heads], features: RowFeatures) -> Answers:
     criteria = [h.criteria(f_NFH) for h, f_NFH in zip(banks, features, strict=True)]
     rewards_KN = torch.cat([h.combined(c_KCN) for h, c_KCN in zip(banks, criteria, strict=True)])
     distances = [h.distances(f_NFH) for h, f_NFH in zip(banks, features, strict=True)]
-    families, offset = [], 0
+    kin, offset = [], 0
     for heads in banks:
-        families.append(heads.family_K + offset)
-        offset += len(heads.feature_mean_FH)
+        kin.append(heads.kin_K + offset)
+        offset += int(heads.kin_K.max()) + 1
     return Answers(
         rewards_KN,
         torch.cat(criteria),
-        family_disagreement(rewards_KN, torch.cat(families)),
+        family_disagreement(rewards_KN, torch.cat(kin)),
         torch.cat(distances).mean(dim=0),
     )
 
 
 class RewardModel:
-    """An ensemble that is ready to score: its card, its heads, and the trunks loaded on demand."""
+    """An ensemble that is ready to score: its card, its heads, and the trunks loaded on demand.
 
-    def __init__(self, card: RewardCard, banks: Sequence[Heads]) -> None:
+    Args:
+        own: the folder of the members' own layers, where they have some.
+    """
+
+    def __init__(
+        self, card: RewardCard, banks: Sequence[Heads], own: Path = Path("nowhere")
+    ) -> None:
         self.card = card
         self.banks = tuple(banks)
+        self._own = own
         self._trunks: tuple[Trunk, ...] = ()
 
     def trunks(self, device: str = "cpu") -> tuple[Trunk, ...]:
@@ -179,11 +204,12 @@ class RewardModel:
             )
         trunk = Trunk(
             folder,
-            [Family(family.layers, family.pooling) for family in bank.families],
+            [family.family for family in bank.families],
             dtype=self.card.dtype,
             max_tokens=self.card.max_tokens,
             batch_tokens=_BATCH_TOKENS,
             device=device,
+            own=load_own_layers(folder, bank.families, self._own, self.card.dtype),
         )
         width = self.banks[self.card.banks.index(bank)].feature_mean_FH.shape[1]
         if trunk.width != width:
@@ -262,6 +288,10 @@ class RewardModel:
         for bank, heads in enumerate(self.banks):
             tensors |= heads.tensors(f"{bank}.")
         save_file(tensors, folder / "heads.safetensors")
+        for own in own_layers([f for bank in self.card.banks for f in bank.families]):
+            (folder / "own").mkdir(exist_ok=True)
+            file = f"{own.name}.safetensors"
+            shutil.copyfile(self._own / file, folder / "own" / file)
         (folder / "reward.json").write_text(self.card.model_dump_json(indent=2) + "\n")
 
     @classmethod
@@ -286,7 +316,32 @@ class RewardModel:
             ) from None
         if not all(_fits(heads, bank, card) for heads, bank in zip(banks, card.banks, strict=True)):
             raise ModelError(f"{folder} is a damaged reward model: heads and card disagree")
-        return cls(card, banks)
+        return cls(card, banks, folder / "own")
+
+
+def own_layers(families: Sequence[FamilyCard]) -> list[OwnLayersCard]:
+    """The trained layers among families."""
+    return [family.own for family in families if family.own is not None]
+
+
+def load_own_layers(
+    model: Path, families: Sequence[FamilyCard], folder: Path, dtype: DType
+) -> dict[str, TopLayers]:
+    """The trained layers that families name, from the files in `folder`.
+
+    Raises:
+        ModelError: a file is missing, or is not what it was.
+    """
+    layers = {}
+    for family in families:
+        if family.own is None:
+            continue
+        path = folder / f"{family.own.name}.safetensors"
+        if not path.is_file() or file_hash(path) != family.own.name:
+            raise ModelError(f"a member's own layers are missing or damaged: {path}")
+        made = TopLayers(model, family.layers, family.own.end, dtype)
+        layers[family.own.name] = made.read(path).requires_grad_(False)
+    return layers
 
 
 def version_of(banks: Sequence[Heads]) -> str:

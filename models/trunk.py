@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from models.chat import ChatTokenizer
 from models.loading import load_backbone
 from models.logprobs import attention_mask
-from models.packing import PackedBatch, TokenIds, collate, micro_batches, pack
+from models.packing import PackedBatch, Row, TokenIds, collate, micro_batches, pack
 from models.precision import resolve_dtype
 from models.sources import weights_fingerprint
+from models.top_layers import TopLayers, keep_layers
 from rlhf.errors import ModelError
 from rlhf.records import Message
 
@@ -32,13 +33,18 @@ POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 class Family:
     """How a reply becomes a vector: the state after `layers` layers, of its last token or the mean
     over its tokens. A finished reply ends with the end-of-turn token, so the last token's state
-    knows whether the reply was cut off."""
+    knows whether the reply was cut off.
+
+    With `own` (the name of trained layers) the frozen layers end at `layers` and the named ones go
+    on from there.
+    """
 
     layers: int
     pooling: Pooling
+    own: str = ""
 
     def __str__(self) -> str:
-        return f"{self.pooling}@{self.layers}"
+        return f"{self.pooling}@{self.layers}" + (f"+{self.own}" if self.own else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +54,14 @@ class TrunkPass:
 
     batch: PackedBatch
     states: dict[int, Tensor]
+    own: Mapping[str, TopLayers]
 
     def pooled(self, family: Family) -> Tensor:
         """Features of the batch's replies, float32, shape (n, H)."""
-        return pool(self.states[family.layers], self.batch, family.pooling)
+        state = self.states[family.layers]
+        if family.own:
+            state = self.own[family.own](state, self.batch)
+        return pool(state, self.batch, family.pooling)
 
 
 def pool(hidden_BLH: Tensor, batch: PackedBatch, pooling: Pooling) -> Tensor:
@@ -73,9 +83,10 @@ class Trunk:
         families: what a reply becomes, F vectors of the hidden size H; the deepest one decides how
             many layers are run.
         dtype: precision of the pass.
-        max_tokens: of a row. A prompt keeps its last half of them, whatever the reply, so that
+        max_tokens: of a row. A prompt keeps its last third of them, whatever the reply, so that
             replies to one prompt share its pass; a reply gets what the prompt leaves.
         batch_tokens: padded tokens a forward pass may hold.
+        own: trained layers by the name that families call them.
     """
 
     def __init__(
@@ -87,17 +98,20 @@ class Trunk:
         max_tokens: int,
         batch_tokens: int,
         device: str = "cpu",
+        own: Mapping[str, TopLayers] | None = None,
     ) -> None:
         self.tokenizer = ChatTokenizer(folder)
         model: Any = load_backbone(folder, dtype)
         model.requires_grad_(False)
         self.families = tuple(families)
         self.layers = max(family.layers for family in families)
-        cut_layers(model, self.layers)
+        # State 0 is what the first layer gets, so one layer is there to get it.
+        cut_layers(model, max(1, self.layers))
         self.width = int(model.config.hidden_size)
         self._folder = folder
         self._dtype = resolve_dtype(dtype)
         self._model = model.to(device)
+        self._own = {name: layers.to(device).eval() for name, layers in (own or {}).items()}
         self._max_tokens = max_tokens
         self._batch_tokens = batch_tokens
 
@@ -119,7 +133,7 @@ class Trunk:
         reply_ids = self.tokenizer.reply_ids(reply, finished=finished)
         if len(reply_ids) == int(finished):
             raise ModelError("an empty reply cannot be scored")
-        prompt_ids = self.tokenizer.prompt_ids(messages)[-(self._max_tokens // 2) :]
+        prompt_ids = self.tokenizer.prompt_ids(messages)[-(self._max_tokens // 3) :]
         return prompt_ids, reply_ids[: self._max_tokens - len(prompt_ids)]
 
     def features(
@@ -145,21 +159,24 @@ class Trunk:
 
     def passes(self, rows: Sequence[TokenRow]) -> Iterator[TrunkPass]:
         """One forward pass a micro-batch. Neighbours with the same prompt share its part of it."""
-        device = next(self._model.parameters()).device
-        taps = {family.layers for family in self.families}
         packed = pack([prompt for prompt, _ in rows], [reply for _, reply in rows])
         for chunk in micro_batches(packed, self._batch_tokens, aligned=False):
-            batch = collate(chunk, self.tokenizer.pad_id, device, aligned=False)
-            with torch.inference_mode():
-                states = self._model(
-                    input_ids=batch.input_ids_BL,
-                    attention_mask=attention_mask(self._model, batch),
-                    position_ids=batch.position_ids_BL,
-                    use_cache=False,
-                    output_hidden_states=True,
-                ).hidden_states
-            # Outside of the block: between yields the caller's own mode must hold.
-            yield TrunkPass(batch, {layer: states[layer] for layer in taps})
+            yield self.run(chunk)
+
+    def run(self, rows: Sequence[Row]) -> TrunkPass:
+        """One forward pass over packed rows."""
+        device = next(self._model.parameters()).device
+        batch = collate(rows, self.tokenizer.pad_id, device, aligned=False)
+        with torch.inference_mode():
+            states = self._model(
+                input_ids=batch.input_ids_BL,
+                attention_mask=attention_mask(self._model, batch),
+                position_ids=batch.position_ids_BL,
+                use_cache=False,
+                output_hidden_states=True,
+            ).hidden_states
+        taps = {family.layers for family in self.families}
+        return TrunkPass(batch, {layer: states[layer] for layer in taps}, self._own)
 
 
 def layers_at(folder: Path, depth: float) -> int:
@@ -176,19 +193,6 @@ def cut_layers(model: Any, kept: int) -> None:
     Raises:
         ModelError: the architecture keeps its layers where they are not found, or has fewer.
     """
-    total = model.config.num_hidden_layers
-    stacks = [
-        (parent, name)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, nn.ModuleList) and len(child) == total
-    ]
-    if len(stacks) != 1:
-        raise ModelError(f"the layers of {type(model).__name__} cannot be cut")
-    if kept > total:
-        raise ModelError(f"{kept} layers are wanted of {type(model).__name__}, which has {total}")
-    parent, name = stacks[0]
-    setattr(parent, name, getattr(parent, name)[:kept])
-    model.config.num_hidden_layers = kept
+    keep_layers(model, 0, kept)
     if hasattr(model, "norm"):
         model.norm = nn.Identity()

@@ -22,11 +22,13 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -388,10 +390,16 @@ class PairsSection(Section):
     """At most this many training pairs."""
 
 
+def _known_kind(value: object) -> object:
+    if value != "probe":
+        raise ValueError(f"{value!r} is none of probe, top and full")
+    return value
+
+
 class ProbeMembers(Section):
     """Linear heads on a frozen backbone cut at a layer: the default on CPU."""
 
-    kind: Literal["probe"] = "probe"
+    kind: Annotated[Literal["probe"], BeforeValidator(_known_kind)] = "probe"
     """This kind."""
     count: PositiveInt = 16
     """Members, each on a bootstrap draw of its own."""
@@ -407,6 +415,55 @@ class ProbeMembers(Section):
     """Weight of the mean square of a pair's summed rewards (keeps rewards around zero)."""
 
 
+class TrainedMembers(Section):
+    """Members with layers of their own, trained by Ray Train: the choice where there are GPUs."""
+
+    kind: Literal["top", "full"]
+    """`top`: own `layers` above a shared trunk; `full`: all layers its own (embeddings frozen)."""
+    count: PositiveInt = 4
+    """Members, each on a bootstrap draw of its own and with a head drawn by its own seed."""
+    model: str | None = None
+    """Backbone; default: `ensemble.model`."""
+    depth: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the layers after which a member ends."""
+    layers: PositiveInt = 1
+    """`top`: how many of them are its own."""
+    pooling: Literal["last", "mean"] = "last"
+    """The reply's last token, or the mean over its tokens."""
+    epochs: PositiveInt = 1
+    """Times that a draw is gone through."""
+    batch_pairs: PositiveInt = 16
+    """Pairs a step, over all workers."""
+    centring: NonNegativeFloat = 0.0
+    """Weight of the mean square of a pair's summed rewards (keeps rewards around zero)."""
+    head_learning_rate: PositiveFloat = 1e-3
+    """Of the linear heads, which start from noise."""
+    learner: LearnerSection = LearnerSection(learning_rate=1e-4, warmup_steps=10, weight_decay=0.01)
+    """The optimiser."""
+    dtype: DType = "auto"
+    """Precision of the forward and backward pass; weights are kept in float32."""
+    workers: PositiveInt = 1
+    """Ranks that train one member together."""
+    cpus_per_worker: PositiveFloat = 1.0
+    """Declared to Ray: as many members train at once as fit."""
+    gpus_per_worker: NonNegativeFloat = 0.0
+    """Declared to Ray."""
+
+
+_PROBE, _TRAINED = _TAGS = ("members of kind probe", "members that are trained")
+
+
+def _kind(value: object) -> str:
+    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    return _TRAINED if kind in ("top", "full") else _PROBE
+
+
+Members = Annotated[
+    Annotated[ProbeMembers, Tag(_PROBE)] | Annotated[TrainedMembers, Tag(_TRAINED)],
+    Discriminator(_kind),
+]
+
+
 class EnsembleSection(Section):
     """The reward model's members, and how they become one reward."""
 
@@ -414,7 +471,7 @@ class EnsembleSection(Section):
     """The backbone: `embedded`, a Hugging Face folder, or a hub id."""
     dtype: DType = "auto"
     """Precision of the frozen pass."""
-    members: list[ProbeMembers] = Field(
+    members: list[Members] = Field(
         default=[
             ProbeMembers(count=12, pooling="last"),
             ProbeMembers(count=10, pooling="mean"),
@@ -422,12 +479,13 @@ class EnsembleSection(Section):
         ],
         min_length=1,
     )
-    """Groups of members; disagreement is taken within a feature family (pooling and depth)."""
+    """Groups of members; disagreement is taken within a feature family (pooling and depth), among
+    trained members within their group."""
     combination: dict[str, float] | None = None
     """The reward as weights of the standardised criteria, such as `{helpful = 1, harmless = 0.5}`.
     Default: `overall` where the data has it, else every criterion with the same weight."""
-    max_tokens: Annotated[int, Field(ge=16)] = 256
-    """Of prompt and reply: a prompt keeps its last half of them, a reply gets the rest."""
+    max_tokens: Annotated[int, Field(ge=16)] = 384
+    """Of prompt and reply: a prompt keeps its last third of them, a reply gets the rest."""
     folds: Annotated[int, Field(ge=2)] = 5
     """Folds of the cross-validation, by first user turn."""
     false_alarm_rate: Fraction = 0.05
@@ -536,7 +594,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 def _sentence(root: type[Section], error: ValidationError) -> str:
     first, *rest = error.errors()
-    key = ".".join(str(part) for part in first["loc"])
+    # The tag of a kind of members is no part of the key.
+    key = ".".join(str(part) for part in first["loc"] if part not in _TAGS)
     if first["type"] == "extra_forbidden":
         text = f"{key} is not a known key"
         close = difflib.get_close_matches(key, known_keys(root), n=1, cutoff=0.4)
@@ -558,20 +617,18 @@ def known_keys(root: type[Section], prefix: str = "") -> list[str]:
     """Every dotted key of a configuration class."""
     keys = []
     for name, field in root.model_fields.items():
-        section = _section_of(field.annotation)
-        if section is not None:
-            keys += [prefix + name, *known_keys(section, f"{prefix}{name}.")]
-        else:
-            keys.append(prefix + name)
-    return keys
+        keys.append(prefix + name)
+        for section in _sections_of(field.annotation):
+            keys += known_keys(section, f"{prefix}{name}.")
+    return list(dict.fromkeys(keys))
 
 
-def _section_of(annotation: Any) -> type[Section] | None:
+def _sections_of(annotation: Any) -> list[type[Section]]:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, list, Annotated):
-        return next(filter(None, map(_section_of, typing.get_args(annotation))), None)
+        return [each for part in typing.get_args(annotation) for each in _sections_of(part)]
     if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    return None
+        return [annotation]
+    return []
 
 
 def data_path(path: str) -> Path:

@@ -144,6 +144,7 @@ def build_tiny_reward_model(folder: Path, model: Path) -> Path:
     heads = Heads(
         weights_KCH=torch.randn(4, 1, 128, generator=generator) / 11,
         family_K=torch.tensor([0, 0, 1, 1]),
+        kin_K=torch.tensor([0, 0, 1, 1]),
         feature_mean_FH=torch.zeros(2, 128),
         feature_deviation_FH=torch.ones(2, 128),
         whitening_FHH=torch.eye(128).repeat(2, 1, 1),

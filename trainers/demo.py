@@ -169,7 +169,8 @@ def _train_reward(config: DemoConfig, out: Path, console: Console) -> None:
     if not folder.is_dir():
         pairs, _ = read_pairs([out / "pairs.parquet"])
         require_pairs(pairs, config.ensemble)
-        model = train_reward_model(config.ensemble, pairs, [], config.seed, console)
+        own = out / ".own"
+        model = train_reward_model(config.ensemble, pairs, [], config.seed, console, own)
         with folder_beside(folder) as beside:
             model.save(beside)
     console.print(f"3 reward    {describe(RewardModel.load(folder).card)}")

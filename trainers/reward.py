@@ -17,10 +17,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -33,28 +34,38 @@ from cluster.files import RunFolder, folder_beside, resolve_run_folder, write_at
 from models.data_files import ReadReport
 from models.embedded import cache_folder
 from models.feature_store import FeatureStore
-from models.heads import Comparisons, ProbeGroup, choose_l2, fit_probes, fit_temperature
+from models.heads import (
+    Comparisons,
+    ProbeGroup,
+    TrainedHead,
+    choose_l2,
+    fit_members,
+    fit_temperature,
+)
 from models.preferences import folds_by_first_user_turn, read_pairs
 from models.probes import probe_rows
 from models.reward_model import (
     COMBINED,
     Answers,
-    BankCard,
-    FamilyCard,
-    GroupCard,
     RewardCard,
     RewardModel,
     RowFeatures,
     ask,
     version_of,
 )
-from models.sources import portable_name, resolve_model, weights_fingerprint
-from models.trunk import Family, TokenRow, Trunk, layers_at
-from rlhf.config import EnsembleSection, PairFile, ProbeMembers, RewardConfig, data_path
+from models.sources import resolve_model
+from models.trunk import TokenRow
+from rlhf.config import (
+    EnsembleSection,
+    PairFile,
+    RewardConfig,
+    data_path,
+)
 from rlhf.ensemble import aggregate, false_alarm_interval, quantile_threshold, shift_score
 from rlhf.errors import DataError, ModelError
 from rlhf.records import OVERALL, PreferencePair
 from trainers.recording import Progressing
+from trainers.reward_banks import Bank, backbones, bank_card, plan_banks, with_trained_members
 from trainers.reward_card import describe, pair_report, probe_report, report
 
 _LEAST_TURNS = 16
@@ -65,7 +76,7 @@ _PROBES = 32
 def run_reward(config: RewardConfig, config_path: Path, console: Console) -> Path:
     """Train and write ``<run>/reward``; returns the run folder."""
     folder_path = resolve_run_folder(config.run.dir, config_path)
-    for name in _backbones(config.ensemble):
+    for name in backbones(config.ensemble):
         resolve_model(name)
     train, reports = _read(config.data.train, config.data.limit)
     validation: list[PreferencePair] = []
@@ -77,11 +88,14 @@ def run_reward(config: RewardConfig, config_path: Path, console: Console) -> Pat
     require_pairs(train, config.ensemble)
     folder = RunFolder.claim(folder_path, config.model_dump(mode="json"), resume=None)
     try:
-        model = train_reward_model(config.ensemble, train, validation, config.seed, console)
+        # Left by a start is what begins with a dot, so a killed one can be run again.
+        own = folder.path / ".own"
+        model = train_reward_model(config.ensemble, train, validation, config.seed, console, own)
         card = model.card.model_copy(update={"data": {**model.card.data, **_files(reports)}})
         with folder_beside(folder.path / "reward") as beside:
-            RewardModel(card, model.banks).save(beside)
+            RewardModel(card, model.banks, own).save(beside)
             write_atomically(beside / "card.md", report(card))
+        shutil.rmtree(own, ignore_errors=True)
         console.print(describe(card))
         console.print(f"the whole card: {folder.path / 'reward' / 'card.md'}")
     finally:
@@ -132,69 +146,45 @@ def require_pairs(pairs: Sequence[PreferencePair], settings: EnsembleSection) ->
             )
 
 
-@dataclass(frozen=True, slots=True)
-class Bank:
-    """What a run trains on one backbone: its trunk, and the groups that read its families."""
-
-    name: str
-    trunk: Trunk
-    groups: tuple[tuple[ProbeMembers, int], ...]
-    """Each with the place of its family."""
-
-
-def _backbones(settings: EnsembleSection) -> list[str]:
-    return list(dict.fromkeys(group.model or settings.model for group in settings.members))
-
-
-def plan_banks(settings: EnsembleSection) -> list[Bank]:
-    """Groups of members by backbone; the members of one share its pass."""
-    banks = []
-    for name in _backbones(settings):
-        folder = resolve_model(name)
-        own = [group for group in settings.members if (group.model or settings.model) == name]
-        wanted = [Family(layers_at(folder, group.depth), group.pooling) for group in own]
-        families = sorted(set(wanted))
-        trunk = Trunk(
-            folder,
-            families,
-            dtype=settings.dtype,
-            max_tokens=settings.max_tokens,
-            batch_tokens=settings.batch_tokens,
-        )
-        places = [families.index(family) for family in wanted]
-        banks.append(Bank(name, trunk, tuple(zip(own, places, strict=True))))
-    return banks
-
-
 def train_reward_model(
     settings: EnsembleSection,
     pairs: Sequence[PreferencePair],
     validation: Sequence[PreferencePair],
     seed: int,
     console: Console,
+    own: Path,
 ) -> RewardModel:
-    """An ensemble from preference pairs. `validation` is scored once, for the card's figures."""
+    """An ensemble from preference pairs. `validation` is scored once, for the card's figures; the
+    layers that members train go to the folder `own`."""
     started = time.monotonic()
     banks = plan_banks(settings)
     pairs, rows = _tokenised(banks, pairs, console)
     validation, validation_rows = _tokenised(banks, validation, console)
     require_pairs(pairs, settings)
+    criteria = sorted({pair.judged_by for pair in pairs})
+    folds_N = torch.tensor(folds_by_first_user_turn(pairs, settings.folds, seed))
+    if any(bank.trained for bank in banks):
+        banks = with_trained_members(
+            banks, settings, rows, pairs, criteria, folds_N, seed, own, console
+        )
+    members_s = time.monotonic() - started
     probes = [probe_rows(bank.trunk, pairs, _PROBES, seed) for bank in banks]
     probe_sizes = {name: len(made) for name, made in probes[0].items()}
     probed_rows = [list(chain.from_iterable(made.values())) for made in probes]
     features, validation_features, probe_features = _features(
         banks, (rows, validation_rows, probed_rows), console
     )
-    features_s = time.monotonic() - started
+    features_s = time.monotonic() - started - members_s
 
-    criteria = sorted({pair.judged_by for pair in pairs})
     combination = combination_of(criteria, settings)
     combination_C = torch.tensor([combination[criterion] for criterion in criteria])
     data = [_comparisons(features_NFH, pairs, criteria) for features_NFH in features]
-    folds_N = torch.tensor(folds_by_first_user_turn(pairs, settings.folds, seed))
     groups, l2_losses = _choose_groups(banks, data, folds_N, criteria)
-    held_out = _cross_validate(data, groups, combination_C, folds_N, seed)
-    fitted = [fit_probes(d, g, combination_C, seed) for d, g in zip(data, groups, strict=True)]
+    # Trained members have seen all folds but the first.
+    held_folds = [0] if any(bank.heads for bank in banks) else sorted(set(folds_N.tolist()))
+    held, held_out = _cross_validate(data, groups, combination_C, folds_N, held_folds, seed)
+    held_pairs = [pairs[n] for n in held]
+    fitted = [fit_members(d, g, combination_C, seed) for d, g in zip(data, groups, strict=True)]
 
     signals_SN = torch.stack([held_out.disagreement_N, held_out.distance_N])
     signal_mean_S, signal_deviation_S = signals_SN.mean(dim=1), signals_SN.std(dim=1) + 1e-6
@@ -202,12 +192,12 @@ def train_reward_model(
     threshold = quantile_threshold(shift_N, settings.false_alarm_rate)
     card = RewardCard(
         version=version_of(fitted),
-        banks=tuple(_bank_card(b, g, criteria) for b, g in zip(banks, groups, strict=True)),
+        banks=tuple(bank_card(b, g, criteria) for b, g in zip(banks, groups, strict=True)),
         dtype=settings.dtype,
         max_tokens=settings.max_tokens,
         criteria=tuple(criteria),
         combination=combination,
-        temperature=_temperatures(held_out, pairs, criteria),
+        temperature=_temperatures(held_out, held_pairs, criteria),
         signal_mean=tuple(signal_mean_S.tolist()),
         signal_deviation=tuple(signal_deviation_S.tolist()),
         threshold=threshold if math.isfinite(threshold) else None,
@@ -216,17 +206,21 @@ def train_reward_model(
         seed=seed,
         data={
             "pairs": len(pairs),
+            "pairs_held_out": len(held),
             "pairs_by_criterion": dict(Counter(pair.judged_by for pair in pairs)),
             "pairs_validation": len(validation),
             "hash": _data_hash(pairs),
         },
         metrics={},
     )
-    model = RewardModel(card, fitted)
+    model = RewardModel(card, fitted, own)
     probed = model.score_features(probe_features)
+    lengths = _lengths(rows)
     metrics: dict[str, Any] = {
         "cross_validation": {
-            **pair_report(card, held_out, pairs, _lengths(rows)),
+            **pair_report(
+                card, held_out, held_pairs, [lengths[m] for n in held for m in (2 * n, 2 * n + 1)]
+            ),
             "flagged_share": float((shift_N > threshold).double().mean()),
         },
         "l2_losses": l2_losses,
@@ -240,9 +234,10 @@ def train_reward_model(
             **pair_report(card, scores, validation, _lengths(validation_rows)),
             "flagged_share": float(scores.shifted_N.double().mean()),
         }
+    metrics["members_s"] = round(members_s, 1) if any(bank.heads for bank in banks) else 0.0
     metrics["features_s"] = round(features_s, 1)
     metrics["total_s"] = round(time.monotonic() - started, 1)
-    return RewardModel(card.model_copy(update={"metrics": metrics}), fitted)
+    return RewardModel(card.model_copy(update={"metrics": metrics}), fitted, own)
 
 
 def _features(
@@ -268,13 +263,14 @@ def _lengths(rows: Sequence[Sequence[TokenRow]]) -> list[int]:
 
 def _choose_groups(
     banks: Sequence[Bank], data: Sequence[Comparisons], folds_N: Tensor, criteria: Sequence[str]
-) -> tuple[list[list[ProbeGroup]], dict[str, dict[str, float]]]:
-    """Every group with its L2 for each criterion, and what the candidates lost."""
-    groups: list[list[ProbeGroup]] = []
+) -> tuple[list[list[ProbeGroup | TrainedHead]], dict[str, dict[str, float]]]:
+    """Every group of probes with its L2 for each criterion, and what the candidates lost; then the
+    trained members."""
+    groups: list[list[ProbeGroup | TrainedHead]] = []
     losses: dict[str, dict[str, float]] = {}
     for bank, pairs in zip(banks, data, strict=True):
-        groups.append([])
-        for members, family in bank.groups:
+        own_groups: list[ProbeGroup | TrainedHead] = []
+        for members, family in bank.probes:
             chosen = []
             for index, criterion in enumerate(criteria):
                 own = pairs.criterion_N == index
@@ -283,35 +279,37 @@ def _choose_groups(
                 )
                 chosen.append(l2)
                 losses[f"{bank.name} {bank.trunk.families[family]} {criterion}"] = tried
-            groups[-1].append(ProbeGroup(family, members.count, tuple(chosen), members.centring))
+            own_groups.append(ProbeGroup(family, members.count, tuple(chosen), members.centring))
+        groups.append([*own_groups, *(head for head, _ in bank.heads)])
     return groups, losses
 
 
 def _cross_validate(
     data: Sequence[Comparisons],
-    groups: Sequence[Sequence[ProbeGroup]],
+    groups: Sequence[Sequence[ProbeGroup | TrainedHead]],
     combination_C: Tensor,
     folds_N: Tensor,
+    held_folds: Sequence[int],
     seed: int,
-) -> Answers:
-    """What members that never saw a pair's prompt say of its replies; chosen ones first."""
-    pairs = len(folds_N)
-    parts: list[tuple[Tensor, Answers]] = []
-    for fold in sorted(set(folds_N.tolist())):
+) -> tuple[list[int], Answers]:
+    """The pairs of `held_folds`, and what members that never saw their prompts say of their
+    replies; chosen ones first."""
+    places: list[Tensor] = []
+    sides: list[tuple[Answers, int]] = []
+    for fold in held_folds:
         held, fit = folds_N == fold, folds_N != fold
         banks = [
-            fit_probes(d[fit], g, combination_C, seed) for d, g in zip(data, groups, strict=True)
+            fit_members(d[fit], g, combination_C, seed) for d, g in zip(data, groups, strict=True)
         ]
-        where = torch.nonzero(held).squeeze(1)
-        said = ask(banks, tuple(d[held].replies_NFH for d in data))
-        parts.append((torch.cat([where, where + pairs]), said))
-    whole = Answers(
-        *(torch.empty(*getattr(parts[0][1], f.name).shape[:-1], 2 * pairs) for f in fields(Answers))
-    )
-    for where, said in parts:
-        for f in fields(Answers):
-            getattr(whole, f.name)[..., where] = getattr(said, f.name)
-    return whole
+        places.append(torch.nonzero(held).squeeze(1))
+        sides.append((ask(banks, tuple(d[held].replies_NFH for d in data)), len(places[-1])))
+    order = torch.argsort(torch.cat(places))
+    whole = []
+    for f in fields(Answers):
+        chosen = torch.cat([getattr(said, f.name)[..., :count] for said, count in sides], dim=-1)
+        rejected = torch.cat([getattr(said, f.name)[..., count:] for said, count in sides], dim=-1)
+        whole.append(torch.cat([chosen[..., order], rejected[..., order]], dim=-1))
+    return torch.cat(places)[order].tolist(), Answers(*whole)
 
 
 def _temperatures(
@@ -330,27 +328,6 @@ def _temperatures(
         margins_N = aggregate(chosen_KN - rejected_KN)[own_N]
         temperatures[criterion] = fit_temperature(margins_N, labels_N[own_N], weights_N[own_N])
     return temperatures
-
-
-def _bank_card(bank: Bank, groups: Sequence[ProbeGroup], criteria: Sequence[str]) -> BankCard:
-    return BankCard(
-        model=portable_name(bank.name),
-        model_fingerprint=weights_fingerprint(resolve_model(bank.name)),
-        tokenizer_fingerprint=bank.trunk.tokenizer.fingerprint,
-        families=tuple(
-            FamilyCard(layers=family.layers, pooling=family.pooling)
-            for family in bank.trunk.families
-        ),
-        groups=tuple(
-            GroupCard(
-                kind=members.kind,
-                count=group.count,
-                family=group.family,
-                l2=dict(zip(criteria, group.l2_C, strict=True)),
-            )
-            for (members, _), group in zip(bank.groups, groups, strict=True)
-        ),
-    )
 
 
 def _tokenised(

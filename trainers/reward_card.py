@@ -9,16 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.reward_model import COMBINED, Answers, RewardCard, Scores
+from models.reward_model import COMBINED, Answers, FamilyCard, RewardCard, Scores
 from rlhf.calibration import pair_figures
 from rlhf.ensemble import aggregate
 from rlhf.records import PreferencePair
 from rlhf.statistics import auroc
 
-_TITLES = {
-    "cross_validation": "Cross-validation, by which L2, temperatures and threshold were chosen",
-    "validation": "Validation, opened once",
-}
+
+def _titles(card: RewardCard) -> dict[str, str]:
+    """Of the sets of pairs that a card has figures for."""
+    by_folds = card.data["pairs_held_out"] == card.data["pairs"]
+    return {
+        "cross_validation": ("Cross-validation" if by_folds else "The held-out fold")
+        + ", by which L2, temperatures and threshold were chosen",
+        "validation": "Validation, opened once",
+    }
 
 
 def pair_report(
@@ -126,7 +131,7 @@ def describe(card: RewardCard) -> str:
         f"{card.data['pairs']} pairs, reward = {_combination(card)}, features "
         f"{card.metrics['features_s']:.0f} s of {card.metrics['total_s']:.0f} s"
     ]
-    for name, title in _TITLES.items():
+    for name, title in _titles(card).items():
         if name in card.metrics:
             figures = card.metrics[name]
             lines.append(
@@ -139,6 +144,12 @@ def describe(card: RewardCard) -> str:
                     for criterion, own in figures["per_criterion"].items()
                 ]
     return "\n".join(lines)
+
+
+def _layers(family: FamilyCard) -> str:
+    if family.own is None:
+        return str(family.layers)
+    return f"{family.own.end}, its own above {family.layers}"
 
 
 def report(card: RewardCard) -> str:
@@ -155,7 +166,8 @@ def report(card: RewardCard) -> str:
         f"- data: {card.data['pairs']} pairs ({_listed(card.data['pairs_by_criterion'], '{}')}), "
         f"hash {card.data['hash']}, seed {card.seed}",
         f"- ancestry: {' → '.join(card.ancestry) or 'none'}",
-        f"- time: {card.metrics['features_s']:.0f} s for features, {card.metrics['total_s']:.0f} s "
+        f"- time: {card.metrics['members_s']:.0f} s for members with layers of their own, "
+        f"{card.metrics['features_s']:.0f} s for features, {card.metrics['total_s']:.0f} s "
         "in all\n",
         "## Members\n",
         "| backbone | kind | members | family | L2 |\n|---|---|---|---|---|",
@@ -165,9 +177,9 @@ def report(card: RewardCard) -> str:
             family = bank.families[group.family]
             parts.append(
                 f"| {Path(bank.model).name} | {group.kind} | {group.count} | {family.pooling} of "
-                f"layer {family.layers} | {_listed(group.l2, '{:g}')} |"
+                f"layer {_layers(family)} | {_listed(group.l2, '{:g}')} |"
             )
-    for name, title in _TITLES.items():
+    for name, title in _titles(card).items():
         if name in card.metrics:
             parts += ["", *_pairs_section(title, card.metrics[name])]
     parts += ["", *_probes_section(card.metrics["probes"])]

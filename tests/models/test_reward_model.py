@@ -34,6 +34,7 @@ QUESTION = (Message("user", "What is a good name for a cat?"),)
 HEADS = Heads(
     weights_KCH=torch.tensor([[[1.0], [2.0]], [[2.0], [1.0]], [[1.0], [-1.0]]]),
     family_K=torch.tensor([0, 0, 1]),
+    kin_K=torch.tensor([0, 0, 1]),
     feature_mean_FH=torch.tensor([[1.0], [2.0]]),
     feature_deviation_FH=torch.tensor([[2.0], [4.0]]),
     whitening_FHH=torch.tensor([[[1.0]], [[0.5]]]),
@@ -166,6 +167,7 @@ def two_backbones(tiny_reward_model: Path, tmp_path_factory: pytest.TempPathFact
     one_family = dataclasses.replace(
         heads,
         family_K=torch.zeros(4, dtype=torch.long),
+        kin_K=torch.zeros(4, dtype=torch.long),
         feature_mean_FH=heads.feature_mean_FH[:1],
         feature_deviation_FH=heads.feature_deviation_FH[:1],
         whitening_FHH=heads.whitening_FHH[:1],

@@ -197,8 +197,8 @@ def test_an_empty_reply_is_refused(trunk, finished):
         trunk.tokenise(QUESTION, "", finished=finished)
 
 
-def test_a_prompt_keeps_its_last_half_of_the_tokens_and_a_reply_gets_what_it_leaves(make_trunk):
-    trunk = make_trunk(max_tokens=64)
+def test_a_prompt_keeps_its_last_third_of_the_tokens_and_a_reply_gets_what_it_leaves(make_trunk):
+    trunk = make_trunk(max_tokens=96)
     long = " ".join(["water", "rice", "pasta", "bread"] * 30)
     all_prompt, short = make_trunk(max_tokens=10_000).tokenise(
         (Message("user", long),), "yes", finished=True
@@ -208,7 +208,7 @@ def test_a_prompt_keeps_its_last_half_of_the_tokens_and_a_reply_gets_what_it_lea
     assert reply == short
     all_reply = make_trunk(max_tokens=10_000).tokenise(QUESTION, long, finished=True)[1]
     prompt, reply = trunk.tokenise(QUESTION, long, finished=True)
-    assert reply == all_reply[: 64 - len(prompt)]
+    assert reply == all_reply[: 96 - len(prompt)]
     assert 0 < len(prompt) <= 32
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from models.reward_model import Answers, RewardCard, Scores
+from models.reward_model import Answers, FamilyCard, OwnLayersCard, RewardCard, Scores
 from rlhf.records import Message, PreferencePair
 from tests.models.test_reward_model import HEADS, model_of
 from trainers.reward_card import describe, longer_wins, pair_report, probe_report, report
@@ -123,10 +123,16 @@ def card() -> RewardCard:
     loop = {"auroc": 0.75, "auroc_disagreement": 0.5, "auroc_distance": 1.0}
     return plain.model_copy(
         update={
-            "data": {"pairs": 2, "pairs_by_criterion": {"helpful": 1, "harmless": 1}, "hash": "h"},
+            "data": {
+                "pairs": 2,
+                "pairs_held_out": 2,
+                "pairs_by_criterion": {"helpful": 1, "harmless": 1},
+                "hash": "h",
+            },
             "metrics": {
                 "cross_validation": figures,
                 "probes": {"word loop": {**loop, "flagged_share": 0.5, "reward": -2.0}},
+                "members_s": 0.0,
                 "features_s": 3.0,
                 "total_s": 5.0,
             },
@@ -184,3 +190,17 @@ def test_a_probe_is_told_from_held_out_replies_by_each_signal():
     assert found["loop"]["auroc_disagreement"] == found["loop"]["auroc_distance"] == 0.5
     assert (found["loop"]["flagged_share"], found["loop"]["reward"]) == (0.5, 2.5)
     assert (found["noise"]["auroc"], found["noise"]["reward"]) == (1.0, -2.0)
+
+
+def test_a_card_with_trained_members_says_what_was_held_out_and_which_layers_are_their_own(card):
+    family = FamilyCard(layers=3, pooling="mean", own=OwnLayersCard(name="0" * 16, end=5))
+    [bank] = card.banks
+    bank = bank.model_copy(update={"families": (family, *bank.families[1:])})
+    trained = card.model_copy(
+        update={"banks": (bank,), "data": {**card.data, "pairs": 10, "pairs_held_out": 2}}
+    )
+    text = report(trained)
+    assert "mean of layer 5, its own above 3" in text
+    assert "## The held-out fold" in text
+    assert "Cross-validation" not in text
+    assert "the held-out fold: accuracy" in describe(trained)

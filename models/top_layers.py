@@ -1,0 +1,144 @@
+"""Trained layers above a frozen cut: what `top` and `full` members have and probes have not.
+
+A member of kind `top` shares a trunk and goes on with layers of its own; one of kind `full` is the
+same with the cut below the first layer, so that all layers are its own and only the embeddings,
+which stay frozen, are shared. Shapes: B rows, L columns, H hidden size, N replies, C criteria.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from models.loading import load_backbone
+from models.logprobs import attention_mask
+from models.packing import PackedBatch
+from rlhf.errors import ModelError
+
+
+class TopLayers(nn.Module):
+    """Layers `cut` to `end` of a backbone with its final norm, initialised by it.
+
+    Fed with the state after `cut` layers they give what the backbone gives, bit for bit
+    (`tests/models/test_top_layers.py`).
+
+    Args:
+        folder: the backbone.
+        cut: layers below, which the trunk runs; 0 for all layers of one's own.
+        end: the layer that they end with.
+        dtype: of the weights.
+
+    Raises:
+        ModelError: the backbone has fewer layers, keeps them where they are not found, or does
+            more with its embeddings than to pass them on.
+    """
+
+    def __init__(self, folder: Path, cut: int, end: int, dtype: str) -> None:
+        super().__init__()
+        model: Any = load_backbone(folder, dtype)
+        _require_plain_embeddings(model)
+        keep_layers(model, cut, end)
+        # The input is the state after the cut: the embedding is the trunk's.
+        model.set_input_embeddings(nn.Identity())
+        self.model = model
+
+    def forward(self, hidden_BLH: Tensor, batch: PackedBatch) -> Tensor:
+        """The state after the last own layer and the norm, shape (B, L, H)."""
+        state: Tensor = self.model(
+            inputs_embeds=hidden_BLH.to(next(self.model.parameters()).dtype),
+            attention_mask=attention_mask(self.model, batch),
+            position_ids=batch.position_ids_BL,
+            use_cache=False,
+        ).last_hidden_state
+        return state
+
+    def read(self, path: Path) -> TopLayers:
+        """Read weights that `write_layers` wrote, in this module's precision.
+
+        Raises:
+            ModelError: they are not of these layers.
+        """
+        try:
+            self.load_state_dict(load_file(path))
+        except (RuntimeError, OSError, ValueError, SafetensorError) as error:
+            raise ModelError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from None
+        return self
+
+
+def write_layers(tensors: dict[str, Tensor], folder: Path) -> str:
+    """Write the weights of `TopLayers`, beside and renamed; returns the name of the file, which
+    is its hash."""
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / f"{uuid4().hex}.part"
+    save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, beside)
+    name = file_hash(beside)
+    beside.rename(folder / f"{name}.safetensors")
+    return name
+
+
+def file_hash(path: Path) -> str:
+    """What a file of layers is called."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def keep_layers(model: Any, first: int, end: int) -> None:
+    """Keep layers `first` to `end` (exclusive) of a model, in place.
+
+    Raises:
+        ModelError: the architecture keeps its layers where they are not found, or has fewer.
+    """
+    parent, name = _layer_stack(model)
+    total = model.config.num_hidden_layers
+    if end > total:
+        raise ModelError(f"{end} layers are wanted of {type(model).__name__}, which has {total}")
+    setattr(parent, name, getattr(parent, name)[first:end])
+    model.config = copy.copy(model.config)
+    model.config.num_hidden_layers = end - first
+    if getattr(model.config, "layer_types", None):
+        # Which layers slide a window is told by place: what was cut below must go there too.
+        model.config.layer_types = model.config.layer_types[first:end]
+
+
+def _require_plain_embeddings(model: Any) -> None:
+    """Refuse a backbone that scales its embeddings or adds positions to them: given hidden states
+    instead, it would do so again."""
+    width = model.config.hidden_size
+    seen: list[Tensor] = []
+    parent, name = _layer_stack(model)
+    hook = getattr(parent, name)[0].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]),
+        with_kwargs=True,
+    )
+    given_BLH = torch.linspace(-1, 1, 2 * width).reshape(1, 2, width)
+    try:
+        with torch.inference_mode():
+            model(inputs_embeds=given_BLH.to(next(model.parameters())), use_cache=False)
+    finally:
+        hook.remove()
+    if not torch.equal(seen[0].float().cpu(), given_BLH.to(seen[0].dtype).float()):
+        raise ModelError(
+            f"{type(model).__name__} changes its embeddings before the first layer, so that "
+            "trained layers cannot be put on a cut; use members of kind probe"
+        )
+
+
+def _layer_stack(model: Any) -> tuple[nn.Module, str]:
+    """Where a model keeps its layers: the module that has the list, and the list's name."""
+    stacks = [
+        (parent, name)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == model.config.num_hidden_layers
+    ]
+    if len(stacks) != 1:
+        raise ModelError(f"the layers of {type(model).__name__} cannot be cut")
+    return stacks[0]

@@ -1,0 +1,153 @@
+"""`pavlov reward` with members that train layers of their own, by the real Ray Train."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from actors.reward_member import MemberJob, PairRow
+from models.reward_model import RewardModel
+from models.top_layers import file_hash
+from models.trunk import Family, Trunk
+from rlhf.config import RewardConfig, TrainedMembers, parse_config
+from rlhf.errors import ModelError, ResourceError
+from rlhf.records import Message
+from tests.trainers.test_reward import pair
+from trainers.reward import run_reward
+from trainers.reward_members import train_members
+
+pytestmark = pytest.mark.engine
+
+FAST = {"learning_rate": 1e-3, "warmup_steps": 0, "weight_decay": 0.0}
+
+
+@pytest.fixture
+def train(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PAVLOV_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("PAVLOV_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(pair(n)) + "\n" for n in range(60)))
+
+    def train(name: str, members: list[dict[str, Any]]) -> Path:
+        values = {
+            "data": {"train": [str(data)], "validation": [str(data)]},
+            "ensemble": {
+                "model": str(tiny_model),
+                "max_tokens": 64,
+                "dtype": "float32",
+                "members": members,
+            },
+        }
+        config = parse_config(RewardConfig, values, "test")
+        return run_reward(config, tmp_path / f"{name}.toml", Console(file=io.StringIO()))
+
+    return train
+
+
+def own(kind: str, workers: int = 1, **changes: Any) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "count": 1,
+        "workers": workers,
+        "dtype": "float32",
+        "learner": FAST,
+        "cpus_per_worker": 0.5,
+        **changes,
+    }
+
+
+def test_two_workers_train_what_one_does(tmp_path: Path, tiny_model: Path):
+    trunk = Trunk(tiny_model, [Family(1, "last")], dtype="float32", max_tokens=64, batch_tokens=512)
+    rows = []
+    for n in range(40):
+        given = pair(n)
+        chosen, rejected = (
+            trunk.tokenise((Message("user", given["prompt"]),), given[side], finished=True)
+            for side in ("chosen", "rejected")
+        )
+        rows.append(PairRow(*chosen, rejected[1], 0.9, 1.0 + n % 2, 0.1, n % 2))
+    jobs = [
+        MemberJob(
+            model=str(tiny_model),
+            cut=0,
+            end=2,
+            settings=TrainedMembers.model_validate(
+                # Micro-batches of a pair or two: five a batch, so that one of two ranks has fewer.
+                own("full", workers, batch_pairs=5, centring=0.01)
+                | {"learner": {**FAST, "micro_batch_tokens": 128}}
+            ),
+            criteria=2,
+            pairs=rows,
+            member=0,
+            seed=3,
+            dtype="float32",
+            max_tokens=64,
+            out=str(tmp_path / "own"),
+        )
+        for workers in (1, 2)
+    ]
+    one, two = train_members(jobs, Console(file=io.StringIO()))
+    assert one.figures["steps"] == two.figures["steps"] == 8
+    assert one.figures["loss"] == pytest.approx(two.figures["loss"], rel=1e-4)
+    start = load_file(tiny_model / "model.safetensors")
+    first, second = (load_file(tmp_path / "own" / f"{m.name}.safetensors") for m in (one, two))
+    assert first.keys() == second.keys()
+    assert not any("embed" in name for name in first)
+    moved = 0.0
+    for name, tensor in first.items():
+        before = start[name if name in start else name.removeprefix("model.")]
+        moved = max(moved, float((tensor - before).abs().max()))
+        assert torch.allclose(tensor, second[name], atol=2e-5), name
+    # Eight steps of Adam: by far more than what the two differ by.
+    assert moved > 1e-3
+    assert torch.allclose(one.weights_CH, two.weights_CH, atol=2e-5)
+
+
+def test_probes_tops_and_full_models_stand_in_one_ensemble(train, tmp_path: Path):
+    run = train(
+        "mixed",
+        [
+            {"count": 3, "depth": 0.5},
+            own("top", layers=1, pooling="mean"),
+            own("full", 2, epochs=2),
+        ],
+    )
+    model = RewardModel.load(run)
+    figures = model.card.metrics["cross_validation"]
+    assert figures["accuracy"] > 0.9
+    # Only what no trained member has seen: a fifth of the pairs.
+    assert figures["pairs"] == model.card.data["pairs_held_out"] < 25
+    [bank] = model.card.banks
+    assert [group.kind for group in bank.groups] == ["probe", "top", "full"]
+    assert [family.layers for family in bank.families] == [1, 1, 0]
+    assert bank.groups[2].training["steps"] == 2 * -(-(60 - figures["pairs"]) // 16)
+    files = sorted((run / "reward" / "own").iterdir())
+    assert [file.stem for file in files] == sorted(map(file_hash, files))
+    assert len(files) == 2
+    assert not list(run.glob(".own*"))
+    replies = [
+        ((Message("user", "What about rice?"),), text, True)
+        for text in ("Use less water for the rice and stir it once.", "The rice is lazy and the")
+    ]
+    rewards_KN = model.score(replies).rewards_KN
+    # Every member prefers what was preferred.
+    assert (rewards_KN[:, 0] > rewards_KN[:, 1]).all()
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    model.save(copy)
+    assert torch.equal(RewardModel.load(copy).score(replies).rewards_KN, rewards_KN)
+    files[0].write_bytes(files[0].read_bytes()[:-1])
+    with pytest.raises(ModelError, match="own layers are missing or damaged"):
+        RewardModel.load(run).score(replies)
+
+
+def test_workers_that_never_fit_are_refused_before_anything_waits(train):
+    with pytest.raises(ResourceError, match="wants 64 CPUs for its 2 workers"):
+        train("big", [own("full", 2, count=3, cpus_per_worker=32.0)])
