@@ -104,6 +104,11 @@ def _is_held(folder: Path) -> bool:
     return False
 
 
+def cluster_address() -> str | None:
+    """The cluster that a session of this process joins, None where it starts one of its own."""
+    return os.environ.get("RAY_ADDRESS") or ("auto" if in_ray_job() else None)
+
+
 @contextlib.contextmanager
 def ray_session(run_name: str, *, num_cpus: int | None = None) -> Iterator[str]:
     """Connect to Ray and leave it in the end; yields the run's namespace ``<run>-<attempt>``.
@@ -123,7 +128,7 @@ def ray_session(run_name: str, *, num_cpus: int | None = None) -> Iterator[str]:
     import ray
 
     namespace = f"{run_name}-{uuid4().hex[:6]}"
-    address = os.environ.get("RAY_ADDRESS") or ("auto" if in_ray_job() else "local")
+    address = cluster_address() or "local"
     guard = None
     on_sigterm = signal.getsignal(signal.SIGTERM)
     if address == "local":

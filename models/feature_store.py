@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from uuid import uuid4
 
@@ -23,6 +23,9 @@ from torch import Tensor
 from models.trunk import TokenRow, Trunk
 
 _WRITE_EVERY_S = 20.0
+
+Compute = Callable[[Sequence[TokenRow]], Iterable[tuple[Sequence[int], Tensor]]]
+"""Features of rows as they come: which rows, and theirs (n, F, H)."""
 
 
 class FeatureStore:
@@ -37,9 +40,13 @@ class FeatureStore:
         self.folder = folder / trunk.fingerprint
 
     def features(
-        self, rows: Sequence[TokenRow], progress: Callable[[int], None] = lambda count: None
+        self,
+        rows: Sequence[TokenRow],
+        progress: Callable[[int], None] = lambda count: None,
+        compute: Compute | None = None,
     ) -> Tensor:
-        """As `Trunk.features`: float32, shape (N, F, H); known rows are read, new ones computed."""
+        """As `Trunk.features`: float32, shape (N, F, H); known rows are read, new ones computed,
+        by the trunk itself unless `compute` does what its `stream` does elsewhere."""
         keys = [row_key(row) for row in rows]
         known = self._read(set(keys))
         missing: dict[str, int] = {}
@@ -51,7 +58,9 @@ class FeatureStore:
         todo = list(missing)
         pending: dict[str, Tensor] = {}
         written = time.monotonic()
-        for indices, part_nFH in self._trunk.stream([rows[index] for index in missing.values()]):
+        compute = compute or self._trunk.stream
+        computed = compute([rows[index] for index in missing.values()]) if missing else ()
+        for indices, part_nFH in computed:
             pending |= {todo[i]: row for i, row in zip(indices, part_nFH, strict=True)}
             progress(len(indices))
             if time.monotonic() - written > _WRITE_EVERY_S:

@@ -202,14 +202,14 @@ class RewardModel:
                 f"the reward model was trained on {bank.model} with fingerprint "
                 f"{bank.model_fingerprint}, but the model there now has {found}"
             )
-        trunk = Trunk(
-            folder,
-            [family.family for family in bank.families],
+        trunk = build_trunk(
+            bank.model,
+            bank.families,
+            own=self._own,
             dtype=self.card.dtype,
             max_tokens=self.card.max_tokens,
             batch_tokens=_BATCH_TOKENS,
             device=device,
-            own=load_own_layers(folder, bank.families, self._own, self.card.dtype),
         )
         width = self.banks[self.card.banks.index(bank)].feature_mean_FH.shape[1]
         if trunk.width != width:
@@ -324,7 +324,37 @@ def own_layers(families: Sequence[FamilyCard]) -> list[OwnLayersCard]:
     return [family.own for family in families if family.own is not None]
 
 
-def load_own_layers(
+def build_trunk(
+    model: str,
+    families: Sequence[FamilyCard],
+    *,
+    own: Path,
+    dtype: DType,
+    max_tokens: int,
+    batch_tokens: int,
+    device: str = "cpu",
+) -> Trunk:
+    """A trunk with the trained layers that its families name, from the files in `own`."""
+    folder = resolve_model(model)
+    return Trunk(
+        folder,
+        [family.family for family in families],
+        dtype=dtype,
+        max_tokens=max_tokens,
+        batch_tokens=batch_tokens,
+        device=device,
+        own=_load_own_layers(folder, families, own, dtype),
+    )
+
+
+def trunk_of(arguments: Mapping[str, Any], device: str = "cpu") -> Trunk:
+    """`build_trunk` on arguments that are plain data, as they travel to an actor."""
+    families = [FamilyCard.model_validate(given) for given in arguments["families"]]
+    own = Path(arguments["own"])
+    return build_trunk(**{**arguments, "families": families, "own": own, "device": device})
+
+
+def _load_own_layers(
     model: Path, families: Sequence[FamilyCard], folder: Path, dtype: DType
 ) -> dict[str, TopLayers]:
     """The trained layers that families name, from the files in `folder`.

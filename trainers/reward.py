@@ -21,7 +21,9 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -30,10 +32,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from actors.features import stream_features
 from cluster.files import RunFolder, folder_beside, resolve_run_folder, write_atomically
+from cluster.session import cluster_address, ray_session
 from models.data_files import ReadReport
 from models.embedded import cache_folder
-from models.feature_store import FeatureStore
+from models.feature_store import Compute, FeatureStore
 from models.heads import (
     Comparisons,
     ProbeGroup,
@@ -65,7 +69,14 @@ from rlhf.ensemble import aggregate, false_alarm_interval, quantile_threshold, s
 from rlhf.errors import DataError, ModelError
 from rlhf.records import OVERALL, PreferencePair
 from trainers.recording import Progressing
-from trainers.reward_banks import Bank, backbones, bank_card, plan_banks, with_trained_members
+from trainers.reward_banks import (
+    Bank,
+    backbones,
+    bank_card,
+    plan_banks,
+    trunk_arguments,
+    with_trained_members,
+)
 from trainers.reward_card import describe, pair_report, probe_report, report
 
 _LEAST_TURNS = 16
@@ -171,9 +182,11 @@ def train_reward_model(
     probes = [probe_rows(bank.trunk, pairs, _PROBES, seed) for bank in banks]
     probe_sizes = {name: len(made) for name, made in probes[0].items()}
     probed_rows = [list(chain.from_iterable(made.values())) for made in probes]
-    features, validation_features, probe_features = _features(
-        banks, (rows, validation_rows, probed_rows), console
-    )
+    streams = [_stream(bank, settings, own) for bank in banks]
+    with ray_session("reward") if cluster_address() else nullcontext():
+        features, validation_features, probe_features = _features(
+            banks, streams, (rows, validation_rows, probed_rows), console
+        )
     features_s = time.monotonic() - started - members_s
 
     combination = combination_of(criteria, settings)
@@ -240,8 +253,20 @@ def train_reward_model(
     return RewardModel(card.model_copy(update={"metrics": metrics}), fitted, own)
 
 
+def _stream(bank: Bank, settings: EnsembleSection, own: Path) -> Compute | None:
+    """Who runs the trunk: on a cluster its actors, else None, for this process alone, which has
+    all cores of the machine and need not start a Ray for it."""
+    if cluster_address() is None:
+        return None
+    arguments = trunk_arguments(bank.name, bank.families, settings, own)
+    return partial(stream_features, trunk=arguments, families=len(bank.families))
+
+
 def _features(
-    banks: Sequence[Bank], parts: Sequence[Sequence[Sequence[TokenRow]]], console: Console
+    banks: Sequence[Bank],
+    streams: Sequence[Compute | None],
+    parts: Sequence[Sequence[Sequence[TokenRow]]],
+    console: Console,
 ) -> list[RowFeatures]:
     """Features of every part, each with the rows of every bank, from one pass that is kept."""
     stores = [FeatureStore(cache_folder() / "features", bank.trunk) for bank in banks]
@@ -249,8 +274,8 @@ def _features(
     with Progressing(console, "features", total) as progress:
         return [
             tuple(
-                store.features(rows, progress.advance)
-                for store, rows in zip(stores, part, strict=True)
+                store.features(rows, progress.advance, stream)
+                for store, rows, stream in zip(stores, part, streams, strict=True)
             )
             for part in parts
         ]

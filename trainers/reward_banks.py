@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from torch import Tensor
 
 from actors.reward_member import MemberJob, PairRow, TrainedMember
 from models.heads import ProbeGroup, TrainedHead
-from models.reward_model import BankCard, FamilyCard, GroupCard, OwnLayersCard, load_own_layers
+from models.reward_model import BankCard, FamilyCard, GroupCard, OwnLayersCard, trunk_of
 from models.sources import portable_name, resolve_model, weights_fingerprint
-from models.top_layers import TopLayers
 from models.trunk import Family, TokenRow, Trunk, layers_at
 from rlhf.config import EnsembleSection, ProbeMembers, TrainedMembers
 from rlhf.errors import ConfigError
@@ -52,12 +52,14 @@ def plan_banks(settings: EnsembleSection) -> list[Bank]:
         trained = tuple(group for group in own if isinstance(group, TrainedMembers))
         wanted = [Family(layers_at(folder, group.depth), group.pooling) for group in probes]
         families = sorted(set(wanted))
+        cards = tuple(FamilyCard(layers=f.layers, pooling=f.pooling) for f in families)
+        # Without probes it only tokenises.
+        read = cards or [FamilyCard(layers=1, pooling="last")]
         banks.append(
             Bank(
                 name,
-                # Without probes it only tokenises.
-                _trunk(settings, folder, families or [Family(1, "last")]),
-                tuple(FamilyCard(layers=f.layers, pooling=f.pooling) for f in families),
+                trunk_of(trunk_arguments(name, read, settings, Path())),
+                cards,
                 tuple(zip(probes, map(families.index, wanted), strict=True)),
                 trained,
             )
@@ -65,20 +67,18 @@ def plan_banks(settings: EnsembleSection) -> list[Bank]:
     return banks
 
 
-def _trunk(
-    settings: EnsembleSection,
-    folder: Path,
-    families: Sequence[Family],
-    own: Mapping[str, TopLayers] | None = None,
-) -> Trunk:
-    return Trunk(
-        folder,
-        families,
-        dtype=settings.dtype,
-        max_tokens=settings.max_tokens,
-        batch_tokens=settings.batch_tokens,
-        own=own,
-    )
+def trunk_arguments(
+    name: str, families: Sequence[FamilyCard], settings: EnsembleSection, own: Path
+) -> dict[str, Any]:
+    """What `build_trunk` takes, here or in an actor, as plain data."""
+    return {
+        "model": name,
+        "families": [family.model_dump() for family in families],
+        "own": str(own),
+        "dtype": settings.dtype,
+        "max_tokens": settings.max_tokens,
+        "batch_tokens": settings.batch_tokens,
+    }
 
 
 def _cut(folder: Path, group: TrainedMembers) -> tuple[int, int]:
@@ -169,9 +169,7 @@ def _with_heads(
             heads.append((head, card))
     if not heads:
         return bank
-    folder = resolve_model(bank.name)
-    layers = load_own_layers(folder, families, out, settings.dtype)
-    trunk = _trunk(settings, folder, [family.family for family in families], layers)
+    trunk = trunk_of(trunk_arguments(bank.name, families, settings, out))
     return replace(bank, trunk=trunk, families=tuple(families), heads=tuple(heads))
 
 

@@ -6,26 +6,30 @@ import json
 import shutil
 import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 
 from models.embedded import cache_folder
 from models.feature_store import FeatureStore
+from models.heads import Comparisons, ProbeGroup, fit_members
 from models.preferences import read_pairs
 from models.probes import FLUENT, SEPARABLE, probe_rows
 from models.reward_model import Answers, RewardModel, RowFeatures, Scores
-from models.trunk import TokenRow
+from models.sources import resolve_model
+from models.trunk import Family, TokenRow, Trunk, layers_at
 from rlhf.calibration import calibrated_ece, expected_calibration_error
 from rlhf.config import data_path
 from rlhf.ensemble import aggregate
 from rlhf.losses import bradley_terry_loss
 from rlhf.records import PreferencePair
 from rlhf.statistics import wilson_interval
-from tests.proofs.runner import hold, pavlov, prove
+from tests.proofs.runner import hold, pavlov, prove, rows, start
 from trainers.reward_card import longer_wins, probe_report
 
 SEEDS = (0, 1, 2)
@@ -210,7 +214,185 @@ def card(folder: Path) -> dict[str, Any]:
     return hold(bars, figures)
 
 
-PROOFS = [accuracy, domain_shift, card]
+def cost(folder: Path) -> dict[str, Any]:
+    """Trunk and ensemble for 2,500 pairs take at most 6 minutes; a member more costs under 1 % of
+    that; scoring with K = 32 costs at most 0.75 of one full forward pass of the backbone over the
+    same rows, measured in turns."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    shutil.copytree(cache_folder(), folder / "cache", ignore=shutil.ignore_patterns("features"))
+    pavlov(
+        *("reward", CONFIG, "data.limit=2500", "data.validation=[]", "run.dir=run"),
+        runs=folder,
+        PAVLOV_CACHE=str(folder / "cache"),
+    )
+    model = RewardModel.load(folder / "run")
+    whole_s = model.card.metrics["total_s"]
+    shutil.rmtree(folder / "cache")
+
+    [trunk] = model.trunks()
+    pairs, rows = validation("helpful-base")
+    half = len(pairs)
+    # Chosen and rejected in turns: neighbours share their prompt.
+    sample = [rows[side * half + n] for n in range(128) for side in (0, 1)]
+    family = Family(layers_at(resolve_model("embedded"), 1.0), "last")
+    full = Trunk(
+        resolve_model("embedded"),
+        [family],
+        dtype=model.card.dtype,
+        max_tokens=model.card.max_tokens,
+        batch_tokens=2048,
+    )
+    seconds: dict[str, list[float]] = {"ensemble": [], "full": [], "heads": []}
+    for _ in range(3):
+        seconds["full"].append(timed(lambda: full.features(sample)))
+        seconds["ensemble"].append(timed(lambda: model.score_features((trunk.features(sample),))))
+    features_NFH = trunk.features(sample)
+    seconds["heads"] = [timed(lambda: model.score_features((features_NFH,))) for _ in range(3)]
+    ratio = min(seconds["ensemble"]) / min(seconds["full"])
+
+    def fitted(members: int) -> float:
+        trained_on = Comparisons(
+            features_NFH[0::2],
+            features_NFH[1::2],
+            *(torch.ones(128), torch.ones(128), torch.zeros(128)),
+            torch.zeros(128, dtype=torch.long),
+        )
+        # As many pairs as the ensemble was trained on.
+        many = trained_on[torch.arange(2500) % 128]
+        group = ProbeGroup(0, members, (0.3,))
+        return timed(lambda: fit_members(many, [group], torch.ones(1), 0))
+
+    member_s = (fitted(32) - fitted(2)) / 30
+    figures = {
+        "seconds, 2,500 pairs": whole_s,
+        "seconds, of that the trunk's pass": model.card.metrics["features_s"],
+        "seconds, one member more on 2,500 pairs": round(member_s, 3),
+        "scoring 256 replies, ensemble / full forward": round(ratio, 3),
+        "seconds, scoring 256 replies, ensemble": round(min(seconds["ensemble"]), 2),
+        "seconds, of that heads and signals": round(min(seconds["heads"]), 3),
+    }
+    bars = {
+        "2,500 pairs in 360 s": whole_s <= 360,
+        "a member costs under 1 %": member_s <= 0.01 * whole_s,
+        "scoring at most 0.75 of a full pass": ratio <= 0.75,
+    }
+    return hold(bars, figures)
+
+
+def timed(work: Callable[[], object]) -> float:
+    started = time.monotonic()
+    work()
+    return time.monotonic() - started
+
+
+def killed(folder: Path) -> dict[str, Any]:
+    """`pavlov reward`, with a member that trains a layer of its own, is killed again and again with
+    SIGKILL and run again: kept features only grow, what can be read as a model is a whole one, and
+    the last run ends with what an unbroken one gives."""
+    shutil.rmtree(folder, ignore_errors=True)
+    settings = [
+        *("reward", CONFIG, "data.limit=160", "data.validation=[]"),
+        "ensemble.members=[{count=8,pooling='mean'},"
+        "{kind='top',count=1,depth=0.2,layers=1,pooling='mean'}]",
+    ]
+    for name in ("unbroken", "killed"):
+        shutil.copytree(
+            cache_folder(), folder / name / "cache", ignore=shutil.ignore_patterns("features")
+        )
+    caches = {name: str(folder / name / "cache") for name in ("unbroken", "killed")}
+    needed_s = timed(
+        lambda: pavlov(
+            *settings,
+            "run.dir=run",
+            runs=folder / "unbroken",
+            PAVLOV_CACHE=caches["unbroken"],
+        )
+    )
+    reward, kept, after = folder / "killed" / "run" / "reward", [0], []
+    for share in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95):
+        run = start(
+            *settings,
+            "run.dir=run",
+            runs=folder / "killed",
+            log=folder / "log",
+            PAVLOV_CACHE=caches["killed"],
+        )
+        time.sleep(share * needed_s)
+        run.kill()
+        run.wait()
+        rows = sum(
+            pq.read_metadata(path).num_rows for path in Path(caches["killed"]).rglob("*.parquet")
+        )
+        assert rows >= kept[-1], "features were lost"
+        kept.append(rows)
+        after.append(round(share * needed_s, 1))
+        if reward.exists():
+            break
+    if not reward.exists():
+        pavlov(*settings, "run.dir=run", runs=folder / "killed", PAVLOV_CACHE=caches["killed"])
+    whole, other = RewardModel.load(folder / "unbroken" / "run"), RewardModel.load(reward)
+    figures = {
+        "seconds, unbroken": round(needed_s, 1),
+        "killed after, seconds": after,
+        "rows of features kept after each kill": kept[1:],
+        "accuracy, unbroken and killed": [
+            model.card.metrics["cross_validation"]["accuracy"] for model in (whole, other)
+        ],
+    }
+    [one], [two] = whole.banks, other.banks
+    cosine = torch.nn.functional.cosine_similarity(
+        one.weights_KCH.flatten(1), two.weights_KCH.flatten(1)
+    ).min()
+    figures["least cosine of a member's heads in the two"] = float(cosine)
+    bars = {
+        "features were kept": kept[-1] > 0,
+        "same pairs": whole.card.data == other.card.data,
+        # bfloat16 in other micro-batches.
+        "same heads": float(cosine) > 0.99,
+    }
+    return hold(bars, figures)
+
+
+def driven_off(folder: Path) -> dict[str, Any]:
+    """RL with the shipped settings on HH prompts: in step 0 at most 10 % of the completions are
+    flagged, twice the false-alarm rate. With a broken reward (its sign turned), no KL penalty and a
+    larger step the flagged share rises."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, combination in (
+        ("sound", "{helpful=1.0,harmless=0.5}"),
+        ("broken", "{helpful=-1.0,harmless=-0.5}"),
+    ):
+        pavlov(
+            *("reward", CONFIG, "data.validation=[]", f"run.dir={name}"),
+            f"ensemble.combination={combination}",
+            runs=folder,
+        )
+    rl = ("rl", "configs/rl_hh_cpu.toml", "rl.num_steps=12", "rl.prompts_per_step=12")
+    pavlov(*rl, "rl.num_steps=1", "reward.model=sound/reward", "run.dir=kept", runs=folder)
+    pavlov(
+        *(*rl, "reward.model=broken/reward", "run.dir=driven"),
+        *("rl.kl.coefficient=0.0", "rl.entropy.coefficient=0.0", "learner.learning_rate=1e-4"),
+        runs=folder,
+    )
+    shares = {
+        name: [row["ensemble/flagged_share"] for row in rows(folder / name / "metrics.jsonl")]
+        for name in ("kept", "driven")
+    }
+    first, last = shares["driven"][0], statistics.fmean(shares["driven"][-3:])
+    figures = {
+        "flagged in step 0, sound reward": shares["kept"][0],
+        "flagged by step, broken reward": [round(share, 3) for share in shares["driven"]],
+    }
+    bars = {
+        "step 0 at most 10 %": max(shares["kept"][0], first) <= 0.10,
+        "rises when driven off": last > first + 0.10,
+    }
+    return hold(bars, figures)
+
+
+PROOFS = [accuracy, domain_shift, card, cost, killed, driven_off]
 
 
 if __name__ == "__main__":

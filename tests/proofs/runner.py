@@ -82,13 +82,13 @@ def pavlov(
     return done
 
 
-def start(*arguments: str, runs: Path, log: Path) -> subprocess.Popen[bytes]:
+def start(*arguments: str, runs: Path, log: Path, **environment: str) -> subprocess.Popen[bytes]:
     """Start the command line and leave it to run; what it prints goes to `log`."""
     with log.open("ab") as file:
         return subprocess.Popen(
             [sys.executable, "pavlov.py", *arguments],
             cwd=ROOT,
-            env={**os.environ, "PAVLOV_RUNS": str(runs)},
+            env={**os.environ, "PAVLOV_RUNS": str(runs), **environment},
             stdout=file,
             stderr=subprocess.STDOUT,
         )
