@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -54,7 +54,10 @@ class FeatureActor:
 
 
 def stream_features(
-    rows: Sequence[TokenRow], trunk: Mapping[str, Any], families: int
+    rows: Sequence[TokenRow],
+    trunk: Mapping[str, Any],
+    families: int,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[tuple[Sequence[int], Tensor]]:
     """As `Trunk.stream`, by the actors of the cluster that this process has joined.
 
@@ -66,6 +69,7 @@ def stream_features(
         FeatureActor,
         {"trunk": trunk},
         use_gpus=torch.version.cuda is not None,
+        say=say,
     )
     done = 0
     with closing(tables):

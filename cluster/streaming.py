@@ -13,6 +13,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ _BLOCK_BYTES = 256 * 1024
 _BATCH_ROWS = 256
 _SHARE = 0.6
 """Of a node's CPUs for its actor: more than half, so that no two stand on one node."""
+_SAY_EVERY_S = 30.0
 _NO_PROGRESS_S = 3600.0
 """Without any block read or computed. A batch may take long: a large model on CPU."""
 
@@ -66,10 +69,12 @@ def stream_through_actors(
     arguments: Mapping[str, Any],
     *,
     use_gpus: bool,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Generator[pa.Table, None, None]:
     """What ``cls(**arguments, gpus=…)(table)`` gives of everything that `read` gives, in order.
 
-    Inside a `ray_session`. `read` runs on this node, as files of the driver's are there.
+    Inside a `ray_session`. `read` runs on this node, as files of the driver's are there. Until the
+    first table comes `say` is told, every half minute, what is waited for.
 
     Raises:
         PavlovError: as `read` or an actor raised it.
@@ -80,7 +85,7 @@ def stream_through_actors(
     import ray
 
     try:
-        yield from _stream(read, cls, arguments, use_gpus)
+        yield from _stream(read, cls, arguments, use_gpus, say)
         return
     except ray.exceptions.RayError as error:
         failure = _own_error(error)
@@ -94,6 +99,7 @@ def _stream(
     cls: type,
     arguments: Mapping[str, Any],
     use_gpus: bool,
+    say: Callable[[str], None],
 ) -> Iterator[pa.Table]:
     import ray
     import ray.data
@@ -123,10 +129,38 @@ def _stream(
     context.raise_original_map_exception = True
     context.execution_no_progress_timeout_s = _NO_PROGRESS_S
     try:
-        with _without_complaint(context):
-            yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+        with _without_complaint(context), _saying(pool, say) as first_came:
+            for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+                first_came.set()
+                yield table
     except ray.data.exceptions.ExecutionTimeoutError as error:
         raise RunError(f"the stream stands still: {first_line(error)}") from None
+
+
+@contextlib.contextmanager
+def _saying(pool: Pool, say: Callable[[str], None]) -> Iterator[threading.Event]:
+    """Say what is waited for until the event is set: an actor may load a large model, or others
+    may hold what it wants."""
+    import ray
+
+    first_came, started = threading.Event(), time.monotonic()
+
+    def wait() -> None:
+        while not first_came.wait(_SAY_EVERY_S):
+            free = ray.available_resources()
+            say(
+                f"nothing yet, {time.monotonic() - started:.0f} s: actors {pool.actors}, each with "
+                f"{pool.cpus:g} CPUs and {pool.gpus:g} GPUs; free are {free.get('CPU', 0):g} CPUs "
+                f"and {free.get('GPU', 0):g} GPUs"
+            )
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    try:
+        yield first_came
+    finally:
+        first_came.set()
+        thread.join()
 
 
 def _own_error(error: Exception) -> PavlovError:

@@ -182,7 +182,7 @@ def train_reward_model(
     probes = [probe_rows(bank.trunk, pairs, _PROBES, seed) for bank in banks]
     probe_sizes = {name: len(made) for name, made in probes[0].items()}
     probed_rows = [list(chain.from_iterable(made.values())) for made in probes]
-    streams = [_stream(bank, settings, own) for bank in banks]
+    streams = [_stream(bank, settings, own, console) for bank in banks]
     with ray_session("reward") if cluster_address() else nullcontext():
         features, validation_features, probe_features = _features(
             banks, streams, (rows, validation_rows, probed_rows), console
@@ -253,13 +253,13 @@ def train_reward_model(
     return RewardModel(card.model_copy(update={"metrics": metrics}), fitted, own)
 
 
-def _stream(bank: Bank, settings: EnsembleSection, own: Path) -> Compute | None:
+def _stream(bank: Bank, settings: EnsembleSection, own: Path, console: Console) -> Compute | None:
     """Who runs the trunk: on a cluster its actors, else None, for this process alone, which has
     all cores of the machine and need not start a Ray for it."""
     if cluster_address() is None:
         return None
     arguments = trunk_arguments(bank.name, bank.families, settings, own)
-    return partial(stream_features, trunk=arguments, families=len(bank.families))
+    return partial(stream_features, trunk=arguments, families=len(bank.families), say=console.print)
 
 
 def _features(

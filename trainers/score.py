@@ -73,6 +73,7 @@ def run_score(
         ScoringActor,
         {"model": str(folder), "criterion": criterion},
         use_gpus=torch.version.cuda is not None,
+        say=console.print,
     )
     summary = Summary(model.card, data, criterion)
     with ray_session("score", num_cpus=usable_cores()), closing(scores):

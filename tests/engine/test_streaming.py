@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -66,3 +67,25 @@ def test_a_stream_that_is_left_half_way_ends_and_the_next_one_runs() -> None:
     assert next(stream).num_rows
     stream.close()
     assert len(list(stream_through_actors(partial(read, 1), Echo, {}, use_gpus=False))) == 1
+
+
+def test_who_waits_for_a_busy_cluster_is_told_for_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    monkeypatch.setattr("cluster.streaming._SAY_EVERY_S", 0.3)
+    held = placement_group([{"CPU": 1}])
+    ray.get(held.ready())
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        if len(said) == 2:
+            remove_placement_group(held)
+
+    parts = list(stream_through_actors(partial(read, 1), Echo, {}, use_gpus=False, say=say))
+    assert sum(part.num_rows for part in parts) == TABLE_ROWS
+    assert "actors 1, each with 0.6 CPUs and 0 GPUs; free are 0 CPUs and 0 GPUs" in said[0]
+    told = len(said)
+    time.sleep(1)
+    assert len(said) == told
