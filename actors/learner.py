@@ -24,8 +24,9 @@ from models.logprobs import TokenLogprobs, reply_logprobs
 from models.packing import PackedBatch, Row, collate, micro_batches, pack
 from models.precision import resolve_dtype
 from models.sources import resolve_model
+from rlhf.algorithms import algorithm_of
 from rlhf.config import LearnerSection, RLSection
-from rlhf.losses import BatchSize, clipped_policy_loss, reduce_tokens
+from rlhf.losses import BatchSize, reduce_tokens
 from rlhf.records import StepReport, TrainingBatch
 
 
@@ -63,6 +64,7 @@ class LearnerActor:
         self._wire_dtype = getattr(torch, resolve_dtype(wire_dtype))
         self._settings = settings
         self._rl = rl
+        self._algorithm = algorithm_of(rl.algorithm)
         self._rank = rank
         self._world_size = world_size
         self._gpus = gpus
@@ -146,17 +148,7 @@ class LearnerActor:
             mask_NT = packed.reply_mask_NT * float(live)
             coefficient = self._rl.entropy.coefficient
             logprobs_NT, entropy_NT = self._engine.run(packed, batch.temperature, coefficient > 0)
-            algorithm = self._rl.algorithm
-            policy = clipped_policy_loss(
-                logprobs_NT,
-                rollout_NT,
-                advantages_N,
-                mask_NT,
-                clip_low=algorithm.clip_low,
-                clip_high=algorithm.clip_high,
-                normalisation=algorithm.normalisation,
-                size=size,
-            )
+            policy = self._algorithm.loss(logprobs_NT, rollout_NT, advantages_N, mask_NT, size)
             loss = policy.loss
             if coefficient:
                 loss = loss - coefficient * reduce_tokens(entropy_NT, mask_NT, "token", size)
@@ -165,7 +157,7 @@ class LearnerActor:
                 for name, value_NT in {
                     "entropy/mean": entropy_NT,
                     # The k3 estimate of KL(rollout || policy): small, and zero on policy.
-                    "losses/approx_kl": policy.ratio_BT - 1 - log_ratio_NT,
+                    "losses/approx_kl": torch.exp(log_ratio_NT) - 1 - log_ratio_NT,
                     "losses/clipfrac": policy.clipped_BT.float(),
                     "losses/ratio_mean": policy.ratio_BT,
                     "losses/engine_gap": log_ratio_NT.abs(),

@@ -10,12 +10,13 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -32,6 +33,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from rlhf.errors import ConfigError
 
@@ -59,6 +61,33 @@ class Section(BaseModel):
         allow_inf_nan=False,
         use_attribute_docstrings=True,
     )
+
+
+ALGORITHMS = ("cem", "grpo", "gspo", "reinforce_pp", "rloo")
+KINDS = ("probe", "top", "full")
+_TAG = re.compile(r'^(kind|type) = "\w+"$')
+
+
+def _by(name: str, default: str, known: tuple[str, ...]) -> Callable[[object], str]:
+    """Which of several sections a table is, by its key `name`: a discriminator with a default.
+    What is none of them goes to the default's section, which refuses it by that key."""
+
+    def tag(value: object) -> str:
+        given = value.get(name, default) if isinstance(value, dict) else getattr(value, name, "")
+        return f'{name} = "{given if given in known else default}"'
+
+    return tag
+
+
+def _one_of(own: str, known: tuple[str, ...]) -> Callable[[object], object]:
+    """Refuses what is none of `known`; the others never get here but for `own`."""
+
+    def check(value: object) -> object:
+        if value != own:
+            raise PydanticCustomError("unknown", f"input should be one of {', '.join(known)}")
+        return value
+
+    return check
 
 
 class RunSection(Section):
@@ -124,28 +153,86 @@ class PromptsSection(Section):
     """At most this many prompts."""
 
 
-class AlgorithmSection(Section):
-    """How rewards become a loss."""
+class ClippedSection(Section):
+    """What the algorithms with a clipped ratio of tokens share."""
 
-    type: Literal["grpo", "rloo"] = "grpo"
-    """`grpo`: against the group's mean and deviation; `rloo`: against the mean of the others."""
-    divide_by_deviation: bool = True
-    """GRPO only: divide by the group's standard deviation (false: Dr. GRPO)."""
     clip_low: Fraction = 0.2
     """The ratio's gradient stops below 1 - clip_low for negative advantages."""
     clip_high: PositiveFloat = 0.2
     """The ratio's gradient stops above 1 + clip_high for positive advantages."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """The ratio's gradient stops above it for negative advantages (3 is usual); default: never."""
     normalisation: Literal["sequence", "token", "constant"] = "token"
     """What the loss is divided by; see rlhf/losses.py."""
 
     @model_validator(mode="after")
-    def _rloo_never_divides(self) -> AlgorithmSection:
-        if self.type == "rloo" and not self.divide_by_deviation:
+    def _the_dual_clip_lies_beyond_the_range(self) -> Self:
+        if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
             raise ValueError(
-                'rl.algorithm.divide_by_deviation = false with rl.algorithm.type = "rloo": '
-                "leave-one-out advantages are never divided; leave the setting out"
+                f"rl.algorithm.dual_clip = {self.dual_clip:g} with rl.algorithm.clip_high = "
+                f"{self.clip_high:g}: it must lie above 1 + clip_high, or it would stop tokens "
+                "that have hardly moved"
             )
         return self
+
+
+class GRPOSection(ClippedSection):
+    """Against the group's mean and deviation."""
+
+    type: Annotated[Literal["grpo"], BeforeValidator(_one_of("grpo", ALGORITHMS))] = "grpo"
+    """This algorithm."""
+    divide_by_deviation: bool = True
+    """Divide by the group's standard deviation (false: Dr. GRPO)."""
+
+
+class RLOOSection(ClippedSection):
+    """Against the mean of the siblings, without bias."""
+
+    type: Literal["rloo"]
+    """This algorithm."""
+
+
+class ReinforcePPSection(ClippedSection):
+    """Against the batch's mean and deviation."""
+
+    type: Literal["reinforce_pp"]
+    """This algorithm."""
+
+
+class GSPOSection(Section):
+    """As GRPO, with the ratio of whole completions."""
+
+    type: Literal["gspo"]
+    """This algorithm."""
+    divide_by_deviation: bool = True
+    """Divide by the group's standard deviation."""
+    clip_low: Fraction = 3e-4
+    """As GRPO's; the ratio is a mean over tokens, and so far closer to 1."""
+    clip_high: PositiveFloat = 4e-4
+    """As GRPO's."""
+
+
+class CEMSection(Section):
+    """The cross-entropy method: the best completions are made likelier."""
+
+    type: Literal["cem"]
+    """This algorithm."""
+    elite_share: Fraction = 0.25
+    """Share of the completions that is kept, at least one."""
+    elite_of: Literal["prompt", "batch"] = "prompt"
+    """The best of every prompt, or of all completions of a step."""
+    normalisation: Literal["sequence", "token", "constant"] = "token"
+    """What the loss is divided by; see rlhf/losses.py."""
+
+
+AlgorithmSettings = Annotated[
+    Annotated[GRPOSection, Tag('type = "grpo"')]
+    | Annotated[RLOOSection, Tag('type = "rloo"')]
+    | Annotated[ReinforcePPSection, Tag('type = "reinforce_pp"')]
+    | Annotated[GSPOSection, Tag('type = "gspo"')]
+    | Annotated[CEMSection, Tag('type = "cem"')],
+    Discriminator(_by("type", "grpo", ALGORITHMS)),
+]
 
 
 class KLSection(Section):
@@ -181,7 +268,7 @@ class RLSection(Section):
     """Nucleus sampling; below 1 the ratio loss would be taken against another distribution."""
     max_attempts: PositiveInt = 3
     """Attempts at a group before it becomes a recorded failure."""
-    algorithm: AlgorithmSection = AlgorithmSection()
+    algorithm: AlgorithmSettings = GRPOSection()
     """Advantages and loss."""
     kl: KLSection = KLSection()
     """KL penalty."""
@@ -390,16 +477,10 @@ class PairsSection(Section):
     """At most this many training pairs."""
 
 
-def _known_kind(value: object) -> object:
-    if value != "probe":
-        raise ValueError(f"{value!r} is none of probe, top and full")
-    return value
-
-
 class ProbeMembers(Section):
     """Linear heads on a frozen backbone cut at a layer: the default on CPU."""
 
-    kind: Annotated[Literal["probe"], BeforeValidator(_known_kind)] = "probe"
+    kind: Annotated[Literal["probe"], BeforeValidator(_one_of("probe", KINDS))] = "probe"
     """This kind."""
     count: PositiveInt = 16
     """Members, each on a bootstrap draw of its own."""
@@ -450,17 +531,11 @@ class TrainedMembers(Section):
     """Declared to Ray."""
 
 
-_PROBE, _TRAINED = _TAGS = ("members of kind probe", "members that are trained")
-
-
-def _kind(value: object) -> str:
-    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-    return _TRAINED if kind in ("top", "full") else _PROBE
-
-
 Members = Annotated[
-    Annotated[ProbeMembers, Tag(_PROBE)] | Annotated[TrainedMembers, Tag(_TRAINED)],
-    Discriminator(_kind),
+    Annotated[ProbeMembers, Tag('kind = "probe"')]
+    | Annotated[TrainedMembers, Tag('kind = "top"')]
+    | Annotated[TrainedMembers, Tag('kind = "full"')],
+    Discriminator(_by("kind", "probe", KINDS)),
 ]
 
 
@@ -594,9 +669,15 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 def _sentence(root: type[Section], error: ValidationError) -> str:
     first, *rest = error.errors()
-    # The tag of a kind of members is no part of the key.
-    key = ".".join(str(part) for part in first["loc"] if part not in _TAGS)
-    if first["type"] == "extra_forbidden":
+    # Which section of several a table was taken for is no part of the key.
+    tags = [part for part in first["loc"] if _TAG.match(str(part))]
+    parts = [str(part) for part in first["loc"] if part not in tags]
+    key = ".".join(parts)
+    if first["type"] == "extra_forbidden" and tags and _unnumbered(parts) in known_keys(root):
+        # A setting of another kind.
+        kind = ".".join([*parts[:-1], str(tags[-1])])
+        text = f"{key} = {_toml(first['input'])} with {kind}: that one has no such setting"
+    elif first["type"] == "extra_forbidden":
         text = f"{key} is not a known key"
         close = difflib.get_close_matches(key, known_keys(root), n=1, cutoff=0.4)
         if close:
@@ -611,6 +692,14 @@ def _sentence(root: type[Section], error: ValidationError) -> str:
         reason = first["msg"][0].lower() + first["msg"][1:]
         text = f"{key} = {first['input']!r}: {reason}"
     return text + (f" (and {len(rest)} more)" if rest else "")
+
+
+def _unnumbered(parts: Sequence[str]) -> str:
+    return ".".join(part for part in parts if not part.isdigit())
+
+
+def _toml(value: object) -> str:
+    return json.dumps(value) if isinstance(value, bool | int | float | str) else repr(value)
 
 
 def known_keys(root: type[Section], prefix: str = "") -> list[str]:

@@ -63,12 +63,15 @@ def clipped_policy_loss(
     clip_high: float,
     normalisation: Normalisation,
     size: BatchSize,
+    dual_clip: float | None = None,
 ) -> PolicyLoss:
     """The clipped surrogate of Schulman et al. (2017), PPO, equation 7, to be minimised.
 
     The ratio is taken against `rollout_logprobs_BT`, the logprobs of the engine that sampled, so
     it also corrects the difference between engine and learner. With a positive advantage the
-    gradient stops above ``1 + clip_high``, with a negative one below ``1 - clip_low``.
+    gradient stops above ``1 + clip_high``, with a negative one below ``1 - clip_low``, and with
+    `dual_clip` above that ratio too (Ye et al., 2020, Mastering Complex Control, equation 6): a
+    token that has become far likelier than it was sampled would else push without bound.
     """
     padding_BT = mask_BT == 0
     mask_BT = mask_BT.to(policy_logprobs_BT.dtype)
@@ -79,8 +82,15 @@ def clipped_policy_loss(
     advantages_B1 = advantages_B.unsqueeze(1)
     free_BT = ratio_BT * advantages_B1
     held_BT = ratio_BT.clamp(1 - clip_low, 1 + clip_high) * advantages_B1
-    loss = -reduce_tokens(torch.minimum(free_BT, held_BT), mask_BT, normalisation, size)
-    return PolicyLoss(loss, ratio_BT.detach(), (held_BT < free_BT).detach() & ~padding_BT)
+    surrogate_BT = torch.minimum(free_BT, held_BT)
+    clipped_BT = held_BT < free_BT
+    if dual_clip is not None:
+        floor_BT = (dual_clip * advantages_B1).expand_as(free_BT)
+        below_BT = (advantages_B1 < 0) & (surrogate_BT < floor_BT)
+        surrogate_BT = torch.where(below_BT, floor_BT, surrogate_BT)
+        clipped_BT = clipped_BT | below_BT
+    loss = -reduce_tokens(surrogate_BT, mask_BT, normalisation, size)
+    return PolicyLoss(loss, ratio_BT.detach(), clipped_BT.detach() & ~padding_BT)
 
 
 def entropy_from_logits(logits_NV: Tensor, normaliser_N: Tensor | None = None) -> Tensor:

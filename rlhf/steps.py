@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from rlhf import kl
-from rlhf.advantages import advantages, without_signal
+from rlhf.algorithms import algorithm_of
 from rlhf.config import RLSection
 from rlhf.records import FailedGroup, ScoredGroup, StepReport, TrainingBatch, TrainingSequence
 from rlhf.text_checks import TEXT_CHECKS, text_flags
@@ -17,40 +17,39 @@ from rlhf.text_checks import TEXT_CHECKS, text_flags
 def training_batch(
     groups: Sequence[ScoredGroup | FailedGroup], settings: RLSection, *, mask_shifted: bool = False
 ) -> TrainingBatch:
-    """What a step trains on: penalised rewards, advantages within each group, one sequence each.
+    """What a step trains on: completions with credit, from penalised rewards.
 
-    Failed groups, groups without signal and (with `mask_shifted`) completions flagged for domain
-    shift are left out; nothing is refilled. Advantages are computed over the whole group first,
-    so that leaving a completion out does not change its siblings' baseline.
+    Failed groups, completions that the algorithm gives no credit and (with `mask_shifted`) those
+    flagged for domain shift are left out; nothing is refilled. Credit is given over all first, so
+    that leaving a completion out does not change its siblings' baseline.
     """
-    sequences = []
-    for group in groups:
-        if isinstance(group, FailedGroup):
-            continue
-        rewards_G = torch.tensor(
-            kl.penalised_rewards(group.scores.rewards_G, group.kl_G, settings.kl.coefficient),
-            dtype=torch.float64,
+    scored = [group for group in groups if isinstance(group, ScoredGroup)]
+    if not scored:
+        return TrainingBatch((), settings.max_tokens, settings.temperature)
+    rewards_PG = torch.tensor(
+        [_penalised(group, settings) for group in scored],
+        dtype=torch.float64,
+    )
+    credit = algorithm_of(settings.algorithm).credit(rewards_PG)
+    sequences = [
+        TrainingSequence(
+            group.rollout.prompt_token_ids,
+            completion.token_ids,
+            completion.rollout_logprobs_T,
+            value,
         )
-        if without_signal(rewards_G):
-            continue
-        advantages_G = advantages(
-            rewards_G.unsqueeze(0),
-            settings.algorithm.type,
-            divide_by_deviation=settings.algorithm.divide_by_deviation,
-        )[0].tolist()
-        for completion, advantage, shifted in zip(
-            group.rollout.completions, advantages_G, group.scores.domain_shift_G, strict=True
-        ):
-            if mask_shifted and shifted:
-                continue
-            sequences.append(
-                TrainingSequence(
-                    group.rollout.prompt_token_ids,
-                    completion.token_ids,
-                    completion.rollout_logprobs_T,
-                    advantage,
-                )
-            )
+        for group, values_G, trained_G in zip(
+            scored, credit.values_PG.tolist(), credit.trained_PG.tolist(), strict=True
+        )
+        for completion, value, trained, shifted in zip(
+            group.rollout.completions,
+            values_G,
+            trained_G,
+            group.scores.domain_shift_G,
+            strict=True,
+        )
+        if trained and not (mask_shifted and shifted)
+    ]
     return TrainingBatch(tuple(sequences), settings.max_tokens, settings.temperature)
 
 
@@ -94,12 +93,17 @@ def step_metrics(
         "completion/length_mean": _mean([completion.length for completion in completions]),
         "completion/finished_share": _mean([c.finish_reason == "stop" for c in completions]),
         "groups/failed": len(groups) - len(scored),
+        "groups/without_signal": sum(len(set(_penalised(g, settings))) == 1 for g in scored),
         "sequences/trained": batch.num_sequences,
         "tokens/step": sum(completion.length for completion in completions),
     }
     row |= {f"time/{name}_s": seconds for name, seconds in times_s.items()}
     row |= {name: value for name, value in report.metrics.items() if name not in row}
     return row
+
+
+def _penalised(group: ScoredGroup, settings: RLSection) -> tuple[float, ...]:
+    return kl.penalised_rewards(group.scores.rewards_G, group.kl_G, settings.kl.coefficient)
 
 
 def _parts(scored: Sequence[ScoredGroup]) -> dict[str, float | None]:

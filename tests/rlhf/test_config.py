@@ -13,6 +13,7 @@ from rlhf.config import (
     RewardConfig,
     RLConfig,
     Section,
+    TrainedMembers,
     data_path,
     known_keys,
     load_config,
@@ -274,6 +275,22 @@ def test_an_override_without_key_or_value_is_refused(refusal, override):
             ["rl.algorithm.type=rloo", "rl.algorithm.divide_by_deviation=false"],
             ['rl.algorithm.type = "rloo"', "rl.algorithm.divide_by_deviation = false"],
         ),
+        (
+            ["rl.algorithm.type=cem", "rl.algorithm.clip_low=0.1"],
+            ['rl.algorithm.type = "cem"', "rl.algorithm.clip_low = 0.1"],
+        ),
+        (
+            ["rl.algorithm.elite_share=0.5"],
+            ['rl.algorithm.type = "grpo"', "rl.algorithm.elite_share = 0.5"],
+        ),
+        (
+            ["rl.algorithm.type=gspo", 'rl.algorithm.normalisation="token"'],
+            ['rl.algorithm.type = "gspo"', 'rl.algorithm.normalisation = "token"'],
+        ),
+        (
+            ["rl.algorithm.dual_clip=1.1"],
+            ["rl.algorithm.dual_clip = 1.1", "rl.algorithm.clip_high = 0.2"],
+        ),
     ],
 )
 def test_a_clash_names_both_settings(refusal, overrides, settings):
@@ -300,6 +317,10 @@ def test_nccl_needs_a_whole_gpu_on_both_ends(refusal, overrides):
     [
         ["rl.top_p=1.0"],
         ["rl.algorithm.type=rloo"],
+        ["rl.algorithm.type=reinforce_pp", "rl.algorithm.dual_clip=3"],
+        ["rl.algorithm.type=gspo", "rl.algorithm.divide_by_deviation=false"],
+        ["rl.algorithm.type=cem", "rl.algorithm.elite_of=batch"],
+        ["rl.algorithm.elite_share=0.5", "rl.algorithm.type=cem"],
         ["rl.algorithm.type=grpo", "rl.algorithm.divide_by_deviation=false"],
         ["cluster.learner.actors=2"],
         ["rollout.keep_cache=true", "rl.max_staleness=1"],
@@ -399,6 +420,26 @@ def test_a_group_of_members_beyond_its_limits_is_refused_by_key(parse, wrong):
     [key] = wrong
     with pytest.raises(ConfigError, match=rf"reward\.toml: ensemble\.members\.0\.{key}"):
         parse(members=[{"count": 8} | wrong])
+
+
+def test_a_setting_of_another_kind_of_members_is_refused_with_both(parse):
+    for kind, wrong, shown in (("probe", "layers", 2), ("top", "l2", [1.0]), ("full", "l2", [1.0])):
+        with pytest.raises(ConfigError) as refused:
+            parse(members=[{"count": 8, "kind": kind, wrong: shown}])
+        assert f"ensemble.members.0.{wrong} = {shown} with ensemble.members.0.kind = " in str(
+            refused.value
+        )
+        assert f'"{kind}"' in str(refused.value)
+
+
+def test_members_that_train_layers_have_an_optimiser_of_their_own(parse):
+    [group] = parse(
+        members=[{"kind": "top", "count": 3, "learner": {"zero_stage": 2}}]
+    ).ensemble.members
+    assert isinstance(group, TrainedMembers)
+    assert (group.layers, group.learner.zero_stage, group.workers) == (1, 2, 1)
+    with pytest.raises(ConfigError, match=r"ensemble\.members\.0\.learner\.zero_stage = 7"):
+        parse(members=[{"kind": "full", "count": 3, "learner": {"zero_stage": 7}}])
 
 
 def test_an_unknown_key_of_a_group_is_refused_with_the_nearest_one(parse):

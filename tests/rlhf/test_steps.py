@@ -1,10 +1,10 @@
 import pytest
 
-from rlhf.config import AlgorithmSection, EntropySection, KLSection, RLSection
+from rlhf.config import CEMSection, EntropySection, GRPOSection, KLSection, RLOOSection, RLSection
 from rlhf.records import FailedGroup, StepReport, TrainingBatch
 from rlhf.steps import step_metrics, training_batch
 
-CENTRED = AlgorithmSection(divide_by_deviation=False)
+CENTRED = GRPOSection(divide_by_deviation=False)
 CONTRACT = {
     "step",
     "weight_version",
@@ -63,9 +63,9 @@ def test_the_kl_penalty_is_subtracted_before_the_baseline(make):
 
 def test_the_algorithm_of_the_settings_is_used(make):
     group = make.scored((1.0, 2.0, 6.0))
-    rloo = settings(algorithm=AlgorithmSection(type="rloo"))
+    rloo = settings(algorithm=RLOOSection(type="rloo"))
     assert advantages_of(training_batch([group], rloo)) == pytest.approx([-3, -1.5, 4.5])
-    grpo = settings(algorithm=AlgorithmSection())
+    grpo = settings(algorithm=GRPOSection())
     # Centred -2 -1 3; variance (4 + 1 + 9) / 2 = 7.
     expected = [value / (7**0.5 + 1e-4) for value in (-2, -1, 3)]
     assert advantages_of(training_batch([group], grpo)) == pytest.approx(expected)
@@ -74,6 +74,22 @@ def test_the_algorithm_of_the_settings_is_used(make):
 def test_failed_groups_and_groups_without_signal_are_left_out(make, failed):
     groups = [failed, make.scored((2.0, 2.0)), make.scored((1.0, 3.0)), failed]
     assert advantages_of(training_batch(groups, settings())) == [-1.0, 1.0]
+
+
+def test_only_the_elite_is_in_the_batch_of_the_cross_entropy_method(make):
+    cem = settings(algorithm=CEMSection(type="cem", elite_share=0.3))
+    groups = [make.scored((1.0, 5.0, 2.0)), make.scored((2.0, 2.0, 2.0))]
+    batch = training_batch(groups, cem)
+    assert advantages_of(batch) == [1.0]
+    assert batch.num_sequences == 1
+    assert batch.sequences[0].completion_token_ids == groups[0].rollout.completions[1].token_ids
+
+
+def test_groups_without_signal_are_counted(make, failed):
+    groups = [failed, make.scored((2.0, 2.0)), make.scored((1.0, 3.0)), make.scored((4.0, 4.0))]
+    batch = training_batch(groups, settings())
+    row = step_metrics(0, 0, groups, batch, StepReport(), settings(), TIMES)
+    assert (row["groups/failed"], row["groups/without_signal"]) == (1, 2)
 
 
 def test_a_difference_in_kl_alone_is_a_signal(make):
@@ -89,8 +105,9 @@ def test_a_step_of_nothing_but_failures_is_empty(failed):
 def test_masked_completions_leave_without_refill_and_without_moving_the_baseline(make):
     group = make.scored((1.0, 2.0, 6.0), shifted_G=(False, True, False))
     # The mean stays 3, that of all three.
-    batch = training_batch([group, make.scored((0.0, 4.0))], settings(), mask_shifted=True)
-    assert advantages_of(batch) == [-2.0, 3.0, -2.0, 2.0]
+    others = make.scored((0.0, 4.0, 2.0))
+    batch = training_batch([group, others], settings(), mask_shifted=True)
+    assert advantages_of(batch) == [-2.0, 3.0, -2.0, 2.0, 0.0]
 
 
 def test_marking_trains_on_flagged_completions_too(make):

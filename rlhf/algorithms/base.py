@@ -1,0 +1,93 @@
+"""What an algorithm is to the loop and the learner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rlhf.config import ClippedSection
+from rlhf.losses import BatchSize, PolicyLoss, clipped_policy_loss
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """How each completion is trained on: `values_PG` scale its loss, `trained_PG` says whether it
+    has one at all. What has none is not in the batch, and does not count in its size."""
+
+    values_PG: Tensor
+    trained_PG: Tensor
+
+
+class Algorithm(Protocol):
+    """How rewards become a gradient."""
+
+    def credit(self, rewards_PG: Tensor) -> Credit:
+        """Credit for a step's completions, from rewards that hold all penalties."""
+        ...
+
+    def loss(
+        self,
+        policy_logprobs_BT: Tensor,
+        rollout_logprobs_BT: Tensor,
+        credit_B: Tensor,
+        mask_BT: Tensor,
+        size: BatchSize,
+    ) -> PolicyLoss:
+        """The loss of a part of the batch, as its share of the whole."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ClippedRatio:
+    """The loss that most algorithms share: PPO's clipped surrogate over tokens."""
+
+    settings: ClippedSection
+
+    def loss(
+        self,
+        policy_logprobs_BT: Tensor,
+        rollout_logprobs_BT: Tensor,
+        credit_B: Tensor,
+        mask_BT: Tensor,
+        size: BatchSize,
+    ) -> PolicyLoss:
+        """On policy its gradient is that of credit times log-likelihood (REINFORCE)."""
+        return clipped_policy_loss(
+            policy_logprobs_BT,
+            rollout_logprobs_BT,
+            credit_B,
+            mask_BT,
+            clip_low=self.settings.clip_low,
+            clip_high=self.settings.clip_high,
+            dual_clip=self.settings.dual_clip,
+            normalisation=self.settings.normalisation,
+            size=size,
+        )
+
+
+def within_groups(values_PG: Tensor, rewards_PG: Tensor) -> Credit:
+    """Credit of completions that are compared within their group: a group of equal rewards says
+    nothing, and is left out."""
+    differs_P1 = (rewards_PG != rewards_PG[:, :1]).any(dim=1, keepdim=True)
+    return Credit(values_PG, differs_P1.expand(rewards_PG.shape))
+
+
+def require_groups(rewards_PG: Tensor) -> None:
+    """Refuse rewards that are no groups of at least two.
+
+    Raises:
+        ValueError: with the shape that they have.
+    """
+    if rewards_PG.ndim != 2 or rewards_PG.shape[1] < 2:
+        raise ValueError(
+            "rewards need the shape (prompts, completions) with at least 2 completions, got "
+            f"{tuple(rewards_PG.shape)}"
+        )
+
+
+def nothing_clipped(ratio_BT: Tensor) -> Tensor:
+    """As many False as there are ratios."""
+    return torch.zeros_like(ratio_BT, dtype=torch.bool)

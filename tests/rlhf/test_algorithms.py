@@ -1,0 +1,217 @@
+import pytest
+import torch
+
+from rlhf.algorithms import algorithm_of
+from rlhf.algorithms.grpo import group_relative
+from rlhf.algorithms.rloo import leave_one_out
+from rlhf.config import CEMSection, GRPOSection, GSPOSection, ReinforcePPSection, RLOOSection
+from rlhf.losses import BatchSize, clipped_policy_loss
+
+
+def rewards(*rows: list[float]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def test_group_relative_by_hand():
+    # Mean 1; deviations -1 -1 -1 3; squares 1 + 1 + 1 + 9 = 12; 12 / (4 - 1) = 4; deviation 2.
+    result = group_relative(rewards([0, 0, 0, 4]), epsilon=0.0)
+    torch.testing.assert_close(result, rewards([-0.5, -0.5, -0.5, 1.5]))
+
+
+def test_group_relative_adds_epsilon_to_the_deviation():
+    # As above with 2 + 1 in the denominator.
+    result = group_relative(rewards([0, 0, 0, 4]), epsilon=1.0)
+    torch.testing.assert_close(result, rewards([-1 / 3, -1 / 3, -1 / 3, 1.0]))
+
+
+def test_group_relative_without_division_is_the_centred_reward():
+    result = group_relative(rewards([1, 2, 6]), divide_by_deviation=False)
+    torch.testing.assert_close(result, rewards([-2, -1, 3]))
+
+
+def test_leave_one_out_by_hand():
+    # Means of the others: (2 + 6) / 2 = 4, (1 + 6) / 2 = 3.5, (1 + 2) / 2 = 1.5.
+    torch.testing.assert_close(leave_one_out(rewards([1, 2, 6])), rewards([-3, -1.5, 4.5]))
+
+
+def test_leave_one_out_is_the_centred_reward_times_g_over_g_minus_one():
+    values = torch.randn(5, 4, dtype=torch.float64, generator=torch.manual_seed(0))
+    centred = values - values.mean(dim=1, keepdim=True)
+    torch.testing.assert_close(leave_one_out(values), centred * 4 / 3)
+
+
+GRPO, RLOO = GRPOSection(), RLOOSection(type="rloo")
+GSPO, CEM = GSPOSection(type="gspo"), CEMSection(type="cem")
+PLUS_PLUS = ReinforcePPSection(type="reinforce_pp")
+COMPARED_IN_GROUPS = [GRPO, RLOO, GSPO, CEM]
+
+
+def credit(settings, *rows: list[float]):
+    return algorithm_of(settings).credit(rewards(*rows))
+
+
+@pytest.mark.parametrize("settings", COMPARED_IN_GROUPS, ids=lambda s: s.type)
+def test_groups_never_mix(settings):
+    alone = credit(settings, [1, 2, 6])
+    beside = credit(settings, [1, 2, 6], [1e6, -1e6, 3e5])
+    assert torch.equal(beside.values_PG[:1], alone.values_PG)
+    assert torch.equal(beside.trained_PG[:1], alone.trained_PG)
+
+
+@pytest.mark.parametrize("settings", COMPARED_IN_GROUPS, ids=lambda s: s.type)
+@pytest.mark.parametrize("value", [0.0, 0.1, -3.7, 1e3])
+def test_groups_of_equal_rewards_are_not_trained_on(settings, value):
+    found = credit(settings, [value] * 7, [value] * 6 + [value + 1e-9])
+    assert not found.trained_PG[0].any()
+    assert found.trained_PG[1].any()
+    if settings is not CEM:
+        torch.testing.assert_close(found.values_PG[0], rewards([0.0] * 7)[0], rtol=0, atol=1e-7)
+
+
+def test_the_algorithms_are_chosen_by_their_settings():
+    values = rewards([1, 2, 6])
+    centred = GRPOSection(divide_by_deviation=False)
+    for settings, expected in (
+        (GRPO, group_relative(values)),
+        (GSPO, group_relative(values)),
+        (centred, group_relative(values, divide_by_deviation=False)),
+        (RLOO, leave_one_out(values)),
+    ):
+        assert torch.equal(algorithm_of(settings).credit(values).values_PG, expected)
+
+
+def test_reinforce_pp_compares_with_the_whole_batch_by_hand():
+    # Mean 2, squares 4 + 4 + 1 + 1 over four: deviation sqrt(2.5).
+    found = credit(PLUS_PLUS, [0, 4], [1, 3])
+    expected = rewards([-2, 2], [-1, 1]) / (2.5**0.5 + 1e-4)
+    torch.testing.assert_close(found.values_PG, expected)
+    assert found.trained_PG.all()
+
+
+def test_reinforce_pp_trains_on_a_group_of_equal_rewards_that_differs_from_the_batch():
+    found = credit(PLUS_PLUS, [3, 3], [1, 1])
+    assert found.trained_PG.all()
+    assert (found.values_PG[0] > 0).all()
+    assert not credit(PLUS_PLUS, [3, 3], [3, 3]).trained_PG.any()
+
+
+def test_the_elite_of_a_prompt_are_its_best():
+    found = credit(CEMSection(type="cem", elite_share=0.5), [1, 4, 2, 3], [9, 8, 7, 6])
+    assert found.trained_PG.tolist() == [[False, True, False, True], [True, True, False, False]]
+    assert found.values_PG[found.trained_PG].tolist() == [1.0] * 4
+
+
+def test_the_elite_of_a_batch_may_come_from_one_prompt():
+    settings = CEMSection(type="cem", elite_share=0.25, elite_of="batch")
+    found = credit(settings, [1, 4, 2, 3], [9, 8, 7, 6])
+    assert found.trained_PG.tolist() == [[False] * 4, [True, True, False, False]]
+    # Equal rewards of a prompt are no reason to leave it out here.
+    found = credit(settings, [1, 1, 1, 1], [9, 9, 9, 9])
+    assert found.trained_PG.tolist() == [[False] * 4, [True, True, False, False]]
+    assert not credit(settings, [1, 1], [1, 1]).trained_PG.any()
+
+
+def test_at_least_one_is_elite_and_of_equal_ones_the_first():
+    found = credit(CEMSection(type="cem", elite_share=0.01), [1, 5, 5])
+    assert found.trained_PG.tolist() == [[False, True, False]]
+
+
+SIZE = BatchSize(sequences=2, tokens=5, max_tokens=4)
+MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]], dtype=torch.float64)
+OLD = torch.log(torch.tensor([[0.5, 0.5, 0.5, 0.1], [0.5, 0.5, 0.1, 0.1]], dtype=torch.float64))
+
+
+def test_cem_raises_the_likelihood_of_its_elite_by_hand():
+    new = OLD.clone().requires_grad_()
+    found = algorithm_of(CEM).loss(new, OLD - 1, torch.ones(2, dtype=torch.float64), MASK, SIZE)
+    # Five tokens of probability one half.
+    assert found.loss.item() == pytest.approx(float(torch.log(torch.tensor(2.0))))
+    found.loss.backward()
+    torch.testing.assert_close(new.grad, -MASK / 5)
+    assert not found.clipped_BT.any()
+    # By e likelier than when they were sampled.
+    torch.testing.assert_close(found.ratio_BT[MASK > 0], torch.full((5,), 2.718281828).double())
+
+
+def test_gspo_by_hand():
+    settings = GSPOSection(type="gspo", clip_low=0.1, clip_high=0.1)
+    shift = torch.tensor([[0.3, 0.0, 0.0, 9.0], [-0.4, 0.0, 9.0, 9.0]], dtype=torch.float64)
+    new = (OLD + shift).requires_grad_()
+    values = torch.tensor([2.0, 3.0], dtype=torch.float64)
+    found = algorithm_of(settings).loss(new, OLD, values, MASK, SIZE)
+    # Means of the logs: 0.1, clipped from 1.105 to 1.1; -0.2, free since the credit is positive.
+    expected = -(1.1 * 2 + 0.8187307530779818 * 3) / 2
+    assert found.loss.item() == pytest.approx(expected)
+    assert found.clipped_BT.tolist() == [[True, True, True, False], [False] * 4]
+    found.loss.backward()
+    # All tokens of a completion alike; none of the clipped one.
+    slope = -0.8187307530779818 * 3 / 2 / 2
+    torch.testing.assert_close(
+        new.grad, torch.tensor([[0.0] * 4, [slope, slope, 0.0, 0.0]], dtype=torch.float64)
+    )
+
+
+def test_a_part_without_weight_adds_nothing_to_any_algorithm():
+    for settings in (*COMPARED_IN_GROUPS, PLUS_PLUS):
+        new = (OLD + 0.01).requires_grad_()
+        nothing = torch.zeros_like(MASK)
+        found = algorithm_of(settings).loss(new, OLD, torch.ones(2).double(), nothing, SIZE)
+        found.loss.backward()
+        assert found.loss.item() == 0
+        assert not new.grad.any()
+
+
+@pytest.mark.parametrize("settings", [*COMPARED_IN_GROUPS, PLUS_PLUS], ids=lambda s: s.type)
+def test_parts_of_a_batch_add_up_to_the_whole(settings):
+    algorithm, values = algorithm_of(settings), torch.tensor([1.0, -2.0], dtype=torch.float64)
+    new = OLD + torch.linspace(-0.2, 0.2, 8, dtype=torch.float64).reshape(2, 4)
+    whole = algorithm.loss(new, OLD, values, MASK, SIZE).loss
+    parts = [
+        algorithm.loss(new[n : n + 1], OLD[n : n + 1], values[n : n + 1], MASK[n : n + 1], SIZE)
+        for n in range(2)
+    ]
+    torch.testing.assert_close(sum(part.loss for part in parts), whole)
+
+
+def test_the_dual_clip_bounds_what_a_bad_token_may_push_by_hand():
+    ratios = torch.tensor([[4.0, 2.0, 0.5, 1.0]], dtype=torch.float64)
+    new = (OLD[:1] + ratios.log()).requires_grad_()
+    found = clipped_policy_loss(
+        new,
+        OLD[:1],
+        torch.tensor([-1.0], dtype=torch.float64),
+        torch.ones(1, 4, dtype=torch.float64),
+        clip_low=0.2,
+        clip_high=0.2,
+        dual_clip=3.0,
+        normalisation="token",
+        size=BatchSize(1, 4, 4),
+    )
+    # -3 by the dual clip, -2 free, -0.8 by the lower clip, -1 free.
+    assert found.loss.item() == pytest.approx((3 + 2 + 0.8 + 1) / 4)
+    assert found.clipped_BT.tolist() == [[True, False, True, False]]
+    found.loss.backward()
+    torch.testing.assert_close(new.grad, torch.tensor([[0.0, 0.5, 0.0, 0.25]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("function", [group_relative, leave_one_out])
+@pytest.mark.parametrize("shape", [(3,), (2, 1), (2, 0), (1, 2, 3)])
+def test_rewards_that_are_no_groups_are_refused_by_shape(function, shape):
+    with pytest.raises(ValueError, match=r"at least 2 completions, got \("):
+        function(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("case", "settings"),
+    [
+        ("grpo_advantages_group", GRPO),
+        ("grpo_advantages_none", GRPOSection(divide_by_deviation=False)),
+        ("rloo_advantages", RLOO),
+    ],
+)
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_advantages_agree_with_trl(trl, case, settings, dtype, atol):
+    values = torch.tensor(trl["inputs"]["rewards"], dtype=dtype)
+    result = algorithm_of(settings).credit(values).values_PG
+    expected = torch.tensor(trl["cases"][case]["advantages"], dtype=dtype)
+    torch.testing.assert_close(result.flatten(), expected, rtol=0, atol=atol)

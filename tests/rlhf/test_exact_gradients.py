@@ -1,0 +1,260 @@
+"""Expected updates, with nothing sampled: on a policy so small that every group of completions can
+be enumerated, each with its probability. What an algorithm claims to climb is climbed, to 1e-9, and
+what is biased is biased by the number that docs/algorithms.md derives."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf.algorithms import algorithm_of
+from rlhf.algorithms.rloo import leave_one_out
+from rlhf.config import (
+    CEMSection,
+    GRPOSection,
+    GSPOSection,
+    ReinforcePPSection,
+    RLOOSection,
+)
+from rlhf.kl import penalised_rewards
+from rlhf.losses import BatchSize, entropy_from_logits, reduce_tokens
+
+VOCABULARY, TOKENS = 2, 2
+STOP = 0
+"""Ends a completion, so that they differ in length: (0), (1, 0), (1, 1)."""
+COMPLETIONS = [(STOP,), (1, STOP), (1, 1)]
+REWARDS = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+REFERENCE = torch.tensor([[0.1, -0.2], [0.4, 0.0]], dtype=torch.float64)
+
+
+@pytest.fixture
+def logits() -> Tensor:
+    """One row of logits for each prefix: () and (1)."""
+    return torch.tensor([[0.5, -0.3], [-0.2, 0.9]], dtype=torch.float64, requires_grad=True)
+
+
+def token_logprobs(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logprobs (3, T) of every completion's tokens, padded, and their mask."""
+    table = torch.log_softmax(logits, dim=1)
+    zero = torch.zeros((), dtype=torch.float64)
+    rows = [[table[t, token] for t, token in enumerate(tokens)] for tokens in COMPLETIONS]
+    padded = torch.stack([torch.stack([*row, zero][:TOKENS]) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (TOKENS - len(row)) for row in rows])
+    return padded, mask.double()
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    padded, mask = token_logprobs(logits)
+    return (padded * mask).sum(dim=1).exp()
+
+
+def gradient(objective: Tensor, logits: Tensor) -> Tensor:
+    [found] = torch.autograd.grad(objective, logits)
+    return found
+
+
+def expected_update(
+    logits: Tensor,
+    settings: object,
+    group_size: int,
+    penalised: Tensor = REWARDS,
+    *,
+    entropy: float = 0.0,
+) -> Tensor:
+    """Mean over all groups, with their probabilities, of minus the loss's gradient."""
+    algorithm = algorithm_of(settings)  # type: ignore[arg-type]
+    padded, mask = token_logprobs(logits)
+    chances = probabilities(logits).detach()
+    total = torch.zeros_like(logits)
+    for drawn in product(range(len(COMPLETIONS)), repeat=group_size):
+        chosen = torch.tensor(drawn)
+        credit = algorithm.credit(penalised[chosen].unsqueeze(0))
+        live = credit.trained_PG[0]
+        if not live.any():
+            continue
+        kept = chosen[live]
+        size = BatchSize(len(kept), int(mask[kept].sum()), TOKENS)
+        found = algorithm.loss(
+            padded[kept], padded[kept].detach(), credit.values_PG[0][live], mask[kept], size
+        )
+        loss = found.loss
+        if entropy:
+            each_T = entropy_from_logits(logits)
+            loss = loss - entropy * reduce_tokens(
+                each_T.expand(len(kept), TOKENS), mask[kept], "token", size
+            )
+        total -= chances[chosen].prod() * torch.autograd.grad(loss, logits, retain_graph=True)[0]
+    return total
+
+
+def exactly(found: Tensor, wanted: Tensor) -> None:
+    assert wanted.abs().max() > 1e-3
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+
+
+def mean_reward(logits: Tensor, rewards: Tensor = REWARDS) -> Tensor:
+    return (probabilities(logits) * rewards).sum()
+
+
+# A group of equal rewards is left out; its credit would be zero, so the sum is the same. The
+# constant normalisation divides by completions times TOKENS.
+CONSTANT = {"normalisation": "constant"}
+
+
+@pytest.mark.parametrize("group_size", [2, 3])
+def test_rloo_climbs_the_mean_reward(logits, group_size):
+    settings = RLOOSection(type="rloo", **CONSTANT)
+    found = TOKENS * expected_update(logits, settings, group_size)
+    exactly(found, gradient(mean_reward(logits), logits))
+
+
+@pytest.mark.parametrize("group_size", [2, 3])
+def test_dr_grpo_climbs_it_by_a_share_since_its_baseline_holds_the_sample(logits, group_size):
+    settings = GRPOSection(divide_by_deviation=False, **CONSTANT)
+    found = TOKENS * expected_update(logits, settings, group_size)
+    exactly(found, (group_size - 1) / group_size * gradient(mean_reward(logits), logits))
+
+
+def test_grpo_with_two_completions_climbs_the_share_of_wins(logits):
+    # (r - mean) / deviation of two is the sign of their difference over sqrt(2), whatever the size
+    # of the difference (but for the epsilon): the chance to win, not the reward.
+    settings = GRPOSection(**CONSTANT)
+    found = TOKENS * expected_update(logits, settings, 2, 1e6 * REWARDS)
+    held = probabilities(logits).detach()
+    wins = torch.tensor([[float(torch.sign(a - b)) for b in REWARDS] for a in REWARDS]).double()
+    wanted = gradient((probabilities(logits) * (wins @ held)).sum() / 2**0.5, logits)
+    exactly(found, wanted)
+
+
+@pytest.mark.parametrize("coefficient", [0.1, 1.0])
+def test_k1_in_the_reward_climbs_reward_minus_kl(logits, coefficient):
+    reference = probabilities(REFERENCE)
+    log_ratios = probabilities(logits).detach().log() - reference.log()
+    penalised = torch.tensor(
+        penalised_rewards(REWARDS.tolist(), log_ratios.tolist(), coefficient), dtype=torch.float64
+    )
+    settings = RLOOSection(type="rloo", **CONSTANT)
+    found = TOKENS * expected_update(logits, settings, 2, penalised)
+    held = probabilities(logits)
+    kl = (held * (held.log() - reference.log())).sum()
+    exactly(found, gradient(mean_reward(logits) - coefficient * kl, logits))
+
+
+@pytest.mark.parametrize(("group_size", "share"), [(2, 0.5), (3, 0.34), (4, 0.5)])
+def test_cem_climbs_the_likelihood_of_what_wins(logits, group_size, share):
+    # The elite's distribution q by enumeration of order statistics; the update is the gradient of
+    # sum q log pi, times the share of groups that have an elite at all.
+    settings = CEMSection(type="cem", elite_share=share, normalisation="constant")
+    kept = max(1, round(share * group_size))
+    held = probabilities(logits).detach()
+    elite = torch.zeros(3, dtype=torch.float64)
+    for drawn in product(range(3), repeat=group_size):
+        if len({float(REWARDS[n]) for n in drawn}) > 1:
+            for n in sorted(drawn, key=lambda n: -float(REWARDS[n]))[:kept]:
+                elite[n] += held[list(drawn)].prod() / kept
+    found = TOKENS * expected_update(logits, settings, group_size)
+    exactly(found, gradient((elite * probabilities(logits).log()).sum(), logits))
+
+
+def test_cem_with_one_elite_of_n_imitates_best_of_n(logits):
+    # Of n draws the best is y with chance F(y)^n - F(y-)^n; n equal draws are left out.
+    held = probabilities(logits).detach()
+    order = torch.argsort(REWARDS)
+    below = torch.cat([torch.zeros(1, dtype=torch.float64), held[order].cumsum(0)])
+    best = torch.zeros(3, dtype=torch.float64)
+    best[order] = below[1:] ** 3 - below[:-1] ** 3 - held[order] ** 3
+    settings = CEMSection(type="cem", elite_share=0.34, normalisation="constant")
+    found = TOKENS * expected_update(logits, settings, 3)
+    exactly(found, gradient((best * probabilities(logits).log()).sum(), logits))
+
+
+def test_gspo_on_policy_weighs_completions_by_one_over_their_length(logits):
+    # The ratio is a geometric mean over tokens: so is its gradient.
+    settings = GSPOSection(type="gspo", divide_by_deviation=False)
+    found = expected_update(logits, settings, 2)
+    held = probabilities(logits).detach()
+    _, mask = token_logprobs(logits)
+    weights = held * (REWARDS - (held * REWARDS).sum()) / mask.sum(dim=1)
+    exactly(found, gradient((weights * probabilities(logits).log()).sum() / 2, logits))
+
+
+def test_reinforce_pp_leans_towards_what_the_batch_lacks(logits):
+    # Dividing by the batch's deviation makes a batch of small differences as loud as one of large
+    # ones: by enumeration, the credit of y averaged over the batches that it stands in.
+    found = TOKENS * expected_update(
+        logits, ReinforcePPSection(type="reinforce_pp", **CONSTANT), 3, 1e6 * REWARDS
+    )
+    held = probabilities(logits).detach()
+    weights = torch.zeros(3, dtype=torch.float64)
+    for others in product(range(3), repeat=2):
+        for n in range(3):
+            batch = REWARDS[[n, *others]]
+            if batch.std() > 0:
+                z = (REWARDS[n] - batch.mean()) / batch.std(correction=0)
+                weights[n] += held[n] * held[list(others)].prod() * z
+    exactly(found, gradient((weights * probabilities(logits).log()).sum(), logits))
+
+
+def test_the_entropy_bonus_climbs_the_entropy_of_the_tokens_that_are_there(logits):
+    # Exact entropies in the loss: the gradient of the entropy at each visited prefix, which leaves
+    # out that the policy could also visit prefixes of more entropy.
+    settings = RLOOSection(type="rloo", normalisation="token")
+    without = expected_update(logits, settings, 2)
+    found = expected_update(logits, settings, 2, entropy=0.7) - without
+    held = probabilities(logits).detach()
+    wanted = torch.zeros_like(logits)
+    each_T = entropy_from_logits(logits)
+    for a, b in product(range(3), repeat=2):
+        if REWARDS[a] != REWARDS[b]:
+            lengths = [len(COMPLETIONS[a]), len(COMPLETIONS[b])]
+            inside = sum(each_T[:length].sum() for length in lengths) / sum(lengths)
+            wanted += held[a] * held[b] * 0.7 * gradient(inside, logits)
+            each_T = entropy_from_logits(logits)
+    exactly(found, wanted)
+
+
+def centred_by_too_many(rewards_PG: Tensor) -> Tensor:
+    return rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
+
+
+def with_itself_in_the_baseline(rewards_PG: Tensor) -> Tensor:
+    others = rewards_PG.sum(dim=1, keepdim=True) / (rewards_PG.shape[1] - 1)
+    return rewards_PG - others
+
+
+FAULTS = {
+    "a flipped sign of the credit": (
+        "rlhf.algorithms.rloo.leave_one_out",
+        lambda rewards_PG: -leave_one_out(rewards_PG),
+    ),
+    "G in the place of G - 1": ("rlhf.algorithms.rloo.leave_one_out", centred_by_too_many),
+    "a baseline that holds the sample": (
+        "rlhf.algorithms.rloo.leave_one_out",
+        with_itself_in_the_baseline,
+    ),
+    "a flipped sign of the loss": (
+        "rlhf.losses.reduce_tokens",
+        lambda *arguments: -reduce_tokens(*arguments),
+    ),
+    "tokens in the place of completions": (
+        "rlhf.losses.reduce_tokens",
+        lambda values, mask, _, size: reduce_tokens(values, mask, "token", size),
+    ),
+    "the longest completion forgotten": (
+        "rlhf.losses.reduce_tokens",
+        lambda values, mask, how, size: reduce_tokens(
+            values, mask, how, BatchSize(size.sequences, size.tokens, 1)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_does_not_pass(logits, monkeypatch, fault):
+    test_rloo_climbs_the_mean_reward(logits, 2)
+    monkeypatch.setattr(*FAULTS[fault])
+    with pytest.raises(AssertionError):
+        test_rloo_climbs_the_mean_reward(logits, 2)
