@@ -26,6 +26,7 @@ from models.precision import resolve_dtype
 from models.sources import resolve_model
 from rlhf.algorithms import algorithm_of
 from rlhf.config import LearnerSection, RLSection
+from rlhf.kl import kl_in_the_loss
 from rlhf.losses import BatchSize, reduce_tokens
 from rlhf.records import StepReport, TrainingBatch
 
@@ -144,12 +145,28 @@ class LearnerActor:
         def compute() -> Tensor:
             assert self._engine is not None
             packed = collate(rows, self._tokenizer.pad_id, self._engine.device)
-            rollout_NT, advantages_N = self._behaviour(batch, packed)
+            rollout_NT = self._padded(batch, packed, "rollout_logprobs_T")
+            advantages_N = torch.tensor(
+                [batch.sequences[index].advantage for index in packed.indices],
+                dtype=torch.float32,
+                device=rollout_NT.device,
+            )
             mask_NT = packed.reply_mask_NT * float(live)
             coefficient = self._rl.entropy.coefficient
             logprobs_NT, entropy_NT = self._engine.run(packed, batch.temperature, coefficient > 0)
             policy = self._algorithm.loss(logprobs_NT, rollout_NT, advantages_N, mask_NT, size)
             loss = policy.loss
+            if self._rl.kl.place == "loss":
+                kl = kl_in_the_loss(
+                    logprobs_NT,
+                    self._padded(batch, packed, "reference_logprobs_T"),
+                    mask_NT,
+                    estimator=self._rl.kl.estimator or "k2",
+                    normalisation=self._rl.algorithm.normalisation,
+                    size=size,
+                )
+                loss = loss + self._rl.kl.coefficient * kl
+                totals["losses/kl"] = totals.get("losses/kl", 0.0) + float(kl) * size.tokens
             if coefficient:
                 loss = loss - coefficient * reduce_tokens(entropy_NT, mask_NT, "token", size)
             with torch.no_grad():
@@ -171,20 +188,12 @@ class LearnerActor:
 
         return compute
 
-    def _behaviour(self, batch: TrainingBatch, packed: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Rollout logprobs (N, T) and advantages (N,) of a packed batch's replies."""
+    def _padded(self, batch: TrainingBatch, packed: PackedBatch, name: str) -> Tensor:
+        """A sequence's values for its tokens, in the order of a packed batch's replies; (N, T)."""
         width = packed.reply_ids_NT.shape[1]
-        sequences = [batch.sequences[index] for index in packed.indices]
-        rollout_NT = torch.tensor(
-            [
-                [*s.rollout_logprobs_T] + [0.0] * (width - len(s.rollout_logprobs_T))
-                for s in sequences
-            ]
-        )
-        advantages_N = torch.tensor([s.advantage for s in sequences], dtype=torch.float32)
-        return rollout_NT.to(packed.reply_ids_NT.device), advantages_N.to(
-            packed.reply_ids_NT.device
-        )
+        rows = [getattr(batch.sequences[index], name) for index in packed.indices]
+        padded_NT = torch.tensor([[*row] + [0.0] * (width - len(row)) for row in rows])
+        return padded_NT.to(packed.reply_ids_NT.device)
 
     def _reduced(self, totals: dict[str, float]) -> dict[str, float]:
         """Sums over ranks, per token of the batch."""

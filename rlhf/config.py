@@ -210,6 +210,8 @@ class GSPOSection(Section):
     """As GRPO's; the ratio is a mean over tokens, and so far closer to 1."""
     clip_high: PositiveFloat = 4e-4
     """As GRPO's."""
+    normalisation: Literal["sequence"] = "sequence"
+    """A mean over completions: there are no ratios of tokens."""
 
 
 class CEMSection(Section):
@@ -239,7 +241,27 @@ class KLSection(Section):
     """The penalty for leaving the reference model."""
 
     coefficient: NonNegativeFloat = 0.02
-    """Reward subtracted per nat of a completion's log-ratio to the reference."""
+    """Reward subtracted, or loss added, per nat of a completion's KL to the reference."""
+    place: Literal["reward", "loss"] = "reward"
+    """`reward`: credit is given to the penalised reward; `loss`: a term beside the algorithm's own,
+    which credit neither centres nor divides."""
+    estimator: Literal["k1", "k2", "k3"] | None = None
+    """What is taken for the KL (rlhf/kl.py); default: k1 in the reward, k2 in the loss."""
+
+    @model_validator(mode="after")
+    def _the_gradient_is_that_of_the_kl(self) -> Self:
+        if self.place == "reward" and self.estimator in ("k2", "k3"):
+            raise ValueError(
+                f'rl.kl.estimator = "{self.estimator}" with rl.kl.place = "reward": its own '
+                "gradient would be missing there, and the expected one is not that of the KL; take "
+                "k1, or the loss"
+            )
+        if self.place == "loss" and self.estimator == "k1":
+            raise ValueError(
+                'rl.kl.estimator = "k1" with rl.kl.place = "loss": its expected gradient there is '
+                "zero; take k2, or the reward"
+            )
+        return self
 
 
 class EntropySection(Section):
@@ -274,6 +296,21 @@ class RLSection(Section):
     """KL penalty."""
     entropy: EntropySection = EntropySection()
     """Entropy bonus."""
+
+    @model_validator(mode="after")
+    def _kl_in_the_loss_needs_its_own_samples(self) -> Self:
+        if self.kl.place == "loss" and self.max_staleness > 0:
+            raise ValueError(
+                f'rl.kl.place = "loss" with rl.max_staleness = {self.max_staleness}: the term is a '
+                "mean over the policy's own completions, and stale ones are not; set "
+                'rl.kl.place = "reward"'
+            )
+        if self.kl.place == "loss" and self.algorithm.type == "cem":
+            raise ValueError(
+                'rl.kl.place = "loss" with rl.algorithm.type = "cem": the term is a mean over the '
+                'policy\'s own completions, and the elite is not; set rl.kl.place = "reward"'
+            )
+        return self
 
     @model_validator(mode="after")
     def _ratios_need_the_sampled_distribution(self) -> RLSection:

@@ -158,12 +158,16 @@ class FailedGroup:
 
 @dataclass(frozen=True, slots=True)
 class TrainingSequence:
-    """One completion as the learner sees it. `advantage` is its own, the same for every token."""
+    """One completion as the learner sees it. `advantage` is its own, the same for every token.
+
+    `reference_logprobs_T` are there where the loss has a term for them, else empty.
+    """
 
     prompt_token_ids: tuple[int, ...]
     completion_token_ids: tuple[int, ...]
     rollout_logprobs_T: tuple[float, ...]
     advantage: float
+    reference_logprobs_T: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,18 +31,22 @@ def training_batch(
         dtype=torch.float64,
     )
     credit = algorithm_of(settings.algorithm).credit(rewards_PG)
+    # A term for the KL is a mean over all of the policy's completions, with credit or without.
+    trained_PG = credit.trained_PG | (settings.kl.place == "loss")
     sequences = [
         TrainingSequence(
             group.rollout.prompt_token_ids,
             completion.token_ids,
             completion.rollout_logprobs_T,
             value,
+            reference_T if settings.kl.place == "loss" else (),
         )
         for group, values_G, trained_G in zip(
-            scored, credit.values_PG.tolist(), credit.trained_PG.tolist(), strict=True
+            scored, credit.values_PG.tolist(), trained_PG.tolist(), strict=True
         )
-        for completion, value, trained, shifted in zip(
+        for completion, reference_T, value, trained, shifted in zip(
             group.rollout.completions,
+            group.reference_logprobs_GT,
             values_G,
             trained_G,
             group.scores.domain_shift_G,
@@ -103,7 +107,8 @@ def step_metrics(
 
 
 def _penalised(group: ScoredGroup, settings: RLSection) -> tuple[float, ...]:
-    return kl.penalised_rewards(group.scores.rewards_G, group.kl_G, settings.kl.coefficient)
+    coefficient = settings.kl.coefficient if settings.kl.place == "reward" else 0.0
+    return kl.penalised_rewards(group.scores.rewards_G, group.kl_G, coefficient)
 
 
 def _parts(scored: Sequence[ScoredGroup]) -> dict[str, float | None]:

@@ -21,7 +21,7 @@ RANK = """
 import sys
 from pathlib import Path
 from actors.learner import LearnerActor
-from rlhf.config import LearnerSection, RLSection
+from rlhf.config import KLSection, LearnerSection, RLSection
 from rlhf.records import TrainingBatch, TrainingSequence
 
 model, out, stage, rank, world_size, master = sys.argv[1:]
@@ -30,14 +30,14 @@ out, stage, rank, world_size = Path(out), int(stage), int(rank), int(world_size)
 sequences = tuple(
     TrainingSequence(
         tuple(range(5, 12 + index)), tuple(range(20, 30 + 3 * index)),
-        (-6.0,) * (10 + 3 * index), (-1.0) ** index * (1 + index),
+        (-6.0,) * (10 + 3 * index), (-1.0) ** index * (1 + index), (-5.5,) * (10 + 3 * index),
     )
     for index in range(5)
 )
 batch = TrainingBatch(sequences, 64, 1.0)
 actor = LearnerActor(
     model, "float32", LearnerSection(learning_rate=1e-3, zero_stage=stage, micro_batch_tokens=48),
-    RLSection(max_tokens=64), "float32", "shared_memory", str(out / "shm"), "ranks",
+    RLSection(max_tokens=64, kl=KLSection(coefficient=0.1, place="loss")), "float32", "shared_memory", str(out / "shm"), "ranks",
     f"learner-{rank}", rank=rank, world_size=world_size,
 )
 actor.start(master)

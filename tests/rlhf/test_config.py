@@ -284,8 +284,24 @@ def test_an_override_without_key_or_value_is_refused(refusal, override):
             ['rl.algorithm.type = "grpo"', "rl.algorithm.elite_share = 0.5"],
         ),
         (
-            ["rl.algorithm.type=gspo", 'rl.algorithm.normalisation="token"'],
-            ['rl.algorithm.type = "gspo"', 'rl.algorithm.normalisation = "token"'],
+            ["rl.algorithm.type=gspo", "rl.algorithm.dual_clip=3"],
+            ['rl.algorithm.type = "gspo"', "rl.algorithm.dual_clip = 3"],
+        ),
+        (
+            ["rl.kl.estimator=k3"],
+            ['rl.kl.estimator = "k3"', 'rl.kl.place = "reward"', "gradient"],
+        ),
+        (
+            ["rl.kl.estimator=k1", "rl.kl.place=loss"],
+            ['rl.kl.estimator = "k1"', 'rl.kl.place = "loss"', "zero"],
+        ),
+        (
+            ["rl.kl.place=loss", "rl.max_staleness=2"],
+            ['rl.kl.place = "loss"', "rl.max_staleness = 2"],
+        ),
+        (
+            ["rl.kl.place=loss", "rl.algorithm.type=cem"],
+            ['rl.kl.place = "loss"', 'rl.algorithm.type = "cem"'],
         ),
         (
             ["rl.algorithm.dual_clip=1.1"],
@@ -320,6 +336,8 @@ def test_nccl_needs_a_whole_gpu_on_both_ends(refusal, overrides):
         ["rl.algorithm.type=reinforce_pp", "rl.algorithm.dual_clip=3"],
         ["rl.algorithm.type=gspo", "rl.algorithm.divide_by_deviation=false"],
         ["rl.algorithm.type=cem", "rl.algorithm.elite_of=batch"],
+        ["rl.kl.place=loss", "rl.kl.estimator=k3"],
+        ["rl.kl.place=loss", "rl.algorithm.type=gspo"],
         ["rl.algorithm.elite_share=0.5", "rl.algorithm.type=cem"],
         ["rl.algorithm.type=grpo", "rl.algorithm.divide_by_deviation=false"],
         ["cluster.learner.actors=2"],

@@ -19,7 +19,7 @@ from rlhf.config import (
     ReinforcePPSection,
     RLOOSection,
 )
-from rlhf.kl import penalised_rewards
+from rlhf.kl import kl_in_the_loss, penalised_rewards
 from rlhf.losses import BatchSize, entropy_from_logits, reduce_tokens
 
 VOCABULARY, TOKENS = 2, 2
@@ -141,6 +141,51 @@ def test_k1_in_the_reward_climbs_reward_minus_kl(logits, coefficient):
     held = probabilities(logits)
     kl = (held * (held.log() - reference.log())).sum()
     exactly(found, gradient(mean_reward(logits) - coefficient * kl, logits))
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_the_kl_in_the_loss_descends_the_kl(logits, estimator):
+    reference, _ = token_logprobs(REFERENCE)
+    padded, mask = token_logprobs(logits)
+    held = probabilities(logits).detach()
+    found, value = torch.zeros_like(logits), 0.0
+    for a, b in product(range(3), repeat=2):
+        drawn = [a, b]
+        term = kl_in_the_loss(
+            padded[drawn],
+            reference[drawn],
+            mask[drawn],
+            estimator=estimator,
+            normalisation="constant",
+            size=BatchSize(2, int(mask[drawn].sum()), TOKENS),
+        )
+        found += held[a] * held[b] * TOKENS * gradient(term, logits)
+        padded, mask = token_logprobs(logits)
+        value += float(held[a] * held[b] * term.detach())
+    chances, wanted = probabilities(logits), probabilities(REFERENCE)
+    kl = (chances * (chances.log() - wanted.log())).sum()
+    exactly(found, gradient(kl, logits))
+    if estimator == "k3":
+        # Its mean is the KL itself, token by token.
+        assert value == pytest.approx(float(kl.detach()), abs=1e-9)
+    else:
+        squares = (held * (held.log() - wanted.log()).square()).sum() / 2
+        assert value == pytest.approx(float(squares), abs=1e-9)
+
+
+def test_what_is_refused_has_another_gradient(logits):
+    # k1 as a loss: the mean of its own gradient is zero. k3 as a loss: that of the reverse KL.
+    reference = probabilities(REFERENCE)
+    chances = probabilities(logits)
+    held = chances.detach()
+    log_ratios = chances.log() - reference.log()
+    nothing = gradient((held * log_ratios).sum(), logits)
+    torch.testing.assert_close(nothing, torch.zeros_like(nothing), rtol=0, atol=1e-12)
+    chances = probabilities(logits)
+    log_ratios = chances.log() - reference.log()
+    k3 = gradient((held * (torch.exp(-log_ratios) - 1 + log_ratios)).sum(), logits)
+    chances = probabilities(logits)
+    exactly(k3, gradient((reference * (reference.log() - chances.log())).sum(), logits))
 
 
 @pytest.mark.parametrize(("group_size", "share"), [(2, 0.5), (3, 0.34), (4, 0.5)])

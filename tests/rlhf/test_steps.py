@@ -85,6 +85,17 @@ def test_only_the_elite_is_in_the_batch_of_the_cross_entropy_method(make):
     assert batch.sequences[0].completion_token_ids == groups[0].rollout.completions[1].token_ids
 
 
+def test_with_the_kl_in_the_loss_the_reward_is_free_of_it_and_all_are_trained_on(make):
+    groups = [make.scored((1.0, 3.0), kl_G=(2.0, 0.0)), make.scored((2.0, 2.0))]
+    batch = training_batch(groups, settings(kl=KLSection(coefficient=0.5, place="loss")))
+    assert advantages_of(batch) == [-1.0, 1.0, 0.0, 0.0]
+    assert [s.reference_logprobs_T for s in batch.sequences] == [
+        row for group in groups for row in group.reference_logprobs_GT
+    ]
+    in_reward = training_batch(groups, settings(0.5))
+    assert all(s.reference_logprobs_T == () for s in in_reward.sequences)
+
+
 def test_groups_without_signal_are_counted(make, failed):
     groups = [failed, make.scored((2.0, 2.0)), make.scored((1.0, 3.0)), make.scored((4.0, 4.0))]
     batch = training_batch(groups, settings())
