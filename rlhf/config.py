@@ -271,6 +271,30 @@ class EntropySection(Section):
     """Loss subtracted per nat of mean token entropy (exact, from the learner's logits)."""
 
 
+class ShapingSection(Section):
+    """What is done to rewards before the KL penalty and credit."""
+
+    clip: PositiveFloat | None = None
+    """Rewards beyond this many deviations are cut to it; default: never."""
+    whiten: bool = False
+    """Mean 0 and deviation 1 over a step's completions."""
+    cut_off_penalty: NonNegativeFloat = 0.0
+    """Subtracted from a completion that ran into `rl.max_tokens`."""
+    length_penalty: NonNegativeFloat = 0.0
+    """Subtracted for every token beyond the target."""
+    length_target: NonNegativeInt = 0
+    """Tokens that cost nothing."""
+
+    @model_validator(mode="after")
+    def _a_target_has_a_penalty(self) -> Self:
+        if self.length_target and not self.length_penalty:
+            raise ValueError(
+                f"rl.shaping.length_target = {self.length_target} with rl.shaping.length_penalty = "
+                "0: nothing is subtracted beyond the target; set the penalty"
+            )
+        return self
+
+
 class RLSection(Section):
     """The reinforcement-learning loop."""
 
@@ -296,6 +320,8 @@ class RLSection(Section):
     """KL penalty."""
     entropy: EntropySection = EntropySection()
     """Entropy bonus."""
+    shaping: ShapingSection = ShapingSection()
+    """Clipping, whitening, penalties for length."""
 
     @model_validator(mode="after")
     def _kl_in_the_loss_needs_its_own_samples(self) -> Self:

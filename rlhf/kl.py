@@ -15,19 +15,21 @@ Shapes: B completions, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from rlhf.losses import BatchSize, Normalisation, reduce_tokens
 
 
-def penalised_rewards(
-    rewards_G: Sequence[float], kl_G: Sequence[float], coefficient: float
-) -> tuple[float, ...]:
-    """Reward minus `coefficient` times the completion's KL estimate k1 (nats per completion)."""
-    return tuple(reward - coefficient * kl for reward, kl in zip(rewards_G, kl_G, strict=True))
+def penalised_rewards(rewards_PG: Tensor, kl_PG: Tensor, coefficient: float) -> Tensor:
+    """Reward minus `coefficient` times the completion's KL estimate k1 (nats per completion).
+
+    Raises:
+        ValueError: they are not of the same completions.
+    """
+    if rewards_PG.shape != kl_PG.shape:
+        raise ValueError(f"rewards {tuple(rewards_PG.shape)} and KL {tuple(kl_PG.shape)} differ")
+    return rewards_PG - coefficient * kl_PG
 
 
 def kl_in_the_loss(

@@ -6,11 +6,20 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from rlhf import kl
 from rlhf.algorithms import algorithm_of
 from rlhf.config import RLSection
-from rlhf.records import FailedGroup, ScoredGroup, StepReport, TrainingBatch, TrainingSequence
+from rlhf.records import (
+    Completion,
+    FailedGroup,
+    ScoredGroup,
+    StepReport,
+    TrainingBatch,
+    TrainingSequence,
+)
+from rlhf.shaping import penalties_of, shaped_rewards
 from rlhf.text_checks import TEXT_CHECKS, text_flags
 
 
@@ -26,10 +35,7 @@ def training_batch(
     scored = [group for group in groups if isinstance(group, ScoredGroup)]
     if not scored:
         return TrainingBatch((), settings.max_tokens, settings.temperature)
-    rewards_PG = torch.tensor(
-        [_penalised(group, settings) for group in scored],
-        dtype=torch.float64,
-    )
+    rewards_PG = _penalised(scored, settings)
     credit = algorithm_of(settings.algorithm).credit(rewards_PG)
     # A term for the KL is a mean over all of the policy's completions, with credit or without.
     trained_PG = credit.trained_PG | (settings.kl.place == "loss")
@@ -86,6 +92,8 @@ def step_metrics(
         "ensemble/shift": _mean([s for g in scored for s in g.scores.shift_G]),
         "ensemble/flagged_share": _mean(shifted),
         "ensemble/flagged_share_data": _mean([s for g in scored for s in g.scores.data_shift_G]),
+        "reward/trained_mean": float(_penalised(scored, settings).mean()) if scored else None,
+        **_penalties(completions, settings),
         **{f"criterion/{name}": value for name, value in _parts(scored).items()},
         **text_shares([completion.text for completion in completions]),
         "kl/mean": _mean([value for group in scored for value in group.kl_G]),
@@ -97,7 +105,7 @@ def step_metrics(
         "completion/length_mean": _mean([completion.length for completion in completions]),
         "completion/finished_share": _mean([c.finish_reason == "stop" for c in completions]),
         "groups/failed": len(groups) - len(scored),
-        "groups/without_signal": sum(len(set(_penalised(g, settings))) == 1 for g in scored),
+        "groups/without_signal": _without_signal(scored, settings),
         "sequences/trained": batch.num_sequences,
         "tokens/step": sum(completion.length for completion in completions),
     }
@@ -106,9 +114,30 @@ def step_metrics(
     return row
 
 
-def _penalised(group: ScoredGroup, settings: RLSection) -> tuple[float, ...]:
-    coefficient = settings.kl.coefficient if settings.kl.place == "reward" else 0.0
-    return kl.penalised_rewards(group.scores.rewards_G, group.kl_G, coefficient)
+def _penalised(scored: Sequence[ScoredGroup], settings: RLSection) -> Tensor:
+    """Shaped rewards less the KL penalty, where that is in the reward; shape (P, G)."""
+    rewards_PG = shaped_rewards(scored, settings.shaping)
+    if settings.kl.place == "loss":
+        return rewards_PG
+    kl_PG = torch.tensor([group.kl_G for group in scored], dtype=torch.float64)
+    return kl.penalised_rewards(rewards_PG, kl_PG, settings.kl.coefficient)
+
+
+def _without_signal(scored: Sequence[ScoredGroup], settings: RLSection) -> int:
+    """Groups whose rewards are all equal."""
+    if not scored:
+        return 0
+    rewards_PG = _penalised(scored, settings)
+    return int((rewards_PG == rewards_PG[:, :1]).all(dim=1).sum())
+
+
+def _penalties(completions: Sequence[Completion], settings: RLSection) -> dict[str, float | None]:
+    """Means of what shaping subtracts, by name."""
+    each = [penalties_of(completion, settings.shaping) for completion in completions]
+    return {
+        f"reward/penalty_{name}": _mean([penalties[name] for penalties in each])
+        for name in (each[0] if each else ())
+    }
 
 
 def _parts(scored: Sequence[ScoredGroup]) -> dict[str, float | None]:

@@ -37,7 +37,8 @@ sequences = tuple(
 batch = TrainingBatch(sequences, 64, 1.0)
 actor = LearnerActor(
     model, "float32", LearnerSection(learning_rate=1e-3, zero_stage=stage, micro_batch_tokens=48),
-    RLSection(max_tokens=64, kl=KLSection(coefficient=0.1, place="loss")), "float32", "shared_memory", str(out / "shm"), "ranks",
+    RLSection(max_tokens=64, kl=KLSection(coefficient=0.1, place="loss")),
+    "float32", "shared_memory", str(out / "shm"), "ranks",
     f"learner-{rank}", rank=rank, world_size=world_size,
 )
 actor.start(master)

@@ -133,9 +133,7 @@ def test_grpo_with_two_completions_climbs_the_share_of_wins(logits):
 def test_k1_in_the_reward_climbs_reward_minus_kl(logits, coefficient):
     reference = probabilities(REFERENCE)
     log_ratios = probabilities(logits).detach().log() - reference.log()
-    penalised = torch.tensor(
-        penalised_rewards(REWARDS.tolist(), log_ratios.tolist(), coefficient), dtype=torch.float64
-    )
+    penalised = penalised_rewards(REWARDS, log_ratios, coefficient)
     settings = RLOOSection(type="rloo", **CONSTANT)
     found = TOKENS * expected_update(logits, settings, 2, penalised)
     held = probabilities(logits)
