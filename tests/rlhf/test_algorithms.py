@@ -116,6 +116,7 @@ def test_at_least_one_is_elite_and_of_equal_ones_the_first():
     assert found.trained_PG.tolist() == [[False, True, False]]
 
 
+CLIPS = {"low": "epsilon", "high": "epsilon_high"}
 SIZE = BatchSize(sequences=2, tokens=5, max_tokens=4)
 MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]], dtype=torch.float64)
 OLD = torch.log(torch.tensor([[0.5, 0.5, 0.5, 0.1], [0.5, 0.5, 0.1, 0.1]], dtype=torch.float64))
@@ -215,3 +216,23 @@ def test_advantages_agree_with_trl(trl, case, settings, dtype, atol):
     result = algorithm_of(settings).credit(values).values_PG
     expected = torch.tensor(trl["cases"][case]["advantages"], dtype=dtype)
     torch.testing.assert_close(result.flatten(), expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_gspo_agrees_with_trl(trl, dtype, atol):
+    case = trl["cases"]["loss_grpo_sequence"]
+    mask = torch.tensor(trl["inputs"]["completion_mask"])
+    policy = torch.tensor(trl["inputs"]["policy_logprobs"], dtype=dtype, requires_grad=True)
+    clips = {f"clip_{side}": case["settings"][key] for side, key in CLIPS.items()}
+    found = algorithm_of(GSPOSection(type="gspo", **clips)).loss(
+        policy,
+        torch.tensor(trl["inputs"]["old_logprobs"], dtype=dtype),
+        torch.tensor(case["advantages"], dtype=dtype),
+        mask,
+        BatchSize(len(mask), int(mask.sum()), 8),
+    )
+    found.loss.backward()
+    assert found.loss.item() == pytest.approx(case["loss"], abs=atol)
+    expected = torch.tensor(case["grad_policy_logprobs"], dtype=dtype)
+    torch.testing.assert_close(policy.grad, expected, rtol=0, atol=atol)
+    assert found.clipped_BT.any()
