@@ -165,7 +165,7 @@ class LearnerActor:
                     normalisation=self._rl.algorithm.normalisation,
                     size=size,
                 )
-                loss = loss + self._rl.kl.coefficient * kl
+                loss = loss + batch.kl_coefficient * kl
                 totals["losses/kl"] = totals.get("losses/kl", 0.0) + float(kl) * size.tokens
             if coefficient:
                 loss = loss - coefficient * reduce_tokens(entropy_NT, mask_NT, "token", size)

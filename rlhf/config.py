@@ -247,6 +247,19 @@ class KLSection(Section):
     which credit neither centres nor divides."""
     estimator: Literal["k1", "k2", "k3"] | None = None
     """What is taken for the KL (rlhf/kl.py); default: k1 in the reward, k2 in the loss."""
+    target: PositiveFloat | None = None
+    """Nats per completion that the coefficient is steered towards; default: it stays as it is."""
+    rate: Fraction = 0.1
+    """How fast it is steered: at most a fifth of this share a step."""
+
+    @model_validator(mode="after")
+    def _what_is_steered_can_move(self) -> Self:
+        if self.target is not None and not self.coefficient:
+            raise ValueError(
+                f"rl.kl.target = {self.target:g} with rl.kl.coefficient = 0: the coefficient is "
+                "multiplied to steer it, and zero stays zero; start above it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _the_gradient_is_that_of_the_kl(self) -> Self:
@@ -322,6 +335,13 @@ class RLSection(Section):
     """Entropy bonus."""
     shaping: ShapingSection = ShapingSection()
     """Clipping, whitening, penalties for length."""
+
+    def with_kl_coefficient(self, coefficient: float | None) -> RLSection:
+        """The same with another `kl.coefficient`, or none other."""
+        if coefficient is None:
+            return self
+        kl = self.kl.model_copy(update={"coefficient": coefficient})
+        return self.model_copy(update={"kl": kl})
 
     @model_validator(mode="after")
     def _kl_in_the_loss_needs_its_own_samples(self) -> Self:

@@ -181,6 +181,8 @@ class TrainingBatch:
     sequences: tuple[TrainingSequence, ...]
     max_tokens: int
     temperature: float
+    kl_coefficient: float = 0.0
+    """Of the KL as a term of the loss; 0 where it is in the reward."""
 
     @property
     def num_sequences(self) -> int:

@@ -60,7 +60,8 @@ def training_batch(
         )
         if trained and not (mask_shifted and shifted)
     ]
-    return TrainingBatch(tuple(sequences), settings.max_tokens, settings.temperature)
+    in_the_loss = settings.kl.coefficient if settings.kl.place == "loss" else 0.0
+    return TrainingBatch(tuple(sequences), settings.max_tokens, settings.temperature, in_the_loss)
 
 
 def step_metrics(

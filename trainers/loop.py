@@ -27,6 +27,7 @@ from actors.rollout import GroupRequest
 from rlhf.buffer import RolloutBuffer
 from rlhf.config import RLConfig
 from rlhf.errors import GenerationError
+from rlhf.kl import next_coefficient
 from rlhf.prompts import PromptCursor
 from rlhf.records import (
     FailedGroup,
@@ -73,6 +74,7 @@ class Loop:
 
     Args:
         record: called after every step with its metrics and groups, before the next one's publish.
+        kl_coefficient: to begin with, where it is steered and the run is resumed.
     """
 
     def __init__(
@@ -82,8 +84,10 @@ class Loop:
         actors: Actors,
         record: Callable[[int, dict[str, Any], Sequence[ScoredGroup | FailedGroup]], Any],
         first_step: int = 0,
+        kl_coefficient: float | None = None,
     ) -> None:
         self._config = config
+        self._rl = config.rl.with_kl_coefficient(kl_coefficient)
         self._cursor = cursor
         self._actors = actors
         self._record = record
@@ -144,10 +148,9 @@ class Loop:
 
     async def _learn(self) -> None:
         """Waits for the oldest step's groups; unblocked by fills in `_produce`."""
-        settings = self._config.rl
         masked = self._config.reward.domain_shift.response == "mask"
         for step in self._steps:
-            started = time.monotonic()
+            started, settings = time.monotonic(), self._rl
             taken = await self._buffer.take(timeout_s=self._patience_s)
             groups = [produced.group for produced in taken]
             batch = training_batch(groups, settings, mask_shifted=masked)
@@ -166,6 +169,8 @@ class Loop:
             metrics = step_metrics(step, self._version, groups, batch, report, settings, times_s)
             metrics |= {"weights/probe_gap": gap, "buffer/depth": self._buffer.depth}
             self._version += 1
+            steered = next_coefficient(settings.kl.coefficient, metrics["kl/mean"], settings.kl)
+            self._rl = settings.with_kl_coefficient(steered)
             # Recorded before the slots are free: what follows in a step sees this one on disk.
             await self._record(step, metrics, groups)
             await self._buffer.release()

@@ -57,9 +57,12 @@ class Recorder:
         self._metrics = folder / "metrics.jsonl"
         self._rollouts = folder / "rollouts"
         self._rollouts.mkdir(exist_ok=True)
+        self.last: dict[str, Any] | None = None
+        """The metrics of the step before the first."""
         if self._metrics.is_file():
             lines = self._metrics.read_text().splitlines()
             kept = [line for line in lines if _step_of(line) < first_step]
+            self.last = json.loads(kept[-1]) if kept else None
             write_atomically(self._metrics, "".join(f"{line}\n" for line in kept))
         for path in self._rollouts.glob("step-*.parquet"):
             if int(path.stem.removeprefix("step-")) >= first_step:

@@ -503,3 +503,34 @@ def test_every_step_has_the_numbers_that_the_contract_promises():
         assert metrics["kl/mean"] == pytest.approx(0.2)
         assert len(groups) == GROUPS
         assert 0 <= metrics["time/learn_s"] <= metrics["time/step_s"]
+
+
+# The KL coefficient
+
+
+def coefficients(actors: FakeActors) -> list[float]:
+    return [metrics["kl/coefficient"] for _, metrics, _ in actors.recorded]
+
+
+def test_the_kl_coefficient_is_steered_from_step_to_step_and_a_resumed_run_goes_on_with_it():
+    # Every completion is at 0.2 nats: half of the target, so the error is cut to -0.2.
+    kl = {"target": 0.4, "coefficient": 0.1, "rate": 0.5}
+    whole = run(config(steps=4, rl={"kl": kl}))
+    assert coefficients(whole) == pytest.approx([0.1 * 0.9**step for step in range(4)])
+    resumed = FakeActors()
+    settings = config(steps=4, rl={"kl": kl})
+    cursor = PromptCursor(PROMPTS, settings.seed, 2 * GROUPS)
+    loop = Loop(settings, cursor, resumed, resumed.record, 2, coefficients(whole)[2])
+    asyncio.run(loop.run())
+    assert coefficients(resumed) == coefficients(whole)[2:]
+
+
+def test_the_steered_coefficient_is_what_a_step_is_trained_with():
+    kl = {"target": 0.4, "coefficient": 0.1, "rate": 0.5, "place": "loss"}
+    actors = run(config(steps=3, rl={"kl": kl}))
+    assert [batch.kl_coefficient for batch in actors.batches] == coefficients(actors)
+    assert len(set(coefficients(actors))) == 3
+
+
+def test_without_a_target_the_coefficient_stays():
+    assert set(coefficients(run(config(rl={"kl": {"coefficient": 0.1}})))) == {0.1}

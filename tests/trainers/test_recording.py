@@ -44,6 +44,11 @@ def test_a_resumed_run_reads_as_an_unbroken_one(tmp_path: Path) -> None:
         (2, "second"),
         (3, "second"),
     ]
+    last = Recorder(tmp_path, 3).last
+    assert last is not None
+    assert (last["step"], last["tag"]) == (2, "second")
+    assert Recorder(tmp_path, 0).last is None
+    record(tmp_path, 0, 0, 1, 2, 3, tag="third")
     names = sorted(path.name for path in (tmp_path / "rollouts").iterdir())
     assert names == [f"step-{step:06d}.parquet" for step in range(4)]
 
