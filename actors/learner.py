@@ -152,7 +152,7 @@ class LearnerActor:
                 device=rollout_NT.device,
             )
             mask_NT = packed.reply_mask_NT * float(live)
-            coefficient = self._rl.entropy.coefficient
+            coefficient = batch.entropy_coefficient
             logprobs_NT, entropy_NT = self._engine.run(packed, batch.temperature, coefficient > 0)
             policy = self._algorithm.loss(logprobs_NT, rollout_NT, advantages_N, mask_NT, size)
             loss = policy.loss

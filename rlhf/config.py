@@ -237,6 +237,14 @@ AlgorithmSettings = Annotated[
 ]
 
 
+def _require_start(name: str, coefficient: float, target: float | None) -> None:
+    if target is not None and not coefficient:
+        raise ValueError(
+            f"rl.{name}.target = {target:g} with rl.{name}.coefficient = 0: the coefficient is "
+            "multiplied to steer it, and zero stays zero; start above it"
+        )
+
+
 class KLSection(Section):
     """The penalty for leaving the reference model."""
 
@@ -254,11 +262,7 @@ class KLSection(Section):
 
     @model_validator(mode="after")
     def _what_is_steered_can_move(self) -> Self:
-        if self.target is not None and not self.coefficient:
-            raise ValueError(
-                f"rl.kl.target = {self.target:g} with rl.kl.coefficient = 0: the coefficient is "
-                "multiplied to steer it, and zero stays zero; start above it"
-            )
+        _require_start("kl", self.coefficient, self.target)
         return self
 
     @model_validator(mode="after")
@@ -282,6 +286,15 @@ class EntropySection(Section):
 
     coefficient: NonNegativeFloat = 0.0
     """Loss subtracted per nat of mean token entropy (exact, from the learner's logits)."""
+    target: PositiveFloat | None = None
+    """Nats per token that the coefficient is steered towards; default: it stays as it is."""
+    rate: Fraction = 0.1
+    """How fast it is steered: at most a fifth of this share a step."""
+
+    @model_validator(mode="after")
+    def _what_is_steered_can_move(self) -> Self:
+        _require_start("entropy", self.coefficient, self.target)
+        return self
 
 
 class ShapingSection(Section):
@@ -336,12 +349,14 @@ class RLSection(Section):
     shaping: ShapingSection = ShapingSection()
     """Clipping, whitening, penalties for length."""
 
-    def with_kl_coefficient(self, coefficient: float | None) -> RLSection:
-        """The same with another `kl.coefficient`, or none other."""
-        if coefficient is None:
-            return self
-        kl = self.kl.model_copy(update={"coefficient": coefficient})
-        return self.model_copy(update={"kl": kl})
+    def with_coefficients(self, kl: float, entropy: float) -> RLSection:
+        """The same with other coefficients, as steering changes them."""
+        return self.model_copy(
+            update={
+                "kl": self.kl.model_copy(update={"coefficient": kl}),
+                "entropy": self.entropy.model_copy(update={"coefficient": entropy}),
+            }
+        )
 
     @model_validator(mode="after")
     def _kl_in_the_loss_needs_its_own_samples(self) -> Self:

@@ -18,10 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf.config import KLSection
 from rlhf.losses import BatchSize, Normalisation, reduce_tokens
-
-_LARGEST_ERROR = 0.2
 
 
 def penalised_rewards(rewards_PG: Tensor, kl_PG: Tensor, coefficient: float) -> Tensor:
@@ -33,19 +30,6 @@ def penalised_rewards(rewards_PG: Tensor, kl_PG: Tensor, coefficient: float) -> 
     if rewards_PG.shape != kl_PG.shape:
         raise ValueError(f"rewards {tuple(rewards_PG.shape)} and KL {tuple(kl_PG.shape)} differ")
     return rewards_PG - coefficient * kl_PG
-
-
-def next_coefficient(coefficient: float, kl_mean: float | None, settings: KLSection) -> float:
-    """The coefficient of the next step, from this one's mean KL in nats per completion.
-
-    Proportional control in log space, Ziegler et al. (2019), Fine-Tuning Language Models from Human
-    Preferences, section 2.2: multiplied by 1 + rate * e, e being the relative error to the target,
-    cut to a fifth. Nothing changes without a target, or where no completion was scored.
-    """
-    if settings.target is None or kl_mean is None:
-        return coefficient
-    error = max(-_LARGEST_ERROR, min(_LARGEST_ERROR, kl_mean / settings.target - 1))
-    return coefficient * (1 + settings.rate * error)
 
 
 def kl_in_the_loss(

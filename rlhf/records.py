@@ -183,6 +183,8 @@ class TrainingBatch:
     temperature: float
     kl_coefficient: float = 0.0
     """Of the KL as a term of the loss; 0 where it is in the reward."""
+    entropy_coefficient: float = 0.0
+    """Of the entropy as a bonus."""
 
     @property
     def num_sequences(self) -> int:

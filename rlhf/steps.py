@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -33,8 +34,15 @@ def training_batch(
     that leaving a completion out does not change its siblings' baseline.
     """
     scored = [group for group in groups if isinstance(group, ScoredGroup)]
+    empty = TrainingBatch(
+        (),
+        settings.max_tokens,
+        settings.temperature,
+        kl_coefficient=settings.kl.coefficient if settings.kl.place == "loss" else 0.0,
+        entropy_coefficient=settings.entropy.coefficient,
+    )
     if not scored:
-        return TrainingBatch((), settings.max_tokens, settings.temperature)
+        return empty
     rewards_PG = _penalised(scored, settings)
     credit = algorithm_of(settings.algorithm).credit(rewards_PG)
     # A term for the KL is a mean over all of the policy's completions, with credit or without.
@@ -60,8 +68,7 @@ def training_batch(
         )
         if trained and not (mask_shifted and shifted)
     ]
-    in_the_loss = settings.kl.coefficient if settings.kl.place == "loss" else 0.0
-    return TrainingBatch(tuple(sequences), settings.max_tokens, settings.temperature, in_the_loss)
+    return replace(empty, sequences=tuple(sequences))
 
 
 def step_metrics(

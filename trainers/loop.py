@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,7 +27,6 @@ from actors.rollout import GroupRequest
 from rlhf.buffer import RolloutBuffer
 from rlhf.config import RLConfig
 from rlhf.errors import GenerationError
-from rlhf.kl import next_coefficient
 from rlhf.prompts import PromptCursor
 from rlhf.records import (
     FailedGroup,
@@ -38,6 +37,7 @@ from rlhf.records import (
     TrainingBatch,
 )
 from rlhf.seeding import derive_seed
+from rlhf.steering import steered
 from rlhf.steps import step_metrics, training_batch
 
 Work = tuple[int, Prompt, int]
@@ -74,7 +74,7 @@ class Loop:
 
     Args:
         record: called after every step with its metrics and groups, before the next one's publish.
-        kl_coefficient: to begin with, where it is steered and the run is resumed.
+        last: metrics of the step before the first, where a run is resumed.
     """
 
     def __init__(
@@ -84,10 +84,10 @@ class Loop:
         actors: Actors,
         record: Callable[[int, dict[str, Any], Sequence[ScoredGroup | FailedGroup]], Any],
         first_step: int = 0,
-        kl_coefficient: float | None = None,
+        last: Mapping[str, Any] | None = None,
     ) -> None:
         self._config = config
-        self._rl = config.rl.with_kl_coefficient(kl_coefficient)
+        self._rl = config.rl if last is None else steered(config.rl, last)
         self._cursor = cursor
         self._actors = actors
         self._record = record
@@ -169,8 +169,7 @@ class Loop:
             metrics = step_metrics(step, self._version, groups, batch, report, settings, times_s)
             metrics |= {"weights/probe_gap": gap, "buffer/depth": self._buffer.depth}
             self._version += 1
-            steered = next_coefficient(settings.kl.coefficient, metrics["kl/mean"], settings.kl)
-            self._rl = settings.with_kl_coefficient(steered)
+            self._rl = steered(settings, metrics)
             # Recorded before the slots are free: what follows in a step sees this one on disk.
             await self._record(step, metrics, groups)
             await self._buffer.release()

@@ -28,7 +28,6 @@ from rlhf.errors import (
     PavlovError,
     RunError,
 )
-from rlhf.kl import next_coefficient
 from rlhf.prompts import PromptCursor
 from rlhf.records import FailedGroup, Prompt, ScoredGroup
 from trainers.domain_shift import shift_threshold
@@ -185,9 +184,6 @@ async def _steps(
 ) -> None:
     total = config.rl.num_steps
     recorder = Recorder(folder.path, first_step)
-    coefficient = None
-    if config.rl.kl.target is not None and (last := recorder.last):
-        coefficient = next_coefficient(last["kl/coefficient"], last["kl/mean"], config.rl.kl)
     gauges = Gauges(namespace, "driver")
     progress = Progressing(console, "rl", total, first_step)
 
@@ -208,7 +204,7 @@ async def _steps(
 
     try:
         with progress:
-            await Loop(config, cursor, fleet, record, first_step, coefficient).run()
+            await Loop(config, cursor, fleet, record, first_step, recorder.last).run()
     finally:
         recorder.close()
 

@@ -34,7 +34,7 @@ sequences = tuple(
     )
     for index in range(5)
 )
-batch = TrainingBatch(sequences, 64, 1.0)
+batch = TrainingBatch(sequences, 64, 1.0, kl_coefficient=0.1, entropy_coefficient=0.01)
 actor = LearnerActor(
     model, "float32", LearnerSection(learning_rate=1e-3, zero_stage=stage, micro_batch_tokens=48),
     RLSection(max_tokens=64, kl=KLSection(coefficient=0.1, place="loss")),

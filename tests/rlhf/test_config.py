@@ -304,6 +304,10 @@ def test_an_override_without_key_or_value_is_refused(refusal, override):
             ['rl.kl.place = "loss"', 'rl.algorithm.type = "cem"'],
         ),
         (
+            ["rl.entropy.target=2"],
+            ["rl.entropy.target = 2", "rl.entropy.coefficient = 0"],
+        ),
+        (
             ["rl.kl.target=5", "rl.kl.coefficient=0"],
             ["rl.kl.target = 5", "rl.kl.coefficient = 0"],
         ),

@@ -3,8 +3,7 @@ import math
 import pytest
 import torch
 
-from rlhf.config import KLSection
-from rlhf.kl import kl_in_the_loss, next_coefficient, penalised_rewards
+from rlhf.kl import kl_in_the_loss, penalised_rewards
 from rlhf.losses import BatchSize
 
 
@@ -64,28 +63,3 @@ def test_a_part_without_weight_adds_nothing_to_the_kl():
         assert term.item() == 0
         term.backward()
         assert not policy.grad.any()
-
-
-@pytest.mark.parametrize(
-    ("kl_mean", "factor"),
-    [
-        # Error -0.1, times 0.1; +1 and -1 are cut to a fifth.
-        (4.5, 0.99),
-        (10.0, 1.02),
-        (0.0, 0.98),
-        (5.0, 1.0),
-        (-3.0, 0.98),
-        (None, 1.0),
-    ],
-)
-def test_the_coefficient_is_steered_towards_the_target_by_hand(kl_mean, factor):
-    settings = KLSection(coefficient=0.5, target=5.0)
-    assert next_coefficient(0.5, kl_mean, settings) == pytest.approx(0.5 * factor)
-
-
-def test_steered_long_enough_a_coefficient_holds_the_target():
-    # A policy whose KL falls with the coefficient as 1 / coefficient.
-    settings, coefficient = KLSection(target=5.0, rate=0.5), 0.02
-    for _ in range(200):
-        coefficient = next_coefficient(coefficient, 1 / coefficient, settings)
-    assert 1 / coefficient == pytest.approx(5.0, rel=0.01)

@@ -520,7 +520,7 @@ def test_the_kl_coefficient_is_steered_from_step_to_step_and_a_resumed_run_goes_
     resumed = FakeActors()
     settings = config(steps=4, rl={"kl": kl})
     cursor = PromptCursor(PROMPTS, settings.seed, 2 * GROUPS)
-    loop = Loop(settings, cursor, resumed, resumed.record, 2, coefficients(whole)[2])
+    loop = Loop(settings, cursor, resumed, resumed.record, 2, whole.recorded[1][1])
     asyncio.run(loop.run())
     assert coefficients(resumed) == coefficients(whole)[2:]
 
@@ -530,6 +530,15 @@ def test_the_steered_coefficient_is_what_a_step_is_trained_with():
     actors = run(config(steps=3, rl={"kl": kl}))
     assert [batch.kl_coefficient for batch in actors.batches] == coefficients(actors)
     assert len(set(coefficients(actors))) == 3
+
+
+def test_the_entropy_coefficient_is_steered_too_and_reaches_the_learner():
+    # The learner reports 1.5 nats, half of the target: the bonus grows.
+    entropy = {"target": 3.0, "coefficient": 0.01, "rate": 0.5}
+    actors = run(config(steps=3, rl={"entropy": entropy}))
+    wanted = [0.01 * 1.1**step for step in range(3)]
+    assert [m["entropy/coefficient"] for _, m, _ in actors.recorded] == pytest.approx(wanted)
+    assert [batch.entropy_coefficient for batch in actors.batches] == pytest.approx(wanted)
 
 
 def test_without_a_target_the_coefficient_stays():
