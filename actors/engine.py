@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ class TrainingEngine:
                 "MASTER_ADDR": host,
                 "MASTER_PORT": port,
             }
+        _build_collectives()
         import deepspeed
 
         cuda = torch.cuda.is_available()
@@ -147,6 +149,26 @@ class TrainingEngine:
             ) from None
         if path is None:
             raise CheckpointError(f"{folder} holds no checkpoint of this learner")
+
+
+def _build_collectives() -> None:
+    """Build DeepSpeed's collectives on CPU where that is still to be done, one process at a time.
+
+    Torch marks a build by a file, which a killed process leaves behind: everybody who comes later
+    would wait for it for ever. This lock goes with its holder, so what lies there is of the dead.
+    """
+    from deepspeed.comm.torch import build_shm_op
+    from filelock import FileLock
+    from torch.utils.cpp_extension import get_default_build_root
+
+    version = f"torch-{torch.__version__}-python-{platform.python_version()}"
+    folder = Path(get_default_build_root()) / "pavlov" / version
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder)))
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "pavlov.lock"):
+        for left in folder.glob("*/lock"):
+            left.unlink()
+        build_shm_op()
 
 
 def _parameter_groups(module: nn.Module, rate_factors: Mapping[str, float]) -> list[dict[str, Any]]:

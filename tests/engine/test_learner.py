@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.cpp_extension import get_default_build_root
 
 pytestmark = pytest.mark.engine
 
@@ -65,7 +67,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def learn(model: Path, out: Path, stage: int, world_size: int) -> None:
+def learn(model: Path, out: Path, stage: int, world_size: int, **environment: str) -> None:
     out.mkdir()
     port = free_port()
     ranks = [
@@ -79,6 +81,7 @@ def learn(model: Path, out: Path, stage: int, world_size: int) -> None:
                 "PYTHONPATH": str(ROOT),
                 "DS_ACCELERATOR": "cpu",
                 "OMP_NUM_THREADS": "1",
+                **environment,
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -116,3 +119,15 @@ def test_two_ranks_learn_what_one_learns_and_resume_from_their_checkpoint(
             assert double[key] == pytest.approx(single[key], rel=1e-3, abs=1e-5), key
     probes = [json.loads((out / "probe.json").read_text()) for out in both]
     assert probes[0] == pytest.approx(probes[1], abs=1e-4)
+
+
+def test_a_build_that_was_killed_half_way_holds_nobody_up(
+    alone: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    built = next((Path(get_default_build_root()) / "pavlov").glob("torch-*"))
+    copy = shutil.copytree(built, tmp_path / "extensions")
+    [operator] = [path for path in copy.iterdir() if path.is_dir()]
+    # As torch leaves it when its process is gone.
+    (operator / "lock").touch()
+    learn(tiny_model, tmp_path / "after", 0, 1, TORCH_EXTENSIONS_DIR=str(copy))
+    assert not (operator / "lock").exists()
