@@ -24,7 +24,7 @@ from models.logprobs import TokenLogprobs, reply_logprobs
 from models.packing import PackedBatch, Row, collate, micro_batches, pack
 from models.precision import resolve_dtype
 from models.sources import resolve_model
-from rlhf.algorithms import algorithm_of
+from rlhf.algorithms import Share, algorithm_of
 from rlhf.config import LearnerSection, RLSection
 from rlhf.kl import kl_in_the_loss
 from rlhf.losses import BatchSize, reduce_tokens
@@ -154,7 +154,9 @@ class LearnerActor:
             mask_NT = packed.reply_mask_NT * float(live)
             coefficient = batch.entropy_coefficient
             logprobs_NT, entropy_NT = self._engine.run(packed, batch.temperature, coefficient > 0)
-            policy = self._algorithm.loss(logprobs_NT, rollout_NT, advantages_N, mask_NT, size)
+            policy = self._algorithm.loss(
+                Share(logprobs_NT, rollout_NT, advantages_N, mask_NT, size)
+            )
             loss = policy.loss
             if self._rl.kl.place == "loss":
                 kl = kl_in_the_loss(

@@ -14,7 +14,7 @@ B completions of a batch, T tokens.
 
 from __future__ import annotations
 
-from rlhf.algorithms.base import Algorithm, Credit
+from rlhf.algorithms.base import Algorithm, Credit, Share
 from rlhf.algorithms.cem import CrossEntropyMethod
 from rlhf.algorithms.grpo import GRPO
 from rlhf.algorithms.gspo import GSPO
@@ -29,7 +29,7 @@ from rlhf.config import (
     RLOOSection,
 )
 
-__all__ = ["Algorithm", "Credit", "algorithm_of"]
+__all__ = ["Algorithm", "Credit", "Share", "algorithm_of"]
 
 
 def algorithm_of(settings: AlgorithmSettings) -> Algorithm:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from rlhf.config import ClippedSection
@@ -21,6 +20,18 @@ class Credit:
     trained_PG: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A part of a step's batch: logprobs of its completions' tokens by the policy and by the engine
+    that sampled them, their credit, which tokens there are, and the size of the whole batch."""
+
+    policy_logprobs_BT: Tensor
+    rollout_logprobs_BT: Tensor
+    credit_B: Tensor
+    mask_BT: Tensor
+    size: BatchSize
+
+
 class Algorithm(Protocol):
     """How rewards become a gradient."""
 
@@ -28,15 +39,8 @@ class Algorithm(Protocol):
         """Credit for a step's completions, from rewards that hold all penalties."""
         ...
 
-    def loss(
-        self,
-        policy_logprobs_BT: Tensor,
-        rollout_logprobs_BT: Tensor,
-        credit_B: Tensor,
-        mask_BT: Tensor,
-        size: BatchSize,
-    ) -> PolicyLoss:
-        """The loss of a part of the batch, as its share of the whole."""
+    def loss(self, share: Share) -> PolicyLoss:
+        """The loss of a part of the batch; those of all parts add up to the batch's."""
         ...
 
 
@@ -46,25 +50,18 @@ class ClippedRatio:
 
     settings: ClippedSection
 
-    def loss(
-        self,
-        policy_logprobs_BT: Tensor,
-        rollout_logprobs_BT: Tensor,
-        credit_B: Tensor,
-        mask_BT: Tensor,
-        size: BatchSize,
-    ) -> PolicyLoss:
+    def loss(self, share: Share) -> PolicyLoss:
         """On policy its gradient is that of credit times log-likelihood (REINFORCE)."""
         return clipped_policy_loss(
-            policy_logprobs_BT,
-            rollout_logprobs_BT,
-            credit_B,
-            mask_BT,
+            share.policy_logprobs_BT,
+            share.rollout_logprobs_BT,
+            share.credit_B,
+            share.mask_BT,
             clip_low=self.settings.clip_low,
             clip_high=self.settings.clip_high,
             dual_clip=self.settings.dual_clip,
             normalisation=self.settings.normalisation,
-            size=size,
+            size=share.size,
         )
 
 
@@ -86,8 +83,3 @@ def require_groups(rewards_PG: Tensor) -> None:
             "rewards need the shape (prompts, completions) with at least 2 completions, got "
             f"{tuple(rewards_PG.shape)}"
         )
-
-
-def nothing_clipped(ratio_BT: Tensor) -> Tensor:
-    """As many False as there are ratios."""
-    return torch.zeros_like(ratio_BT, dtype=torch.bool)

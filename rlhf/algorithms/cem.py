@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf.algorithms.base import Credit, nothing_clipped, within_groups
+from rlhf.algorithms.base import Credit, Share, within_groups
 from rlhf.config import CEMSection
-from rlhf.losses import BatchSize, PolicyLoss, reduce_tokens
+from rlhf.losses import PolicyLoss, reduce_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +44,18 @@ class CrossEntropyMethod:
         best_PG = torch.argsort(rewards_PG, dim=1, descending=True, stable=True)[:, :kept]
         return torch.zeros_like(rewards_PG, dtype=torch.bool).scatter(1, best_PG, True)
 
-    def loss(
-        self,
-        policy_logprobs_BT: Tensor,
-        rollout_logprobs_BT: Tensor,
-        credit_B: Tensor,
-        mask_BT: Tensor,
-        size: BatchSize,
-    ) -> PolicyLoss:
+    def loss(self, share: Share) -> PolicyLoss:
         """Cross-entropy of the elite's tokens. Whoever sampled them, they are what is wanted: there
         is no ratio in it (the one that is returned is for the metrics)."""
-        padding_BT = mask_BT == 0
-        logprobs_BT = policy_logprobs_BT.masked_fill(padding_BT, 0.0)
-        mask_BT = mask_BT.to(logprobs_BT.dtype)
+        padding_BT = share.mask_BT == 0
+        logprobs_BT = share.policy_logprobs_BT.masked_fill(padding_BT, 0.0)
+        mask_BT = share.mask_BT.to(logprobs_BT.dtype)
         loss = -reduce_tokens(
-            logprobs_BT * credit_B.unsqueeze(1), mask_BT, self.settings.normalisation, size
+            logprobs_BT * share.credit_B.unsqueeze(1),
+            mask_BT,
+            self.settings.normalisation,
+            share.size,
         )
-        rollout_BT = rollout_logprobs_BT.masked_fill(padding_BT, 0.0)
+        rollout_BT = share.rollout_logprobs_BT.masked_fill(padding_BT, 0.0)
         ratio_BT = torch.exp(logprobs_BT - rollout_BT).detach()
-        return PolicyLoss(loss, ratio_BT, nothing_clipped(ratio_BT))
+        return PolicyLoss(loss, ratio_BT, torch.zeros_like(padding_BT))

@@ -24,10 +24,13 @@ class GRPO(ClippedRatio):
 
     def credit(self, rewards_PG: Tensor) -> Credit:
         """Reward minus the group's mean, over the group's standard deviation."""
-        values_PG = group_relative(
-            rewards_PG, divide_by_deviation=self.settings.divide_by_deviation
-        )
-        return within_groups(values_PG, rewards_PG)
+        return compared_with_its_group(rewards_PG, self.settings.divide_by_deviation)
+
+
+def compared_with_its_group(rewards_PG: Tensor, divide_by_deviation: bool) -> Credit:
+    """Group-relative credit, of groups that say something."""
+    values_PG = group_relative(rewards_PG, divide_by_deviation=divide_by_deviation)
+    return within_groups(values_PG, rewards_PG)
 
 
 def group_relative(

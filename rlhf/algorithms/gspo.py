@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf.algorithms.base import Credit, within_groups
-from rlhf.algorithms.grpo import group_relative
+from rlhf.algorithms.base import Credit, Share
+from rlhf.algorithms.grpo import compared_with_its_group
 from rlhf.config import GSPOSection
-from rlhf.losses import BatchSize, PolicyLoss
+from rlhf.losses import PolicyLoss
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,28 +26,19 @@ class GSPO:
 
     def credit(self, rewards_PG: Tensor) -> Credit:
         """As GRPO."""
-        values_PG = group_relative(
-            rewards_PG, divide_by_deviation=self.settings.divide_by_deviation
-        )
-        return within_groups(values_PG, rewards_PG)
+        return compared_with_its_group(rewards_PG, self.settings.divide_by_deviation)
 
-    def loss(
-        self,
-        policy_logprobs_BT: Tensor,
-        rollout_logprobs_BT: Tensor,
-        credit_B: Tensor,
-        mask_BT: Tensor,
-        size: BatchSize,
-    ) -> PolicyLoss:
+    def loss(self, share: Share) -> PolicyLoss:
         """The clipped surrogate over completions, their mean over the batch."""
-        padding_BT = mask_BT == 0
-        log_ratio_BT = (policy_logprobs_BT - rollout_logprobs_BT).masked_fill(padding_BT, 0.0)
-        live_B = (mask_BT.sum(dim=1) > 0).to(policy_logprobs_BT.dtype)
-        lengths_B = (~padding_BT).sum(dim=1).clamp(min=1)
-        ratio_B = torch.exp(log_ratio_BT.sum(dim=1) / lengths_B)
+        padding_BT = share.mask_BT == 0
+        log_ratio_BT = share.policy_logprobs_BT - share.rollout_logprobs_BT
+        log_ratio_BT = log_ratio_BT.masked_fill(padding_BT, 0.0)
+        lengths_B = (~padding_BT).sum(dim=1)
+        ratio_B = torch.exp(log_ratio_BT.sum(dim=1) / lengths_B.clamp(min=1))
         held_B = ratio_B.clamp(1 - self.settings.clip_low, 1 + self.settings.clip_high)
-        free_B, held_B = ratio_B * credit_B, held_B * credit_B
-        loss = -(torch.minimum(free_B, held_B) * live_B).sum() / size.sequences
-        ratio_BT = ratio_B.detach().unsqueeze(1).expand(mask_BT.shape)
-        clipped_BT = (held_B < free_B).detach().unsqueeze(1) & ~padding_BT
-        return PolicyLoss(loss, ratio_BT, clipped_BT)
+        free_B, held_B = ratio_B * share.credit_B, held_B * share.credit_B
+        # A completion without tokens has no weight.
+        surrogate_B = torch.minimum(free_B, held_B) * (lengths_B > 0)
+        ratio_BT = ratio_B.detach().unsqueeze(1).expand(padding_BT.shape)
+        clipped_BT = (held_B < free_B).unsqueeze(1) & ~padding_BT
+        return PolicyLoss(-surrogate_B.sum() / share.size.sequences, ratio_BT, clipped_BT)

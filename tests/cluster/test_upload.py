@@ -14,7 +14,12 @@ def test_the_upload_leaves_out_runs_caches_and_environments(tmp_path: Path) -> N
         "ray._private.runtime_env.packaging", reason="ray is not installed"
     )
     folder = tmp_path / "pavlov"
-    code = ["pavlov.py", "rlhf/config.py", "trainers/demo_prompts.jsonl", "configs/demo.toml"]
+    code = [
+        "pavlov.py",
+        "rlhf/config/__init__.py",
+        "trainers/demo_prompts.jsonl",
+        "configs/demo.toml",
+    ]
     rest = [
         "runs/demo/policy/model.safetensors",
         ".venv/bin/python",

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rlhf.algorithms import algorithm_of
+from rlhf.algorithms import Share, algorithm_of
 from rlhf.algorithms.grpo import group_relative
 from rlhf.algorithms.rloo import leave_one_out
 from rlhf.config import CEMSection, GRPOSection, GSPOSection, ReinforcePPSection, RLOOSection
@@ -124,7 +124,9 @@ OLD = torch.log(torch.tensor([[0.5, 0.5, 0.5, 0.1], [0.5, 0.5, 0.1, 0.1]], dtype
 
 def test_cem_raises_the_likelihood_of_its_elite_by_hand():
     new = OLD.clone().requires_grad_()
-    found = algorithm_of(CEM).loss(new, OLD - 1, torch.ones(2, dtype=torch.float64), MASK, SIZE)
+    found = algorithm_of(CEM).loss(
+        Share(new, OLD - 1, torch.ones(2, dtype=torch.float64), MASK, SIZE)
+    )
     # Five tokens of probability one half.
     assert found.loss.item() == pytest.approx(float(torch.log(torch.tensor(2.0))))
     found.loss.backward()
@@ -139,7 +141,7 @@ def test_gspo_by_hand():
     shift = torch.tensor([[0.3, 0.0, 0.0, 9.0], [-0.4, 0.0, 9.0, 9.0]], dtype=torch.float64)
     new = (OLD + shift).requires_grad_()
     values = torch.tensor([2.0, 3.0], dtype=torch.float64)
-    found = algorithm_of(settings).loss(new, OLD, values, MASK, SIZE)
+    found = algorithm_of(settings).loss(Share(new, OLD, values, MASK, SIZE))
     # Means of the logs: 0.1, clipped from 1.105 to 1.1; -0.2, free since the credit is positive.
     expected = -(1.1 * 2 + 0.8187307530779818 * 3) / 2
     assert found.loss.item() == pytest.approx(expected)
@@ -156,7 +158,7 @@ def test_a_part_without_weight_adds_nothing_to_any_algorithm():
     for settings in (*COMPARED_IN_GROUPS, PLUS_PLUS):
         new = (OLD + 0.01).requires_grad_()
         nothing = torch.zeros_like(MASK)
-        found = algorithm_of(settings).loss(new, OLD, torch.ones(2).double(), nothing, SIZE)
+        found = algorithm_of(settings).loss(Share(new, OLD, torch.ones(2).double(), nothing, SIZE))
         found.loss.backward()
         assert found.loss.item() == 0
         assert not new.grad.any()
@@ -166,9 +168,9 @@ def test_a_part_without_weight_adds_nothing_to_any_algorithm():
 def test_parts_of_a_batch_add_up_to_the_whole(settings):
     algorithm, values = algorithm_of(settings), torch.tensor([1.0, -2.0], dtype=torch.float64)
     new = OLD + torch.linspace(-0.2, 0.2, 8, dtype=torch.float64).reshape(2, 4)
-    whole = algorithm.loss(new, OLD, values, MASK, SIZE).loss
+    whole = algorithm.loss(Share(new, OLD, values, MASK, SIZE)).loss
     parts = [
-        algorithm.loss(new[n : n + 1], OLD[n : n + 1], values[n : n + 1], MASK[n : n + 1], SIZE)
+        algorithm.loss(Share(*(each[n : n + 1] for each in (new, OLD, values, MASK)), SIZE))
         for n in range(2)
     ]
     torch.testing.assert_close(sum(part.loss for part in parts), whole)
@@ -224,13 +226,14 @@ def test_gspo_agrees_with_trl(trl, dtype, atol):
     mask = torch.tensor(trl["inputs"]["completion_mask"])
     policy = torch.tensor(trl["inputs"]["policy_logprobs"], dtype=dtype, requires_grad=True)
     clips = {f"clip_{side}": case["settings"][key] for side, key in CLIPS.items()}
-    found = algorithm_of(GSPOSection(type="gspo", **clips)).loss(
+    share = Share(
         policy,
         torch.tensor(trl["inputs"]["old_logprobs"], dtype=dtype),
         torch.tensor(case["advantages"], dtype=dtype),
         mask,
         BatchSize(len(mask), int(mask.sum()), 8),
     )
+    found = algorithm_of(GSPOSection(type="gspo", **clips)).loss(share)
     found.loss.backward()
     assert found.loss.item() == pytest.approx(case["loss"], abs=atol)
     expected = torch.tensor(case["grad_policy_logprobs"], dtype=dtype)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.algorithms import algorithm_of
+from rlhf.algorithms import Share, algorithm_of
 from rlhf.algorithms.rloo import leave_one_out
 from rlhf.config import (
     CEMSection,
@@ -77,10 +77,9 @@ def expected_update(
             continue
         kept = chosen[live]
         size = BatchSize(len(kept), int(mask[kept].sum()), TOKENS)
-        found = algorithm.loss(
-            padded[kept], padded[kept].detach(), credit.values_PG[0][live], mask[kept], size
-        )
-        loss = found.loss
+        values = credit.values_PG[0][live]
+        share = Share(padded[kept], padded[kept].detach(), values, mask[kept], size)
+        loss = algorithm.loss(share).loss
         if entropy:
             each_T = entropy_from_logits(logits)
             loss = loss - entropy * reduce_tokens(

@@ -1,0 +1,103 @@
+"""Strict, typed configuration: TOML files with dotted overrides.
+
+| file | holds |
+|---|---|
+| `section.py` | what all settings share |
+| `algorithms.py` | `rl`: the loop, algorithms, KL, entropy, shaping |
+| `ensemble.py` | pairs, the reward model's members |
+| `actors.py` | models, optimiser, engine, placement |
+| `runs.py` | a configuration for each command: `RLConfig`, `RewardConfig`, `DemoConfig` |
+| `reading.py` | files, overrides, and what is said of a wrong one |
+
+One root class a command. A sentence stands under every field; limits stand in the types; validators
+say which two settings clash and why.
+"""
+
+from rlhf.config.actors import (
+    ClusterSection,
+    LearnerSection,
+    PolicySection,
+    ReferenceSection,
+    RolePlacement,
+    RolloutSection,
+)
+from rlhf.config.algorithms import (
+    AlgorithmSettings,
+    CEMSection,
+    ClippedSection,
+    EntropySection,
+    GRPOSection,
+    GSPOSection,
+    KLSection,
+    ReinforcePPSection,
+    RLOOSection,
+    RLSection,
+    ShapingSection,
+    SteeredSection,
+)
+from rlhf.config.ensemble import (
+    EnsembleSection,
+    Members,
+    PairFile,
+    PairsSection,
+    ProbeMembers,
+    TrainedMembers,
+)
+from rlhf.config.reading import data_path, known_keys, load_config, parse_config, runs_path
+from rlhf.config.runs import (
+    AssessorSection,
+    DemoConfig,
+    DomainShiftSection,
+    LoopConfig,
+    PromptsSection,
+    RewardConfig,
+    RewardSection,
+    RLConfig,
+    RunSection,
+)
+from rlhf.config.section import DType, Fraction, Gpus, Section
+
+__all__ = [
+    "AlgorithmSettings",
+    "AssessorSection",
+    "CEMSection",
+    "ClippedSection",
+    "ClusterSection",
+    "DType",
+    "DemoConfig",
+    "DomainShiftSection",
+    "EnsembleSection",
+    "EntropySection",
+    "Fraction",
+    "GRPOSection",
+    "GSPOSection",
+    "Gpus",
+    "KLSection",
+    "LearnerSection",
+    "LoopConfig",
+    "Members",
+    "PairFile",
+    "PairsSection",
+    "PolicySection",
+    "ProbeMembers",
+    "PromptsSection",
+    "RLConfig",
+    "RLOOSection",
+    "RLSection",
+    "ReferenceSection",
+    "ReinforcePPSection",
+    "RewardConfig",
+    "RewardSection",
+    "RolePlacement",
+    "RolloutSection",
+    "RunSection",
+    "Section",
+    "ShapingSection",
+    "SteeredSection",
+    "TrainedMembers",
+    "data_path",
+    "known_keys",
+    "load_config",
+    "parse_config",
+    "runs_path",
+]

@@ -1,0 +1,248 @@
+"""`rl`: the loop, its algorithms, and the terms beside them."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
+
+from rlhf.config.section import Fraction, Section, kind_by, one_of
+
+ALGORITHMS = ("cem", "grpo", "gspo", "reinforce_pp", "rloo")
+
+
+class ClippedSection(Section):
+    """What the algorithms with a clipped ratio of tokens share."""
+
+    clip_low: Fraction = 0.2
+    """The ratio's gradient stops below 1 - clip_low for negative advantages."""
+    clip_high: PositiveFloat = 0.2
+    """The ratio's gradient stops above 1 + clip_high for positive advantages."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """The ratio's gradient stops above it for negative advantages (3 is usual); default: never."""
+    normalisation: Literal["sequence", "token", "constant"] = "token"
+    """What the loss is divided by; see rlhf/losses.py."""
+
+    @model_validator(mode="after")
+    def _the_dual_clip_lies_beyond_the_range(self) -> Self:
+        if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
+            raise ValueError(
+                f"rl.algorithm.dual_clip = {self.dual_clip:g} with rl.algorithm.clip_high = "
+                f"{self.clip_high:g}: it must lie above 1 + clip_high, or it would stop tokens "
+                "that have hardly moved"
+            )
+        return self
+
+
+class GRPOSection(ClippedSection):
+    """Against the group's mean and deviation."""
+
+    type: Annotated[Literal["grpo"], BeforeValidator(one_of("grpo", ALGORITHMS))] = "grpo"
+    """This algorithm."""
+    divide_by_deviation: bool = True
+    """Divide by the group's standard deviation (false: Dr. GRPO)."""
+
+
+class RLOOSection(ClippedSection):
+    """Against the mean of the siblings, without bias."""
+
+    type: Literal["rloo"]
+    """This algorithm."""
+
+
+class ReinforcePPSection(ClippedSection):
+    """Against the batch's mean and deviation."""
+
+    type: Literal["reinforce_pp"]
+    """This algorithm."""
+
+
+class GSPOSection(Section):
+    """As GRPO, with the ratio of whole completions."""
+
+    type: Literal["gspo"]
+    """This algorithm."""
+    divide_by_deviation: bool = True
+    """Divide by the group's standard deviation."""
+    clip_low: Fraction = 3e-4
+    """As GRPO's; the ratio is a mean over tokens, and so far closer to 1."""
+    clip_high: PositiveFloat = 4e-4
+    """As GRPO's."""
+    normalisation: Literal["sequence"] = "sequence"
+    """A mean over completions: there are no ratios of tokens."""
+
+
+class CEMSection(Section):
+    """The cross-entropy method: the best completions are made likelier."""
+
+    type: Literal["cem"]
+    """This algorithm."""
+    elite_share: Fraction = 0.25
+    """Share of the completions that is kept, at least one."""
+    elite_of: Literal["prompt", "batch"] = "prompt"
+    """The best of every prompt, or of all completions of a step."""
+    normalisation: Literal["sequence", "token", "constant"] = "token"
+    """What the loss is divided by; see rlhf/losses.py."""
+
+
+AlgorithmSettings = Annotated[
+    Annotated[GRPOSection, Tag('type = "grpo"')]
+    | Annotated[RLOOSection, Tag('type = "rloo"')]
+    | Annotated[ReinforcePPSection, Tag('type = "reinforce_pp"')]
+    | Annotated[GSPOSection, Tag('type = "gspo"')]
+    | Annotated[CEMSection, Tag('type = "cem"')],
+    Discriminator(kind_by("type", "grpo", ALGORITHMS)),
+]
+
+
+class SteeredSection(Section):
+    """A coefficient that may be steered towards a target (rlhf/steering.py)."""
+
+    name: ClassVar[str]
+    coefficient: NonNegativeFloat
+    """Of the term."""
+    target: PositiveFloat | None = None
+    """What the coefficient is steered towards, in the units of the term; default: it stays."""
+    rate: Fraction = 0.1
+    """How fast it is steered: at most a fifth of this share a step."""
+
+    @model_validator(mode="after")
+    def _what_is_steered_can_move(self) -> Self:
+        if self.target is not None and not self.coefficient:
+            raise ValueError(
+                f"rl.{self.name}.target = {self.target:g} with rl.{self.name}.coefficient = 0: the "
+                "coefficient is multiplied to steer it, and zero stays zero; start above it"
+            )
+        return self
+
+
+class KLSection(SteeredSection):
+    """The penalty for leaving the reference model; its target is in nats per completion."""
+
+    name = "kl"
+    coefficient: NonNegativeFloat = 0.02
+    """Reward subtracted, or loss added, per nat of a completion's KL to the reference."""
+    place: Literal["reward", "loss"] = "reward"
+    """`reward`: credit is given to the penalised reward; `loss`: a term beside the algorithm's own,
+    which credit neither centres nor divides."""
+    estimator: Literal["k1", "k2", "k3"] | None = None
+    """What is taken for the KL (rlhf/kl.py); default: k1 in the reward, k2 in the loss."""
+
+    @model_validator(mode="after")
+    def _the_gradient_is_that_of_the_kl(self) -> Self:
+        if self.place == "reward" and self.estimator in ("k2", "k3"):
+            raise ValueError(
+                f'rl.kl.estimator = "{self.estimator}" with rl.kl.place = "reward": its own '
+                "gradient would be missing there, and the expected one is not that of the KL; take "
+                "k1, or the loss"
+            )
+        if self.place == "loss" and self.estimator == "k1":
+            raise ValueError(
+                'rl.kl.estimator = "k1" with rl.kl.place = "loss": its expected gradient there is '
+                "zero; take k2, or the reward"
+            )
+        return self
+
+
+class EntropySection(SteeredSection):
+    """The bonus that keeps the policy from collapsing; its target is in nats per token."""
+
+    name = "entropy"
+    coefficient: NonNegativeFloat = 0.0
+    """Loss subtracted per nat of mean token entropy (exact, from the learner's logits)."""
+
+
+class ShapingSection(Section):
+    """What is done to rewards before the KL penalty and credit."""
+
+    clip: PositiveFloat | None = None
+    """Rewards beyond this many deviations are cut to it; default: never."""
+    whiten: bool = False
+    """Mean 0 and deviation 1 over a step's completions."""
+    cut_off_penalty: NonNegativeFloat = 0.0
+    """Subtracted from a completion that ran into `rl.max_tokens`."""
+    length_penalty: NonNegativeFloat = 0.0
+    """Subtracted for every token beyond the target."""
+    length_target: NonNegativeInt = 0
+    """Tokens that cost nothing."""
+
+    @model_validator(mode="after")
+    def _a_target_has_a_penalty(self) -> Self:
+        if self.length_target and not self.length_penalty:
+            raise ValueError(
+                f"rl.shaping.length_target = {self.length_target} with rl.shaping.length_penalty = "
+                "0: nothing is subtracted beyond the target; set the penalty"
+            )
+        return self
+
+
+class RLSection(Section):
+    """The reinforcement-learning loop."""
+
+    num_steps: PositiveInt = 16
+    """Optimiser steps."""
+    prompts_per_step: PositiveInt = 8
+    """Groups a step trains on."""
+    completions_per_prompt: Annotated[int, Field(ge=2)] = 8
+    """Siblings of a prompt, G."""
+    max_staleness: NonNegativeInt = 0
+    """Publishes by which a completion may lag behind the learner; 0 is synchronous."""
+    max_tokens: PositiveInt = 64
+    """Tokens a completion may have."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; every logprob is taken at it."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling; below 1 the ratio loss would be taken against another distribution."""
+    max_attempts: PositiveInt = 3
+    """Attempts at a group before it becomes a recorded failure."""
+    algorithm: AlgorithmSettings = GRPOSection()
+    """Advantages and loss."""
+    kl: KLSection = KLSection()
+    """KL penalty."""
+    entropy: EntropySection = EntropySection()
+    """Entropy bonus."""
+    shaping: ShapingSection = ShapingSection()
+    """Clipping, whitening, penalties for length."""
+
+    def with_coefficients(self, kl: float, entropy: float) -> RLSection:
+        """The same with other coefficients, as steering changes them."""
+        return self.model_copy(
+            update={
+                "kl": self.kl.model_copy(update={"coefficient": kl}),
+                "entropy": self.entropy.model_copy(update={"coefficient": entropy}),
+            }
+        )
+
+    @model_validator(mode="after")
+    def _kl_in_the_loss_needs_its_own_samples(self) -> Self:
+        if self.kl.place == "loss" and self.max_staleness > 0:
+            raise ValueError(
+                f'rl.kl.place = "loss" with rl.max_staleness = {self.max_staleness}: the term is a '
+                "mean over the policy's own completions, and stale ones are not; set "
+                'rl.kl.place = "reward"'
+            )
+        if self.kl.place == "loss" and self.algorithm.type == "cem":
+            raise ValueError(
+                'rl.kl.place = "loss" with rl.algorithm.type = "cem": the term is a mean over the '
+                'policy\'s own completions, and the elite is not; set rl.kl.place = "reward"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ratios_need_the_sampled_distribution(self) -> RLSection:
+        if self.top_p < 1:
+            raise ValueError(
+                f"rl.top_p = {self.top_p} with a ratio loss: the engine samples from a truncated "
+                "distribution that the learner's logprobs do not describe; set rl.top_p = 1"
+            )
+        return self

@@ -1,0 +1,153 @@
+"""Preference pairs, and the reward model's members."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
+
+from rlhf.config.actors import LearnerSection
+from rlhf.config.section import DType, Fraction, Section, kind_by, one_of
+
+KINDS = ("probe", "top", "full")
+
+
+class PairFile(Section):
+    """A file of pairs, and by what they were judged."""
+
+    path: str
+    """Resolved against PAVLOV_DATA."""
+    criterion: str = Field(default="", max_length=40)
+    """helpful, harmless, honest or any other; rows that name one themselves keep it."""
+
+
+def _named(value: object) -> object:
+    return {"path": value} if isinstance(value, str) else value
+
+
+class PairsSection(Section):
+    """Where preference pairs come from."""
+
+    train: list[Annotated[PairFile, BeforeValidator(_named)]] = Field(min_length=1)
+    """Pair files to train on: paths against PAVLOV_DATA, or `{path, criterion}`."""
+    validation: list[Annotated[PairFile, BeforeValidator(_named)]] = Field(default=[])
+    """Pair files opened once, for the reported figures."""
+    limit: PositiveInt | None = None
+    """At most this many training pairs."""
+
+
+class ProbeMembers(Section):
+    """Linear heads on a frozen backbone cut at a layer: the default on CPU."""
+
+    kind: Annotated[Literal["probe"], BeforeValidator(one_of("probe", KINDS))] = "probe"
+    """This kind."""
+    count: PositiveInt = 16
+    """Members, each on a bootstrap draw of its own."""
+    model: str | None = None
+    """Backbone; default: `ensemble.model`. Members of one backbone share its pass."""
+    depth: Annotated[float, Field(gt=0, le=1)] = 0.67
+    """Share of the layers that are run; deeper ones add cost, not accuracy (measured)."""
+    pooling: Literal["last", "mean"] = "last"
+    """The reply's last token, or the mean over its tokens."""
+    l2: list[PositiveFloat] = Field(default=[0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0], min_length=1)
+    """Candidates for the weight of the squared norm; cross-validation chooses, by criterion."""
+    centring: NonNegativeFloat = 0.0
+    """Weight of the mean square of a pair's summed rewards (keeps rewards around zero)."""
+
+
+class TrainedMembers(Section):
+    """Members with layers of their own, trained by Ray Train: the choice where there are GPUs."""
+
+    kind: Literal["top", "full"]
+    """`top`: own `layers` above a shared trunk; `full`: all layers its own (embeddings frozen)."""
+    count: PositiveInt = 4
+    """Members, each on a bootstrap draw of its own and with a head drawn by its own seed."""
+    model: str | None = None
+    """Backbone; default: `ensemble.model`."""
+    depth: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the layers after which a member ends."""
+    layers: PositiveInt = 1
+    """`top`: how many of them are its own."""
+    pooling: Literal["last", "mean"] = "last"
+    """The reply's last token, or the mean over its tokens."""
+    epochs: PositiveInt = 1
+    """Times that a draw is gone through."""
+    batch_pairs: PositiveInt = 16
+    """Pairs a step, over all workers."""
+    centring: NonNegativeFloat = 0.0
+    """Weight of the mean square of a pair's summed rewards (keeps rewards around zero)."""
+    head_learning_rate: PositiveFloat = 1e-3
+    """Of the linear heads, which start from noise."""
+    learner: LearnerSection = LearnerSection(learning_rate=1e-4, warmup_steps=10, weight_decay=0.01)
+    """The optimiser."""
+    dtype: DType = "auto"
+    """Precision of the forward and backward pass; weights are kept in float32."""
+    workers: PositiveInt = 1
+    """Ranks that train one member together."""
+    cpus_per_worker: PositiveFloat = 1.0
+    """Declared to Ray: as many members train at once as fit."""
+    gpus_per_worker: NonNegativeFloat = 0.0
+    """Declared to Ray."""
+
+
+Members = Annotated[
+    Annotated[ProbeMembers, Tag('kind = "probe"')]
+    | Annotated[TrainedMembers, Tag('kind = "top"')]
+    | Annotated[TrainedMembers, Tag('kind = "full"')],
+    Discriminator(kind_by("kind", "probe", KINDS)),
+]
+
+
+class EnsembleSection(Section):
+    """The reward model's members, and how they become one reward."""
+
+    model: str = "embedded"
+    """The backbone: `embedded`, a Hugging Face folder, or a hub id."""
+    dtype: DType = "auto"
+    """Precision of the frozen pass."""
+    members: list[Members] = Field(
+        default=[
+            ProbeMembers(count=12, pooling="last"),
+            ProbeMembers(count=10, pooling="mean"),
+            ProbeMembers(count=10, pooling="mean", depth=0.4),
+        ],
+        min_length=1,
+    )
+    """Groups of members; disagreement is taken within a feature family (pooling and depth), among
+    trained members within their group."""
+    combination: dict[str, float] | None = None
+    """The reward as weights of the standardised criteria, such as `{helpful = 1, harmless = 0.5}`.
+    Default: `overall` where the data has it, else every criterion with the same weight."""
+    max_tokens: Annotated[int, Field(ge=16)] = 384
+    """Of prompt and reply: a prompt keeps its last third of them, a reply gets the rest."""
+    folds: Annotated[int, Field(ge=2)] = 5
+    """Folds of the cross-validation, by first user turn."""
+    false_alarm_rate: Fraction = 0.05
+    """Share of held-out replies that the domain-shift threshold may flag."""
+    batch_tokens: PositiveInt = 2048
+    """Padded tokens a forward pass may hold."""
+
+    @model_validator(mode="after")
+    def _enough_members_to_disagree(self) -> EnsembleSection:
+        count = sum(group.count for group in self.members)
+        if count < 3:
+            raise ValueError(
+                f"ensemble.members gives {count} members: at least 3 are needed to disagree (fewer "
+                "than 8 are a lottery)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_combination_has_weight(self) -> EnsembleSection:
+        if self.combination is not None and not any(self.combination.values()):
+            raise ValueError("ensemble.combination gives no criterion any weight")
+        return self

@@ -1,0 +1,199 @@
+"""Whole configurations, one for each command, and which of their settings clash."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Literal
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from rlhf.config.actors import (
+    ClusterSection,
+    LearnerSection,
+    PolicySection,
+    ReferenceSection,
+    RolloutSection,
+)
+from rlhf.config.algorithms import RLSection
+from rlhf.config.ensemble import EnsembleSection, PairsSection
+from rlhf.config.section import Fraction, Section
+
+
+class RunSection(Section):
+    """Where a run keeps its files."""
+
+    dir: str | None = None
+    """The run's folder, relative to PAVLOV_RUNS; default: the config's name."""
+    checkpoint_every: PositiveInt = 5
+    """Steps between checkpoints. The last step always writes one."""
+    keep_checkpoints: PositiveInt = 2
+    """How many of the newest checkpoints stay on disk."""
+
+
+class DomainShiftSection(Section):
+    """What follows when the ensemble's members disagree."""
+
+    response: Literal["mark", "mask"] = "mark"
+    """`mark` records it; `mask` also keeps flagged completions out of the loss."""
+    calibration_completions: NonNegativeInt = 128
+    """Completions of the start policy that the run's threshold is set by: a small policy cut off at
+    a few tokens is far from human-rated replies from the start. 0: the reward model's own."""
+    false_alarm_rate: Fraction = 0.05
+    """Share of the start policy's completions that the run's threshold may flag."""
+    disagreement_penalty: NonNegativeFloat = 0.0
+    """Standard deviations over members subtracted from the mean reward."""
+
+
+class RewardSection(Section):
+    """The reward-model ensemble that scores completions."""
+
+    model: str
+    """A reward-model folder, from here or below PAVLOV_RUNS: `<run>/reward` of `pavlov reward`."""
+    domain_shift: DomainShiftSection = DomainShiftSection()
+    """The answer to disagreement."""
+
+
+class PromptsSection(Section):
+    """Where prompts come from."""
+
+    prompts: list[str] = Field(min_length=1)
+    """Files (JSONL, JSONL.gz, Parquet) relative to PAVLOV_DATA; HH transcripts are recognised."""
+    max_prompt_tokens: PositiveInt = 256
+    """Longer prompts are left out and counted."""
+    limit: PositiveInt | None = None
+    """At most this many prompts."""
+
+
+class LoopConfig(Section):
+    """What every command with a reinforcement-learning loop configures."""
+
+    seed: NonNegativeInt = 0
+    """Every random choice follows from it."""
+    policy: PolicySection = PolicySection()
+    """What is trained."""
+    rl: RLSection = RLSection()
+    """The loop."""
+    learner: LearnerSection = LearnerSection()
+    """The optimiser."""
+    rollout: RolloutSection = RolloutSection()
+    """The engine."""
+    cluster: ClusterSection = ClusterSection()
+    """The placement."""
+
+    @property
+    def patience_s(self) -> float:
+        """How long the loop waits for a step: longer than all that may happen in one.
+
+        Attempts of generating, scoring and recovering, then learning, publishing and saving, each
+        with a timeout of its own.
+        """
+        cluster = self.cluster
+        attempt_s = 3 * cluster.call_timeout_s + 2 * cluster.start_timeout_s
+        return self.rl.max_attempts * attempt_s + 4 * cluster.call_timeout_s
+
+    @model_validator(mode="after")
+    def _cache_is_kept_only_off_policy(self) -> LoopConfig:
+        if self.rollout.keep_cache and self.rl.max_staleness == 0:
+            raise ValueError(
+                "rollout.keep_cache = true with rl.max_staleness = 0: no request is in flight at "
+                "an update, so there is nothing to keep"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_gpu_an_engine_rank(self) -> LoopConfig:
+        gpus, wanted = self.cluster.rollout.gpus, self.rollout.tensor_parallel
+        if wanted > 1 and gpus != wanted:
+            raise ValueError(
+                f"rollout.tensor_parallel = {wanted} with cluster.rollout.gpus = {gpus:g}: an "
+                "engine needs one GPU a rank"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _nccl_needs_gpus(self) -> LoopConfig:
+        if self.cluster.weight_transport == "nccl" and (
+            self.cluster.rollout.gpus < 1 or self.cluster.learner.gpus < 1
+        ):
+            raise ValueError(
+                'cluster.weight_transport = "nccl" with cluster.rollout.gpus = '
+                f"{self.cluster.rollout.gpus:g} and cluster.learner.gpus = "
+                f"{self.cluster.learner.gpus:g}: NCCL needs a whole GPU on both ends"
+            )
+        return self
+
+
+class RLConfig(LoopConfig):
+    """`pavlov rl`."""
+
+    deterministic: bool = False
+    """Repeat and resume token for token: one engine, fixed threads, float32, synchronous."""
+    run: RunSection = RunSection()
+    """The run's folder."""
+    reference: ReferenceSection = ReferenceSection()
+    """What holds the policy back."""
+    reward: RewardSection
+    """What the policy is trained towards."""
+    data: PromptsSection
+    """Prompts."""
+
+    @model_validator(mode="after")
+    def _deterministic_needs(self) -> RLConfig:
+        if not self.deterministic:
+            return self
+        wanted = {
+            "rl.max_staleness": (self.rl.max_staleness, 0),
+            "cluster.learner.actors": (self.cluster.learner.actors, 1),
+            "cluster.rollout.actors": (self.cluster.rollout.actors, 1),
+            "policy.dtype": (self.policy.dtype, "float32"),
+            "reference.dtype": (self.reference.dtype, "float32"),
+            "rollout.dtype": (self.rollout.dtype, "float32"),
+        }
+        wrong = [
+            f"{key} = {json.dumps(needed)} (it is {json.dumps(value)})"
+            for key, (value, needed) in wanted.items()
+            if value != needed
+        ]
+        if wrong:
+            raise ValueError(f"deterministic = true needs {', '.join(wrong)}")
+        return self
+
+
+class RewardConfig(Section):
+    """`pavlov reward`."""
+
+    seed: NonNegativeInt = 0
+    """Every random choice follows from it."""
+    run: RunSection = RunSection()
+    """The run's folder."""
+    data: PairsSection
+    """Pairs."""
+    ensemble: EnsembleSection = EnsembleSection()
+    """Members."""
+
+
+class AssessorSection(Section):
+    """The demo's simulated assessor."""
+
+    noise: PositiveFloat = 0.5
+    """P(first preferred) = sigmoid(rule difference / noise)."""
+
+
+class DemoConfig(LoopConfig):
+    """`pavlov demo`."""
+
+    assessor: AssessorSection = AssessorSection()
+    """Who compares the answers, simulated."""
+    ensemble: EnsembleSection = EnsembleSection()
+    """The reward model."""
+    train_prompts: PositiveInt = 150
+    """How many of the shipped training prompts are used."""
+    heldout_prompts: Annotated[int, Field(ge=2)] = 100
+    """How many of the shipped held-out prompts are compared on."""

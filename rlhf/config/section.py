@@ -1,0 +1,62 @@
+"""What all settings share: strictness, common types, and tables that are one of several kinds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+DType = Literal["auto", "float32", "bfloat16"]
+"""`auto`: bfloat16 where the hardware multiplies it natively, else float32."""
+
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+def _whole_or_fraction(gpus: float) -> float:
+    if gpus > 1 and not gpus.is_integer():
+        raise ValueError(f"GPUs are whole or a fraction below 1, got {gpus}")
+    return gpus
+
+
+Gpus = Annotated[float, Field(ge=0), AfterValidator(_whole_or_fraction)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+
+TAG = re.compile(r'^(kind|type) = "\w+"$')
+
+
+def kind_by(name: str, default: str, known: tuple[str, ...]) -> Callable[[object], str]:
+    """Which of several sections a table is, by its key `name`: a discriminator with a default.
+    What is none of them goes to the default's section, which refuses it by that key."""
+
+    def tag(value: object) -> str:
+        given = value.get(name, default) if isinstance(value, dict) else getattr(value, name, "")
+        return f'{name} = "{given if given in known else default}"'
+
+    return tag
+
+
+def one_of(own: str, known: tuple[str, ...]) -> Callable[[object], object]:
+    """Refuses what is none of `known`; the others never get here but for `own`."""
+
+    def check(value: object) -> object:
+        if value != own:
+            raise PydanticCustomError("unknown", f"input should be one of {', '.join(known)}")
+        return value
+
+    return check
