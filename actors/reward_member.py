@@ -21,7 +21,7 @@ from models.precision import resolve_dtype
 from models.sources import resolve_model
 from models.top_layers import TopLayers, write_layers
 from models.trunk import Family, Pooling, Trunk, pool
-from rlhf.config import TrainedMembers
+from rlhf.config import FullMembers, TopMembers
 from rlhf.losses import bradley_terry_loss, centring_loss
 from rlhf.seeding import derive_seed
 
@@ -52,7 +52,7 @@ class MemberJob:
     model: str
     cut: int
     end: int
-    settings: TrainedMembers
+    settings: TopMembers | FullMembers
     criteria: int
     pairs: Sequence[PairRow]
     member: int
@@ -116,8 +116,11 @@ class MemberTraining:
             batch_tokens=settings.learner.micro_batch_tokens,
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
+        layers = TopLayers(folder, job.cut, job.end, "float32")
+        if settings.learner.gradient_checkpointing:
+            layers.recompute_activations()
         self._engine = TrainingEngine(
-            Member(TopLayers(folder, job.cut, job.end, "float32"), self._trunk.width, job),
+            Member(layers, self._trunk.width, job),
             settings.learner,
             resolve_dtype(settings.dtype),
             rank=rank,

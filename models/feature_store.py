@@ -1,16 +1,17 @@
 """Features of a frozen trunk, computed once and kept: a killed pass goes on, a second one is free.
 
 A store is a folder of Parquet parts, one folder for each trunk (backbone, tokenizer, template,
-precision), with a column for each feature family. A row is found by the hash of its tokens, so it
-does not matter which file, run or ensemble asked for it first. Parts are written beside and
-renamed, and never changed: processes that write at the same time at worst compute a row twice.
+precision), with a column for each feature family of the frozen layers. A row is found by the hash
+of its tokens, so it does not matter which file, run or ensemble asked for it first. Parts are
+written beside and renamed, and never changed: processes that write at the same time at worst
+compute a row twice.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from uuid import uuid4
 
@@ -37,6 +38,7 @@ class FeatureStore:
 
     def __init__(self, folder: Path, trunk: Trunk) -> None:
         self._trunk = trunk
+        self._frozen = tuple(family for family in trunk.families if not family.own)
         self.folder = folder / trunk.fingerprint
 
     def features(
@@ -48,7 +50,9 @@ class FeatureStore:
         """As `Trunk.features`: float32, shape (N, F, H); known rows are read, new ones computed,
         by the trunk itself unless `compute` does what its `stream` does elsewhere."""
         keys = [row_key(row) for row in rows]
-        known = self._read(set(keys))
+        kept = self._read(set(keys))
+        # What trained layers make is another thing after every training: it is not kept.
+        known = dict(kept) if self._frozen == self._trunk.families else {}
         missing: dict[str, int] = {}
         for index, key in enumerate(keys):
             if key not in known:
@@ -64,18 +68,19 @@ class FeatureStore:
             pending |= {todo[i]: row for i, row in zip(indices, part_nFH, strict=True)}
             progress(len(indices))
             if time.monotonic() - written > _WRITE_EVERY_S:
-                self._write(pending)
+                self._write(pending, kept)
                 known |= pending
                 pending, written = {}, time.monotonic()
-        if pending:
-            self._write(pending)
-            known |= pending
+        self._write(pending, kept)
+        known |= pending
         if not rows:
             return torch.empty(0, len(self._trunk.families), self._trunk.width)
         return torch.stack([known[key] for key in keys])
 
     def _read(self, wanted: set[str]) -> dict[str, Tensor]:
-        families = [str(family) for family in self._trunk.families]
+        families = [str(family) for family in self._frozen]
+        if not families:
+            return {}
         found: dict[str, Tensor] = {}
         for path in sorted(self.folder.glob("*.parquet")):
             try:
@@ -102,18 +107,22 @@ class FeatureStore:
             }
         return found
 
-    def _write(self, rows: dict[str, Tensor]) -> None:
+    def _write(self, rows: Mapping[str, Tensor], kept: Container[str]) -> None:
+        new = {key: row for key, row in rows.items() if key not in kept}
+        if not new or not self._frozen:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
-        features_NFH = torch.stack(list(rows.values()))
+        features_NFH = torch.stack(list(new.values()))
         columns = {
             str(family): pa.FixedSizeListArray.from_arrays(
                 pa.array(features_NFH[:, index].numpy().reshape(-1)), self._trunk.width
             )
             for index, family in enumerate(self._trunk.families)
+            if family in self._frozen
         }
         path = self.folder / f"{uuid4().hex}.parquet"
         beside = path.with_suffix(".part")
-        pq.write_table(pa.table({"key": list(rows)} | columns), beside)
+        pq.write_table(pa.table({"key": list(new)} | columns), beside)
         beside.rename(path)
 
 

@@ -7,6 +7,7 @@ one backbone share one pass. Shapes: K members over all banks, C criteria, N rep
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -362,15 +363,19 @@ def _load_own_layers(
     Raises:
         ModelError: a file is missing, or is not what it was.
     """
-    layers = {}
+    layers: dict[str, TopLayers] = {}
+    # The backbone is loaded once for all members of one span.
+    fresh: dict[tuple[int, int], TopLayers] = {}
     for family in families:
         if family.own is None:
             continue
         path = folder / f"{family.own.name}.safetensors"
         if not path.is_file() or file_hash(path) != family.own.name:
             raise ModelError(f"a member's own layers are missing or damaged: {path}")
-        made = TopLayers(model, family.layers, family.own.end, dtype)
-        layers[family.own.name] = made.read(path).requires_grad_(False)
+        span = family.layers, family.own.end
+        if span not in fresh:
+            fresh[span] = TopLayers(model, *span, dtype).requires_grad_(False)
+        layers[family.own.name] = copy.deepcopy(fresh[span]).read(path)
     return layers
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -60,6 +62,11 @@ class TopLayers(nn.Module):
         ).last_hidden_state
         return state
 
+    def recompute_activations(self) -> None:
+        """Save memory in training: activations are computed again on the way back."""
+        # The reentrant form learns nothing from an input without a gradient of its own.
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
     def read(self, path: Path) -> TopLayers:
         """Read weights that `write_layers` wrote, in this module's precision.
 
@@ -108,23 +115,48 @@ def keep_layers(model: Any, first: int, end: int) -> None:
         model.config.layer_types = model.config.layer_types[first:end]
 
 
+@dataclass(slots=True)
+class States:
+    """What a pass left: the state after so many layers; and the hooks that take it."""
+
+    taken: dict[int, Tensor]
+    hooks: list[Any]
+
+
+def tap_states(model: Any, taps: Set[int]) -> States:
+    """Have every pass of a model leave its states after the layers `taps` (0: what the first layer
+    gets), raw: before any final norm, whatever that is called."""
+    parent, name = _layer_stack(model)
+    layers, states = getattr(parent, name), States({}, [])
+
+    def before_first(_: nn.Module, args: Any, kwargs: Any) -> None:
+        states.taken[0] = args[0] if args else kwargs["hidden_states"]
+
+    def after(tap: int, output: Any) -> None:
+        states.taken[tap] = output[0] if isinstance(output, tuple) else output
+
+    for tap in taps:
+        if tap == 0:
+            hook = layers[0].register_forward_pre_hook(before_first, with_kwargs=True)
+        else:
+            hook = layers[tap - 1].register_forward_hook(
+                lambda _, args, output, tap=tap: after(tap, output)
+            )
+        states.hooks.append(hook)
+    return states
+
+
 def _require_plain_embeddings(model: Any) -> None:
     """Refuse a backbone that scales its embeddings or adds positions to them: given hidden states
     instead, it would do so again."""
-    width = model.config.hidden_size
-    seen: list[Tensor] = []
-    parent, name = _layer_stack(model)
-    hook = getattr(parent, name)[0].register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]),
-        with_kwargs=True,
-    )
-    given_BLH = torch.linspace(-1, 1, 2 * width).reshape(1, 2, width)
-    try:
-        with torch.inference_mode():
-            model(inputs_embeds=given_BLH.to(next(model.parameters())), use_cache=False)
-    finally:
+    states = tap_states(model, {0})
+    given_BLH = torch.linspace(-1, 1, 2 * model.config.hidden_size).reshape(1, 2, -1)
+    with torch.inference_mode():
+        model(inputs_embeds=given_BLH.to(next(model.parameters())), use_cache=False)
+    for hook in states.hooks:
         hook.remove()
-    if not torch.equal(seen[0].float().cpu(), given_BLH.to(seen[0].dtype).float()):
+    seen_BLH = states.taken[0]
+    if not torch.equal(seen_BLH.float().cpu(), given_BLH.to(seen_BLH.dtype).float()):
         raise ModelError(
             f"{type(model).__name__} changes its embeddings before the first layer, so that "
             "trained layers cannot be put on a cut; use members of kind probe"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.chat import ChatTokenizer
 from models.loading import load_backbone
@@ -18,7 +18,7 @@ from models.logprobs import attention_mask
 from models.packing import PackedBatch, Row, TokenIds, collate, micro_batches, pack
 from models.precision import resolve_dtype
 from models.sources import weights_fingerprint
-from models.top_layers import TopLayers, keep_layers
+from models.top_layers import TopLayers, keep_layers, tap_states
 from rlhf.errors import ModelError
 from rlhf.records import Message
 
@@ -106,7 +106,8 @@ class Trunk:
         self.families = tuple(families)
         self.layers = max(family.layers for family in families)
         # State 0 is what the first layer gets, so one layer is there to get it.
-        cut_layers(model, max(1, self.layers))
+        keep_layers(model, 0, max(1, self.layers))
+        self._states = tap_states(model, {family.layers for family in families})
         self.width = int(model.config.hidden_size)
         self._folder = folder
         self._dtype = resolve_dtype(dtype)
@@ -168,15 +169,14 @@ class Trunk:
         device = next(self._model.parameters()).device
         batch = collate(rows, self.tokenizer.pad_id, device, aligned=False)
         with torch.inference_mode():
-            states = self._model(
+            self._model(
                 input_ids=batch.input_ids_BL,
                 attention_mask=attention_mask(self._model, batch),
                 position_ids=batch.position_ids_BL,
                 use_cache=False,
-                output_hidden_states=True,
-            ).hidden_states
-        taps = {family.layers for family in self.families}
-        return TrunkPass(batch, {layer: states[layer] for layer in taps}, self._own)
+            )
+        states, self._states.taken = self._states.taken, {}
+        return TrunkPass(batch, states, self._own)
 
 
 def layers_at(folder: Path, depth: float) -> int:
@@ -185,14 +185,3 @@ def layers_at(folder: Path, depth: float) -> int:
 
     total: int = AutoConfig.from_pretrained(folder).num_hidden_layers
     return max(1, round(total * depth))
-
-
-def cut_layers(model: Any, kept: int) -> None:
-    """Keep the first `kept` of a model's layers, without the final norm.
-
-    Raises:
-        ModelError: the architecture keeps its layers where they are not found, or has fewer.
-    """
-    keep_layers(model, 0, kept)
-    if hasattr(model, "norm"):
-        model.norm = nn.Identity()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -173,6 +174,7 @@ def _train_reward(config: DemoConfig, out: Path, console: Console) -> None:
         model = train_reward_model(config.ensemble, pairs, [], config.seed, console, own)
         with folder_beside(folder) as beside:
             model.save(beside)
+        shutil.rmtree(own, ignore_errors=True)
     console.print(f"3 reward    {describe(RewardModel.load(folder).card)}")
 
 

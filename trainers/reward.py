@@ -175,6 +175,7 @@ def train_reward_model(
     criteria = sorted({pair.judged_by for pair in pairs})
     folds_N = torch.tensor(folds_by_first_user_turn(pairs, settings.folds, seed))
     if any(bank.trained for bank in banks):
+        _require_held_out(pairs, folds_N)
         banks = with_trained_members(
             banks, settings, rows, pairs, criteria, folds_N, seed, own, console
         )
@@ -253,6 +254,20 @@ def train_reward_model(
     return RewardModel(card.model_copy(update={"metrics": metrics}), fitted, own)
 
 
+def _require_held_out(pairs: Sequence[PreferencePair], folds_N: Tensor) -> None:
+    """Refuse data whose first fold, which no trained member sees, has no pair of a criterion."""
+    held = {
+        pair.judged_by
+        for pair, fold in zip(pairs, folds_N.tolist(), strict=True)
+        if fold == 0 and pair.weight > 0
+    }
+    if missing := sorted({pair.judged_by for pair in pairs} - held):
+        raise DataError(
+            f"no pair judged by {missing[0]!r} falls into the fold that is held out to calibrate "
+            "trained members; give more pairs, fewer ensemble.folds or another seed"
+        )
+
+
 def _stream(bank: Bank, settings: EnsembleSection, own: Path, console: Console) -> Compute | None:
     """Who runs the trunk: on a cluster its actors, else None, for this process alone, which has
     all cores of the machine and need not start a Ray for it."""
@@ -269,16 +284,17 @@ def _features(
     console: Console,
 ) -> list[RowFeatures]:
     """Features of every part, each with the rows of every bank, from one pass that is kept."""
-    stores = [FeatureStore(cache_folder() / "features", bank.trunk) for bank in banks]
-    total = sum(len(rows) for part in parts for rows in part)
-    with Progressing(console, "features", total) as progress:
-        return [
-            tuple(
-                store.features(rows, progress.advance, stream)
-                for store, rows, stream in zip(stores, part, streams, strict=True)
-            )
-            for part in parts
-        ]
+    by_part: list[list[Tensor]] = [[] for _ in parts]
+    with Progressing(console, "features", sum(len(rows) for p in parts for rows in p)) as progress:
+        for place, (bank, stream) in enumerate(zip(banks, streams, strict=True)):
+            store = FeatureStore(cache_folder() / "features", bank.trunk)
+            rows = [part[place] for part in parts]
+            # All at once: a stream starts its actors once.
+            features_NFH = store.features(list(chain(*rows)), progress.advance, stream)
+            parts_NFH = torch.split(features_NFH, [len(own) for own in rows])
+            for own, part_NFH in zip(by_part, parts_NFH, strict=True):
+                own.append(part_NFH)
+    return [tuple(own) for own in by_part]
 
 
 def _lengths(rows: Sequence[Sequence[TokenRow]]) -> list[int]:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from actors.reward_member import MemberJob, PairRow, TrainedMember
 from models.heads import ProbeGroup, TrainedHead
+from models.precision import resolve_dtype
 from models.reward_model import BankCard, FamilyCard, GroupCard, OwnLayersCard, trunk_of
 from models.sources import portable_name, resolve_model, weights_fingerprint
 from models.trunk import Family, TokenRow, Trunk, layers_at
-from rlhf.config import EnsembleSection, ProbeMembers, TrainedMembers
+from rlhf.config import EnsembleSection, FullMembers, ProbeMembers, TopMembers
 from rlhf.errors import ConfigError
 from rlhf.records import PreferencePair
 from trainers.reward_members import train_members
@@ -34,12 +35,17 @@ class Bank:
     trunk: Trunk
     families: tuple[FamilyCard, ...]
     probes: tuple[tuple[ProbeMembers, int], ...]
-    trained: tuple[TrainedMembers, ...] = ()
+    trained: tuple[TopMembers | FullMembers, ...] = ()
     heads: tuple[tuple[TrainedHead, GroupCard], ...] = ()
 
 
 def backbones(settings: EnsembleSection) -> list[str]:
-    return list(dict.fromkeys(group.model or settings.model for group in settings.members))
+    """The models that members stand on, by names that mean the same in every process."""
+    return list(dict.fromkeys(_backbone(group, settings) for group in settings.members))
+
+
+def _backbone(group: ProbeMembers | TopMembers | FullMembers, settings: EnsembleSection) -> str:
+    return portable_name(group.model or settings.model)
 
 
 def plan_banks(settings: EnsembleSection) -> list[Bank]:
@@ -47,9 +53,9 @@ def plan_banks(settings: EnsembleSection) -> list[Bank]:
     banks = []
     for name in backbones(settings):
         folder = resolve_model(name)
-        own = [group for group in settings.members if (group.model or settings.model) == name]
+        own = [group for group in settings.members if _backbone(group, settings) == name]
         probes = [group for group in own if isinstance(group, ProbeMembers)]
-        trained = tuple(group for group in own if isinstance(group, TrainedMembers))
+        trained = tuple(group for group in own if not isinstance(group, ProbeMembers))
         wanted = [Family(layers_at(folder, group.depth), group.pooling) for group in probes]
         families = sorted(set(wanted))
         cards = tuple(FamilyCard(layers=f.layers, pooling=f.pooling) for f in families)
@@ -75,20 +81,21 @@ def trunk_arguments(
         "model": name,
         "families": [family.model_dump() for family in families],
         "own": str(own),
-        "dtype": settings.dtype,
+        # As it is here: kept features are those of one precision.
+        "dtype": resolve_dtype(settings.dtype),
         "max_tokens": settings.max_tokens,
         "batch_tokens": settings.batch_tokens,
     }
 
 
-def _cut(folder: Path, group: TrainedMembers) -> tuple[int, int]:
+def _cut(folder: Path, group: TopMembers | FullMembers) -> tuple[int, int]:
     """The layers that the trunk runs for a group, and the one that its members end with.
 
     Raises:
         ConfigError: more layers of its own than it has.
     """
     end = layers_at(folder, group.depth)
-    if group.kind == "full":
+    if not isinstance(group, TopMembers):
         return 0, end
     if group.layers > end:
         raise ConfigError(
@@ -139,7 +146,7 @@ def with_trained_members(
                     pairs=fit,
                     member=member,
                     seed=seed,
-                    dtype=settings.dtype,
+                    dtype=resolve_dtype(settings.dtype),
                     max_tokens=settings.max_tokens,
                     out=str(out),
                 )
@@ -177,7 +184,7 @@ def bank_card(
     bank: Bank, groups: Sequence[ProbeGroup | TrainedHead], criteria: Sequence[str]
 ) -> BankCard:
     return BankCard(
-        model=portable_name(bank.name),
+        model=bank.name,
         model_fingerprint=weights_fingerprint(resolve_model(bank.name)),
         tokenizer_fingerprint=bank.trunk.tokenizer.fingerprint,
         families=bank.families,

@@ -8,7 +8,7 @@ not.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from cluster.session import ray_session
 from rlhf.errors import ResourceError, RunError
 from trainers.recording import Progressing
 
+_ROUNDING = 1e-6
 _RESTARTS = 2
 """Times that a member begins anew when a worker is lost."""
 
@@ -36,8 +37,9 @@ def train_members(jobs: Sequence[MemberJob], console: Console) -> list[TrainedMe
 
     trained: dict[int, TrainedMember] = {}
     with ray_session("reward", num_cpus=usable_cores()):
+        nodes = [each["Resources"] for each in ray.nodes() if each["Alive"]]  # type: ignore[no-untyped-call]
         for job in jobs:
-            _require_resources(job, ray.cluster_resources())  # type: ignore[no-untyped-call]
+            require_resources(job, nodes)
         threads = ThreadPoolExecutor(len(jobs))
         places = {threads.submit(_fit, job): place for place, job in enumerate(jobs)}
         try:
@@ -51,15 +53,19 @@ def train_members(jobs: Sequence[MemberJob], console: Console) -> list[TrainedMe
     return [trained[place] for place in range(len(jobs))]
 
 
-def _require_resources(job: MemberJob, has: dict[str, float]) -> None:
-    settings = job.settings
-    for name, each in (("CPU", settings.cpus_per_worker), ("GPU", settings.gpus_per_worker)):
-        wanted = settings.workers * each
-        if wanted > has.get(name, 0.0):
-            raise ResourceError(
-                f"a member of kind {settings.kind} wants {wanted:g} {name}s for its "
-                f"{settings.workers} workers, and the cluster has {has.get(name, 0.0):g}"
-            )
+def require_resources(job: MemberJob, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Refuse workers that can never all be placed; `nodes` are the resources of each."""
+    settings, each = job.settings, _resources(job)
+    room = sum(
+        min(int(node.get(name, 0.0) / wanted + _ROUNDING) for name, wanted in each.items())
+        for node in nodes
+    )
+    if room < settings.workers:
+        wanted = " and ".join(f"{amount:g} {name}s" for name, amount in each.items())
+        raise ResourceError(
+            f"a member of kind {settings.kind} wants {settings.workers} workers with {wanted} "
+            f"each, and the cluster has room for {room}"
+        )
 
 
 def _fit(job: MemberJob) -> TrainedMember:

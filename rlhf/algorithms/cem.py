@@ -40,7 +40,8 @@ class CrossEntropyMethod:
     def _elite(self, rewards_PG: Tensor) -> Tensor:
         """True for the best of each row; of equal ones the first are taken."""
         size = rewards_PG.shape[1]
-        kept = max(1, round(self.settings.elite_share * size))
+        # At least one, and never everybody: that would be no choice.
+        kept = max(1, min(size - 1, round(self.settings.elite_share * size)))
         best_PG = torch.argsort(rewards_PG, dim=1, descending=True, stable=True)[:, :kept]
         return torch.zeros_like(rewards_PG, dtype=torch.bool).scatter(1, best_PG, True)
 

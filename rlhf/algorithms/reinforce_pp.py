@@ -1,8 +1,8 @@
 """REINFORCE++: each completion against the mean and deviation of the whole batch.
 
 Hu (2025), REINFORCE++: A Simple and Efficient Approach for Aligning Large Language Models, section
-3.3 (global advantage normalisation). It works with one completion a prompt too, and a prompt whose
-answers are all alike is not without signal here: they may all be better than the batch.
+3.3 (global advantage normalisation). A prompt whose answers are all alike is not without signal
+here: they may all be better than the batch.
 """
 
 from __future__ import annotations

@@ -37,10 +37,13 @@ from rlhf.config.algorithms import (
 )
 from rlhf.config.ensemble import (
     EnsembleSection,
+    FullMembers,
+    MemberLearnerSection,
     Members,
     PairFile,
     PairsSection,
     ProbeMembers,
+    TopMembers,
     TrainedMembers,
 )
 from rlhf.config.reading import data_path, known_keys, load_config, parse_config, runs_path
@@ -69,12 +72,14 @@ __all__ = [
     "EnsembleSection",
     "EntropySection",
     "Fraction",
+    "FullMembers",
     "GRPOSection",
     "GSPOSection",
     "Gpus",
     "KLSection",
     "LearnerSection",
     "LoopConfig",
+    "MemberLearnerSection",
     "Members",
     "PairFile",
     "PairsSection",
@@ -94,6 +99,7 @@ __all__ = [
     "Section",
     "ShapingSection",
     "SteeredSection",
+    "TopMembers",
     "TrainedMembers",
     "data_path",
     "known_keys",

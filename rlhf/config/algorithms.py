@@ -131,7 +131,8 @@ class KLSection(SteeredSection):
 
     name = "kl"
     coefficient: NonNegativeFloat = 0.02
-    """Reward subtracted, or loss added, per nat of a completion's KL to the reference."""
+    """Reward subtracted per nat of a completion's KL to the reference; in the loss, the same slope
+    under the algorithm's normalisation."""
     place: Literal["reward", "loss"] = "reward"
     """`reward`: credit is given to the penalised reward; `loss`: a term beside the algorithm's own,
     which credit neither centres nor divides."""
@@ -241,8 +242,9 @@ class RLSection(Section):
     @model_validator(mode="after")
     def _ratios_need_the_sampled_distribution(self) -> RLSection:
         if self.top_p < 1:
+            what = "the KL to the reference" if self.algorithm.type == "cem" else "a ratio loss"
             raise ValueError(
-                f"rl.top_p = {self.top_p} with a ratio loss: the engine samples from a truncated "
+                f"rl.top_p = {self.top_p} with {what}: the engine samples from a truncated "
                 "distribution that the learner's logprobs do not describe; set rl.top_p = 1"
             )
         return self

@@ -9,6 +9,7 @@ from pydantic import (
     Discriminator,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Tag,
@@ -16,7 +17,7 @@ from pydantic import (
 )
 
 from rlhf.config.actors import LearnerSection
-from rlhf.config.section import DType, Fraction, Section, kind_by, one_of
+from rlhf.config.section import DType, Fraction, Gpus, Section, kind_by, one_of
 
 KINDS = ("probe", "top", "full")
 
@@ -64,19 +65,26 @@ class ProbeMembers(Section):
     """Weight of the mean square of a pair's summed rewards (keeps rewards around zero)."""
 
 
+class MemberLearnerSection(LearnerSection):
+    """The optimiser of a member with layers of its own."""
+
+    learning_rate: PositiveFloat = 1e-4
+    """Peak learning rate of AdamW for the layers."""
+    warmup_steps: NonNegativeInt = 10
+    """Steps of linear warm-up."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay."""
+
+
 class TrainedMembers(Section):
     """Members with layers of their own, trained by Ray Train: the choice where there are GPUs."""
 
-    kind: Literal["top", "full"]
-    """`top`: own `layers` above a shared trunk; `full`: all layers its own (embeddings frozen)."""
     count: PositiveInt = 4
     """Members, each on a bootstrap draw of its own and with a head drawn by its own seed."""
     model: str | None = None
     """Backbone; default: `ensemble.model`."""
     depth: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the layers after which a member ends."""
-    layers: PositiveInt = 1
-    """`top`: how many of them are its own."""
     pooling: Literal["last", "mean"] = "last"
     """The reply's last token, or the mean over its tokens."""
     epochs: PositiveInt = 1
@@ -87,7 +95,7 @@ class TrainedMembers(Section):
     """Weight of the mean square of a pair's summed rewards (keeps rewards around zero)."""
     head_learning_rate: PositiveFloat = 1e-3
     """Of the linear heads, which start from noise."""
-    learner: LearnerSection = LearnerSection(learning_rate=1e-4, warmup_steps=10, weight_decay=0.01)
+    learner: MemberLearnerSection = MemberLearnerSection()
     """The optimiser."""
     dtype: DType = "auto"
     """Precision of the forward and backward pass; weights are kept in float32."""
@@ -95,14 +103,30 @@ class TrainedMembers(Section):
     """Ranks that train one member together."""
     cpus_per_worker: PositiveFloat = 1.0
     """Declared to Ray: as many members train at once as fit."""
-    gpus_per_worker: NonNegativeFloat = 0.0
+    gpus_per_worker: Gpus = 0
     """Declared to Ray."""
+
+
+class TopMembers(TrainedMembers):
+    """Own layers above a shared trunk."""
+
+    kind: Literal["top"]
+    """This kind."""
+    layers: PositiveInt = 1
+    """How many are its own."""
+
+
+class FullMembers(TrainedMembers):
+    """All layers of its own; the embeddings stay frozen."""
+
+    kind: Literal["full"]
+    """This kind."""
 
 
 Members = Annotated[
     Annotated[ProbeMembers, Tag('kind = "probe"')]
-    | Annotated[TrainedMembers, Tag('kind = "top"')]
-    | Annotated[TrainedMembers, Tag('kind = "full"')],
+    | Annotated[TopMembers, Tag('kind = "top"')]
+    | Annotated[FullMembers, Tag('kind = "full"')],
     Discriminator(kind_by("kind", "probe", KINDS)),
 ]
 

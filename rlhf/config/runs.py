@@ -145,6 +145,15 @@ class RLConfig(LoopConfig):
     """Prompts."""
 
     @model_validator(mode="after")
+    def _kl_in_the_loss_holds_all_completions(self) -> RLConfig:
+        if self.rl.kl.place == "loss" and self.reward.domain_shift.response == "mask":
+            raise ValueError(
+                'rl.kl.place = "loss" with reward.domain_shift.response = "mask": those furthest '
+                'out would be the ones that nothing pulls back; set rl.kl.place = "reward"'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _deterministic_needs(self) -> RLConfig:
         if not self.deterministic:
             return self

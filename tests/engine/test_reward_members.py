@@ -16,9 +16,10 @@ from actors.reward_member import MemberJob, PairRow
 from models.reward_model import RewardModel
 from models.top_layers import file_hash
 from models.trunk import Family, Trunk
-from rlhf.config import RewardConfig, TrainedMembers, parse_config
+from rlhf.config import FullMembers, RewardConfig, parse_config
 from rlhf.errors import ModelError, ResourceError
 from rlhf.records import Message
+from rlhf.seeding import derive_seed
 from tests.trainers.test_reward import pair
 from trainers.reward import run_reward
 from trainers.reward_members import train_members
@@ -78,10 +79,10 @@ def test_two_workers_train_what_one_does(tmp_path: Path, tiny_model: Path):
             model=str(tiny_model),
             cut=0,
             end=2,
-            settings=TrainedMembers.model_validate(
+            settings=FullMembers.model_validate(
                 # Micro-batches of a pair or two: five a batch, so that one of two ranks has fewer.
-                own("full", workers, batch_pairs=5, centring=0.01)
-                | {"learner": {**FAST, "micro_batch_tokens": 128}}
+                own("full", workers, batch_pairs=5, centring=0.01, head_learning_rate=rate)
+                | {"learner": {**FAST, "micro_batch_tokens": 128, **more}}
             ),
             criteria=2,
             pairs=rows,
@@ -91,9 +92,14 @@ def test_two_workers_train_what_one_does(tmp_path: Path, tiny_model: Path):
             max_tokens=64,
             out=str(tmp_path / "own"),
         )
-        for workers in (1, 2)
+        for workers, rate, more in (
+            (1, 1e-3, {}),
+            # Activations computed again are the same ones.
+            (2, 1e-3, {"gradient_checkpointing": True}),
+            (1, 1e-9, {}),
+        )
     ]
-    one, two = train_members(jobs, Console(file=io.StringIO()))
+    one, two, still = train_members(jobs, Console(file=io.StringIO()))
     assert one.figures["steps"] == two.figures["steps"] == 8
     assert one.figures["loss"] == pytest.approx(two.figures["loss"], rel=1e-4)
     start = load_file(tiny_model / "model.safetensors")
@@ -108,6 +114,14 @@ def test_two_workers_train_what_one_does(tmp_path: Path, tiny_model: Path):
     # Eight steps of Adam: by far more than what the two differ by.
     assert moved > 1e-3
     assert torch.allclose(one.weights_CH, two.weights_CH, atol=2e-5)
+    # A head with a rate of its own keeps to it; the layers below learn all the same.
+    generator = torch.Generator().manual_seed(derive_seed(3, "head", 0))
+    drawn_CH = 0.02 * torch.randn(one.weights_CH.shape, generator=generator)
+    assert torch.allclose(still.weights_CH, drawn_CH, atol=1e-6)
+    assert (one.weights_CH - drawn_CH).abs().max() > 1e-3
+    third = load_file(tmp_path / "own" / f"{still.name}.safetensors")
+    assert max(float((third[name] - first[name]).abs().max()) for name in first) < 1e-2
+    assert third.keys() == first.keys() and still.name != one.name
 
 
 def test_probes_tops_and_full_models_stand_in_one_ensemble(train, tmp_path: Path):
@@ -149,5 +163,7 @@ def test_probes_tops_and_full_models_stand_in_one_ensemble(train, tmp_path: Path
 
 
 def test_workers_that_never_fit_are_refused_before_anything_waits(train):
-    with pytest.raises(ResourceError, match="wants 64 CPUs for its 2 workers"):
+    with pytest.raises(
+        ResourceError, match="wants 2 workers with 32 CPUs each, and the cluster has room for 0"
+    ):
         train("big", [own("full", 2, count=3, cpus_per_worker=32.0)])

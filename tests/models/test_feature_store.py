@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
 
 from models import feature_store
 from models.feature_store import FeatureStore, row_key
+from models.top_layers import TopLayers
 from models.trunk import Family, Trunk
 
 DEEP = (Family(2, "last"), Family(2, "mean"))
@@ -161,3 +163,28 @@ def test_prompt_and_reply_are_told_apart():
 def test_no_rows_need_no_store(tmp_path, trunk):
     assert FeatureStore(tmp_path / "none", trunk).features([]).shape == (0, 2, trunk.width)
     assert not (tmp_path / "none").exists()
+
+
+def test_what_trained_layers_make_is_computed_anew_and_what_is_frozen_beside_it_is_kept(
+    tmp_path, tiny_model, trunk
+):
+    families = (*DEEP, Family(1, "last", "a"))
+    mixed = CountingTrunk(
+        tiny_model,
+        families,
+        dtype="float32",
+        max_tokens=64,
+        batch_tokens=8,
+        own={"a": TopLayers(tiny_model, 1, 2, "float32")},
+    )
+    store = FeatureStore(tmp_path, mixed)
+    first_NFH = store.features(ROWS)
+    for path in store.folder.glob("*.parquet"):
+        assert pq.read_schema(path).names == ["key", *map(str, DEEP)]
+    files = len(list(store.folder.iterdir()))
+    torch.testing.assert_close(store.features(ROWS), first_NFH)
+    assert mixed.computed == 2 * len(ROWS)
+    assert len(list(store.folder.iterdir())) == files
+    # Probes alone find what the mixed ensemble's pass left.
+    FeatureStore(tmp_path, trunk).features(ROWS)
+    assert trunk.computed == 0

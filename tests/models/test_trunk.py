@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from models.logprobs import attention_mask
 from models.packing import Row, collate, pack
-from models.trunk import Family, Trunk, cut_layers, layers_at, pool
+from models.top_layers import keep_layers
+from models.trunk import Family, Trunk, layers_at, pool
 from rlhf.errors import ModelError
 from rlhf.records import Message
 
@@ -237,16 +239,50 @@ def test_a_depth_is_a_share_of_the_layers_and_at_least_one(tiny_model, depth, la
     assert layers_at(tiny_model, depth) == layers
 
 
-@pytest.mark.parametrize("kept", [1, 7, 10])
-def test_the_first_layers_are_kept_and_the_final_norm_dropped(kept):
+@pytest.mark.parametrize(("first", "end"), [(0, 1), (0, 7), (3, 7), (0, 10)])
+def test_the_layers_between_two_places_are_kept(first, end):
     model = nn.Module()
     layers = [nn.Linear(1, 1) for _ in range(10)]
-    model.layers, model.norm = nn.ModuleList(layers), nn.LayerNorm(1)
+    model.layers = nn.ModuleList(layers)
     model.config = SimpleNamespace(num_hidden_layers=10)  # type: ignore[assignment]
-    cut_layers(model, kept)
-    assert list(model.layers) == layers[:kept]
-    assert model.config.num_hidden_layers == kept
-    assert isinstance(model.norm, nn.Identity)
+    keep_layers(model, first, end)
+    assert list(model.layers) == layers[first:end]
+    assert model.config.num_hidden_layers == end - first
+
+
+@pytest.fixture(scope="module")
+def neox(tiny_model, tmp_path_factory):
+    """A backbone whose final norm is not called norm, with the tiny model's tokenizer."""
+    from transformers import GPTNeoXConfig, GPTNeoXModel
+
+    folder = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("neox") / "model"))
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    words = json.loads((folder / "config.json").read_text())["vocab_size"]
+    config = GPTNeoXConfig(
+        vocab_size=words,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=128,
+    )
+    torch.manual_seed(0)
+    GPTNeoXModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_state_is_the_same_however_many_layers_follow_whatever_the_norm_is_called(neox):
+    # The final norm belongs to the model's end, not to the layer that a trunk happens to end with.
+    wanted, deeper = Family(2, "last"), Family(3, "last")
+    alone, beside = (
+        Trunk(neox, families, dtype="float32", max_tokens=64, batch_tokens=256)
+        for families in ([wanted], [wanted, deeper])
+    )
+    rows = [alone.tokenise(QUESTION, text) for text in ("water and rice", "no")]
+    features_NFH = beside.features(rows)
+    torch.testing.assert_close(alone.features(rows)[:, 0], features_NFH[:, 0])
+    assert not torch.allclose(features_NFH[:, 0], features_NFH[:, 1])
 
 
 def test_more_layers_than_a_model_has_are_refused(tiny_model):
@@ -262,7 +298,7 @@ def test_an_architecture_whose_layers_are_not_found_is_refused(stacks):
     for number in range(stacks):
         setattr(model, f"stack{number}", nn.ModuleList([nn.Linear(1, 1)] * 3))
     with pytest.raises(ModelError, match="layers of Module cannot be cut"):
-        cut_layers(model, 2)
+        keep_layers(model, 0, 2)
 
 
 def test_damaged_weights_are_a_model_error_in_one_sentence(tiny_model, tmp_path):

@@ -117,6 +117,14 @@ def test_at_least_one_is_elite_and_of_equal_ones_the_first():
 
 
 CLIPS = {"low": "epsilon", "high": "epsilon_high"}
+
+
+@pytest.mark.parametrize(("share", "size"), [(0.9, 4), (0.75, 2), (0.99, 8)])
+def test_never_everybody_is_elite(share, size):
+    found = credit(CEMSection(type="cem", elite_share=share), [float(n) for n in range(size)])
+    assert found.trained_PG.tolist() == [[False, *[True] * (size - 1)]]
+
+
 SIZE = BatchSize(sequences=2, tokens=5, max_tokens=4)
 MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]], dtype=torch.float64)
 OLD = torch.log(torch.tensor([[0.5, 0.5, 0.5, 0.1], [0.5, 0.5, 0.1, 0.1]], dtype=torch.float64))

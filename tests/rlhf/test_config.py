@@ -300,6 +300,14 @@ def test_an_override_without_key_or_value_is_refused(refusal, override):
             ['rl.kl.place = "loss"', "rl.max_staleness = 2"],
         ),
         (
+            ["rl.kl.place=loss", "reward.domain_shift.response=mask"],
+            ['rl.kl.place = "loss"', 'reward.domain_shift.response = "mask"'],
+        ),
+        (
+            ["rl.top_p=0.9", "rl.algorithm.type=cem"],
+            ["rl.top_p = 0.9", "the KL to the reference"],
+        ),
+        (
             ["rl.kl.place=loss", "rl.algorithm.type=cem"],
             ['rl.kl.place = "loss"', 'rl.algorithm.type = "cem"'],
         ),
@@ -453,7 +461,12 @@ def test_a_group_of_members_beyond_its_limits_is_refused_by_key(parse, wrong):
 
 
 def test_a_setting_of_another_kind_of_members_is_refused_with_both(parse):
-    for kind, wrong, shown in (("probe", "layers", 2), ("top", "l2", [1.0]), ("full", "l2", [1.0])):
+    for kind, wrong, shown in (
+        ("probe", "layers", 2),
+        ("top", "l2", [1.0]),
+        ("full", "l2", [1.0]),
+        ("full", "layers", 3),
+    ):
         with pytest.raises(ConfigError) as refused:
             parse(members=[{"count": 8, "kind": kind, wrong: shown}])
         assert f"ensemble.members.0.{wrong} = {shown} with ensemble.members.0.kind = " in str(
@@ -463,10 +476,14 @@ def test_a_setting_of_another_kind_of_members_is_refused_with_both(parse):
 
 
 def test_members_that_train_layers_have_an_optimiser_of_their_own(parse):
-    [group] = parse(
-        members=[{"kind": "top", "count": 3, "learner": {"zero_stage": 2}}]
-    ).ensemble.members
+    top = {"kind": "top", "count": 3, "learner": {"zero_stage": 2}}
+    [group] = parse(members=[top]).ensemble.members
     assert isinstance(group, TrainedMembers)
+    # One setting of the optimiser leaves the others what they are for members.
+    learner = group.learner
+    assert (learner.learning_rate, learner.warmup_steps, learner.weight_decay) == (1e-4, 10, 0.01)
+    with pytest.raises(ConfigError, match=r"GPUs are whole or a fraction below 1, got 1\.5"):
+        parse(members=[top | {"gpus_per_worker": 1.5}])
     assert (group.layers, group.learner.zero_stage, group.workers) == (1, 2, 1)
     with pytest.raises(ConfigError, match=r"ensemble\.members\.0\.learner\.zero_stage = 7"):
         parse(members=[{"kind": "full", "count": 3, "learner": {"zero_stage": 7}}])
