@@ -45,22 +45,28 @@ def test_features_of_a_cluster_are_those_of_this_process_and_are_kept(
         )
         for n in range(100)
     ]
+    frozen = {**arguments, "families": arguments["families"][:1]}
     calls = 0
 
     def compute(rows):
         nonlocal calls
         calls += 1
-        return stream_features(rows, arguments, 2)
+        return stream_features(rows, frozen, 1)
 
-    store, said = FeatureStore(tmp_path / "kept", trunk), []
+    store, said = FeatureStore(tmp_path / "kept", trunk_of(frozen)), []
     with ray_session("features", num_cpus=2):
-        found_NFH = store.features(rows, said.append, compute)
+        kept_NFH = store.features(rows, said.append, compute)
+        streamed = list(stream_features(rows, arguments, 2))
         # The actor's own words, not Ray's.
         missing = {**arguments, "own": str(tmp_path / "nowhere")}
         with pytest.raises(ModelError, match="own layers are missing or damaged"):
             list(stream_features(rows, missing, 2))
-    torch.testing.assert_close(found_NFH, trunk.features(rows), atol=1e-5, rtol=1e-5)
+    found_NFH = torch.cat([part_nFH for _, part_nFH in streamed])
+    assert [n for indices, _ in streamed for n in indices] == list(range(100))
+    wanted_NFH = trunk.features(rows)
+    torch.testing.assert_close(found_NFH, wanted_NFH, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(kept_NFH, wanted_NFH[:, :1], atol=1e-5, rtol=1e-5)
     assert sum(said) == 100
     # All are kept: nobody is asked again.
-    assert torch.equal(store.features(rows, compute=compute), found_NFH)
+    assert torch.equal(store.features(rows, compute=compute), kept_NFH)
     assert calls == 1
