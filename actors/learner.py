@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,21 @@ from torch import Tensor
 
 from actors.engine import TrainingEngine
 from actors.gauges import Gauges, in_ray_actor
+from actors.policy_update import PolicyUpdate
 from cluster.files import folder_beside
 from cluster.guard import Guard
 from cluster.session import free_port, hold_shared_memory, node_address
 from cluster.weights import WeightManifest, WeightSender, make_sender
 from cluster.weights.probe import PROBE_TEXT, Probe
 from models.chat import ChatTokenizer
+from models.critic import Critic
 from models.loading import load_causal_model
 from models.logprobs import TokenLogprobs, reply_logprobs
-from models.packing import PackedBatch, Row, collate, micro_batches, pack
 from models.precision import resolve_dtype
 from models.sources import resolve_model
-from rlhf.algorithms import Share, algorithm_of
-from rlhf.config import LearnerSection, RLSection
-from rlhf.kl import kl_in_the_loss
-from rlhf.losses import BatchSize, reduce_tokens
-from rlhf.records import StepReport, TrainingBatch
+from rlhf.algorithms import algorithm_of
+from rlhf.config import LearnerSection, PPOSection, RLSection
+from rlhf.records import RolloutGroup, StepReport, TrainingBatch
 
 
 class LearnerActor:
@@ -65,7 +64,6 @@ class LearnerActor:
         self._wire_dtype = getattr(torch, resolve_dtype(wire_dtype))
         self._settings = settings
         self._rl = rl
-        self._algorithm = algorithm_of(rl.algorithm)
         self._rank = rank
         self._world_size = world_size
         self._gpus = gpus
@@ -73,6 +71,7 @@ class LearnerActor:
             make_sender(weight_transport, Path(shared_memory)) if rank == 0 else None
         )
         self._engine: TrainingEngine | None = None
+        self._update: PolicyUpdate | None = None
 
     def address(self) -> str:
         """``host:port`` on this node where the ranks can meet; asked of rank 0."""
@@ -84,14 +83,39 @@ class LearnerActor:
         model: Any = load_causal_model(self._folder, "float32")
         if self._settings.gradient_checkpointing:
             model.gradient_checkpointing_enable()
+        critic, rates = self._critic(model)
         self._engine = TrainingEngine(
-            TokenLogprobs(model),
+            TokenLogprobs(model, critic),
             self._settings,
             self._dtype,
             rank=self._rank,
             world_size=self._world_size,
             master=master,
+            rate_factors=rates,
         )
+        self._update = PolicyUpdate(
+            self._engine,
+            algorithm_of(self._rl.algorithm),
+            self._rl,
+            pad_id=self._tokenizer.pad_id,
+            batch_tokens=self._settings.micro_batch_tokens,
+            rank=self._rank,
+            world_size=self._world_size,
+        )
+
+    def _critic(self, policy: Any) -> tuple[Critic | None, dict[str, float]]:
+        """The critic, where the algorithm has one, and its rates as multiples of the policy's."""
+        if not isinstance(self._rl.algorithm, PPOSection):
+            return None, {}
+        settings, rate = self._rl.algorithm.critic, self._settings.learning_rate
+        folder = None if settings.model is None else resolve_model(settings.model)
+        critic = Critic(policy, folder)
+        if self._settings.gradient_checkpointing and critic.backbone is not None:
+            critic.backbone.gradient_checkpointing_enable()  # type: ignore[operator]
+        return critic, {
+            "critic.head": settings.head_learning_rate / rate,
+            "critic.backbone": (settings.learning_rate or rate) / rate,
+        }
 
     def connect(self, rollouts: Sequence[Any], ranks_per_engine: int) -> None:
         """NCCL only: join a process group with the engines."""
@@ -101,127 +125,53 @@ class LearnerActor:
             self._sender.connect(rollouts, ranks_per_engine)
 
     def step(self, batch: TrainingBatch, step: int) -> StepReport:
-        """One optimiser step on this rank's share of the batch.
+        """Train on this rank's share of the batch: one optimiser step, or several
+        (`rl.algorithm.epochs`, `mini_batches`). A collective.
 
         An empty batch changes nothing: no step is taken, and the report is empty.
         """
         if not batch.sequences:
             return StepReport()
-        assert self._engine is not None
+        assert self._update is not None
         started = time.monotonic()
-        shares, size = self._shares(batch)
-        totals: dict[str, float] = {}
-        losses = [self._loss(batch, rows, live, size, totals) for rows, live in shares]
-        norm = self._engine.step(losses, step)
-        metrics = self._reduced(totals) | {
-            "losses/gradient_norm": norm,
-            "learner/tokens_per_s": batch.num_tokens / (time.monotonic() - started),
-        }
+        metrics = self._update.step(batch, step)
+        metrics["learner/tokens_per_s"] = batch.num_tokens / (time.monotonic() - started)
         self._gauges.set(metrics)
         return StepReport(metrics)
 
-    def _shares(self, batch: TrainingBatch) -> tuple[list[tuple[list[Row], bool]], BatchSize]:
-        """This rank's micro-batches; each rank gets as many, the last ones without weight."""
-        rows = pack(
-            [s.prompt_token_ids for s in batch.sequences],
-            [s.completion_token_ids for s in batch.sequences],
+    def entropies(self, groups: Sequence[RolloutGroup]) -> list[tuple[tuple[float, ...], ...]]:
+        """Exact entropies of the current policy at every completion's tokens: for every group a
+        row per completion, in nats. A collective."""
+        assert self._update is not None
+        flat = self._update.entropies(
+            [group.prompt_token_ids for group in groups for _ in group.completions],
+            [completion.token_ids for group in groups for completion in group.completions],
+            self._rl.temperature,
         )
-        chunks = micro_batches(rows, self._settings.micro_batch_tokens)
-        mine = [(chunk, True) for chunk in chunks[self._rank :: self._world_size]]
-        while len(mine) < -(-len(chunks) // self._world_size):
-            mine.append((chunks[-1], False))
-        return mine, BatchSize(batch.num_sequences, batch.num_tokens, batch.max_tokens)
-
-    def _loss(
-        self,
-        batch: TrainingBatch,
-        rows: list[Row],
-        live: bool,
-        size: BatchSize,
-        totals: dict[str, float],
-    ) -> Callable[[], Tensor]:
-        """The loss of one micro-batch, computed when called; adds to `totals` as it goes."""
-
-        def compute() -> Tensor:
-            assert self._engine is not None
-            packed = collate(rows, self._tokenizer.pad_id, self._engine.device)
-            rollout_NT = self._padded(batch, packed, "rollout_logprobs_T")
-            advantages_N = torch.tensor(
-                [batch.sequences[index].advantage for index in packed.indices],
-                dtype=torch.float32,
-                device=rollout_NT.device,
-            )
-            mask_NT = packed.reply_mask_NT * float(live)
-            coefficient = batch.entropy_coefficient
-            logprobs_NT, entropy_NT = self._engine.run(packed, batch.temperature, coefficient > 0)
-            policy = self._algorithm.loss(
-                Share(logprobs_NT, rollout_NT, advantages_N, mask_NT, size)
-            )
-            loss = policy.loss
-            if self._rl.kl.place == "loss":
-                kl = kl_in_the_loss(
-                    logprobs_NT,
-                    self._padded(batch, packed, "reference_logprobs_T"),
-                    mask_NT,
-                    estimator=self._rl.kl.estimator or "k2",
-                    normalisation=self._rl.algorithm.normalisation,
-                    size=size,
-                )
-                loss = loss + batch.kl_coefficient * kl
-                totals["losses/kl"] = totals.get("losses/kl", 0.0) + float(kl) * size.tokens
-            if coefficient:
-                loss = loss - coefficient * reduce_tokens(entropy_NT, mask_NT, "token", size)
-            with torch.no_grad():
-                log_ratio_NT = (logprobs_NT - rollout_NT) * mask_NT
-                for name, value_NT in {
-                    "entropy/mean": entropy_NT,
-                    # The k3 estimate of KL(rollout || policy): small, and zero on policy.
-                    "losses/approx_kl": torch.exp(log_ratio_NT) - 1 - log_ratio_NT,
-                    "losses/clipfrac": policy.clipped_BT.float(),
-                    "losses/ratio_mean": policy.ratio_BT,
-                    "losses/engine_gap": log_ratio_NT.abs(),
-                }.items():
-                    totals[name] = totals.get(name, 0.0) + float((value_NT * mask_NT).sum())
-                totals["losses/policy"] = totals.get("losses/policy", 0.0) + float(policy.loss) * (
-                    size.tokens
-                )
-                totals["tokens"] = size.tokens
-            return loss
-
-        return compute
-
-    def _padded(self, batch: TrainingBatch, packed: PackedBatch, name: str) -> Tensor:
-        """A sequence's values for its tokens, in the order of a packed batch's replies; (N, T)."""
-        width = packed.reply_ids_NT.shape[1]
-        rows = [getattr(batch.sequences[index], name) for index in packed.indices]
-        padded_NT = torch.tensor([[*row] + [0.0] * (width - len(row)) for row in rows])
-        return padded_NT.to(packed.reply_ids_NT.device)
-
-    def _reduced(self, totals: dict[str, float]) -> dict[str, float]:
-        """Sums over ranks, per token of the batch."""
-        names = sorted(set(totals) - {"tokens"})
-        sums = torch.tensor([totals[name] for name in names], dtype=torch.float64)
-        if self._world_size > 1:
-            assert self._engine is not None
-            sums = sums.to(self._engine.device)
-            torch.distributed.all_reduce(sums)
-        return dict(zip(names, (sums / totals["tokens"]).tolist(), strict=True))
+        rows = iter(flat)
+        return [tuple(next(rows) for _ in group.completions) for group in groups]
 
     def export_weights(self, version: int) -> WeightManifest | None:
         """Make the weights available as `version`; rank 0 returns the manifest. A collective."""
         assert self._engine is not None
         on_device = self._sender is not None and self._sender.sends_from_device
         device = self._engine.device if on_device else "cpu"
-        tensors = (
-            (name.removeprefix("model."), tensor)
-            for name, tensor in self._engine.weights(self._wire_dtype, device)
-        )
+        tensors = self._policy_weights(self._wire_dtype, device)
         if self._sender is None:
             for _ in tensors:
                 pass
             return None
         self._gauges.set({"weight_version": version})
         return self._sender.prepare(version, tensors)
+
+    def _policy_weights(
+        self, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Copies of the policy's parameters under their Hugging Face names; a critic stays here."""
+        assert self._engine is not None
+        for name, tensor in self._engine.weights(dtype, device):
+            if name.startswith("model."):
+                yield name.removeprefix("model."), tensor
 
     def transmit_weights(self) -> None:
         """Send what was exported, where the transport pushes."""
@@ -271,9 +221,7 @@ class LearnerActor:
         assert self._engine is not None
         config = json.loads((self._folder / "config.json").read_text())
         dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
-        tensors = {
-            name.removeprefix("model."): tensor for name, tensor in self._engine.weights(dtype)
-        }
+        tensors = dict(self._policy_weights(dtype))
         if self._rank != 0:
             return
         with folder_beside(Path(folder)) as beside:

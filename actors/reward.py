@@ -10,9 +10,11 @@ import torch
 from actors.gauges import Gauges, in_ray_actor
 from cluster.guard import Guard
 from models.reward_model import RewardModel
+from rlhf.config import RewardFunction
 from rlhf.ensemble import aggregate
 from rlhf.errors import GenerationError, PavlovError
 from rlhf.records import GroupScores, RolloutGroup
+from rlhf.reward_functions import RewardFunctions
 
 EMPTY_REWARD = -3.0
 """What a completion without visible text gets, in deviations. There is nothing to judge, and a head
@@ -28,16 +30,24 @@ class RewardActor:
     Args:
         model: a reward-model folder.
         disagreement_penalty: standard deviations over members subtracted from the mean.
+        functions: rewards of the run's own, named beside the ensemble's.
     """
 
     def __init__(
-        self, model: str, disagreement_penalty: float, run: str, name: str, gpus: float = 0
+        self,
+        model: str,
+        disagreement_penalty: float,
+        run: str,
+        name: str,
+        gpus: float = 0,
+        functions: Sequence[RewardFunction] = (),
     ) -> None:
         self._guard = Guard(with_parent=in_ray_actor())
         self._gauges = Gauges(run, name)
         self._model = RewardModel.load(Path(model))
         self._model.trunks("cuda" if gpus else "cpu")
         self._penalty = disagreement_penalty
+        self._functions = RewardFunctions(functions)
 
     def version(self) -> str:
         """The reward model's version; rewards of two versions never mix in one group."""
@@ -70,6 +80,11 @@ class RewardActor:
         disagreement_N[empty_N] = 0.0
         shifted_N = scores.shifted_N | empty_N
         rewards_N = aggregate(rewards_KN, disagreement_penalty=self._penalty)
+        judged = [groups[index] for index, _ in owners]
+        own = self._functions(
+            [group.prompt for group in judged for _ in group.completions],
+            [completion for group in judged for completion in group.completions],
+        )
         begin = 0
         for index, count in owners:
             part = slice(begin, begin + count)
@@ -86,6 +101,7 @@ class RewardActor:
                     criterion: tuple(parts_CN[place, part].tolist())
                     for place, criterion in enumerate(self._model.card.criteria)
                 },
+                own_G={name: tuple(values[part]) for name, values in own.items()},
             )
             begin += count
         if begin:

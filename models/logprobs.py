@@ -15,19 +15,22 @@ from rlhf.losses import entropy_from_logits
 
 
 class TokenLogprobs(nn.Module):
-    """A causal language model whose output is logprobs and entropy of reply tokens.
+    """A causal language model whose output is logprobs and entropy of reply tokens, and what a
+    critic expects before each of them, where there is one.
 
     A module of its own, so that DeepSpeed wraps exactly what is computed.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, critic: nn.Module | None = None) -> None:
         super().__init__()
         self.model = model
+        self.critic = critic
 
     def forward(
         self, batch: PackedBatch, temperature: float, entropy_gradient: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """(logprobs_NT, entropy_NT) in nats, float32, of the distribution at `temperature`."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(logprobs_NT, entropy_NT, values_NT), the first two in nats, float32, of the distribution
+        at `temperature`."""
         logits_BKV = self.model(
             input_ids=batch.input_ids_BL,
             attention_mask=attention_mask(self.model, batch),
@@ -40,7 +43,9 @@ class TokenLogprobs(nn.Module):
         chosen_NT = logits_RV[batch.predictors_NT, batch.reply_ids_NT]
         with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
             entropy_R = entropy_from_logits(logits_RV, normaliser_R)
-        return chosen_NT - normaliser_R[batch.predictors_NT], entropy_R[batch.predictors_NT]
+        logprobs_NT = chosen_NT - normaliser_R[batch.predictors_NT]
+        values_NT = None if self.critic is None else self.critic(batch)
+        return logprobs_NT, entropy_R[batch.predictors_NT], values_NT
 
 
 def attention_mask(model: nn.Module, batch: PackedBatch) -> Tensor:
@@ -72,7 +77,7 @@ def reply_logprobs(
     with torch.inference_mode():
         for rows in micro_batches(pack(prompts, replies), budget_tokens):
             batch = collate(rows, pad_id, device)
-            logprobs_NT, _ = module(batch, temperature)
+            logprobs_NT, _, _ = module(batch, temperature)
             for row, index in zip(logprobs_NT.tolist(), batch.indices, strict=True):
                 results[index] = tuple(row[: len(replies[index])])
     return results

@@ -7,6 +7,7 @@
      │   ├─ ConfigError          a configuration file, a key or a value
      │   ├─ DataError            a data file or its rows
      │   ├─ ModelError           a model folder, a hub id, a reward-model folder
+     │   ├─ RewardFunctionError  a reward function of one's own
      │   ├─ RunFolderError       the run folder is busy, relative, or holds another run
      │   └─ ResourceError        too few cores, GPUs, or too little memory or disk
      └─ RunError             the run itself could not go on; exit code 1
@@ -45,6 +46,10 @@ class DataError(UserError):
 
 class ModelError(UserError):
     """A model folder, hub id or reward-model folder cannot be used."""
+
+
+class RewardFunctionError(UserError):
+    """A reward function of one's own cannot be loaded, failed, or returned no numbers."""
 
 
 class RunFolderError(UserError):

@@ -15,21 +15,25 @@ Shapes: B completions, T tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from rlhf.losses import BatchSize, Normalisation, reduce_tokens
 
 
-def penalised_rewards(rewards_PG: Tensor, kl_PG: Tensor, coefficient: float) -> Tensor:
-    """Reward minus `coefficient` times the completion's KL estimate k1 (nats per completion).
+def token_penalties(
+    policy_logprobs_T: Sequence[float], reference_logprobs_T: Sequence[float], coefficient: float
+) -> list[float]:
+    """`coefficient` times k1 of every token: what is subtracted from the reward; their sum is that
+    of the completion.
 
     Raises:
-        ValueError: they are not of the same completions.
+        ValueError: they are not of the same tokens.
     """
-    if rewards_PG.shape != kl_PG.shape:
-        raise ValueError(f"rewards {tuple(rewards_PG.shape)} and KL {tuple(kl_PG.shape)} differ")
-    return rewards_PG - coefficient * kl_PG
+    pairs = zip(policy_logprobs_T, reference_logprobs_T, strict=True)
+    return [coefficient * (policy - reference) for policy, reference in pairs]
 
 
 def kl_in_the_loss(

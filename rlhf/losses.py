@@ -55,8 +55,8 @@ class PolicyLoss:
 
 def clipped_policy_loss(
     policy_logprobs_BT: Tensor,
-    rollout_logprobs_BT: Tensor,
-    advantages_B: Tensor,
+    old_logprobs_BT: Tensor,
+    advantages_BT: Tensor,
     mask_BT: Tensor,
     *,
     clip_low: float,
@@ -67,8 +67,9 @@ def clipped_policy_loss(
 ) -> PolicyLoss:
     """The clipped surrogate of Schulman et al. (2017), PPO, equation 7, to be minimised.
 
-    The ratio is taken against `rollout_logprobs_BT`, the logprobs of the engine that sampled, so
-    it also corrects the difference between engine and learner. With a positive advantage the
+    The ratio is taken against `old_logprobs_BT`. Where these are the logprobs of the engine that
+    sampled, it also corrects the difference between engine and learner. `advantages_BT` may be one
+    a completion, shape (B, 1). With a positive advantage the
     gradient stops above ``1 + clip_high``, with a negative one below ``1 - clip_low``, and with
     `dual_clip` above that ratio too (Ye et al., 2020, Mastering Complex Control, equation 6): a
     token that has become far likelier than it was sampled would else push without bound.
@@ -77,16 +78,15 @@ def clipped_policy_loss(
     mask_BT = mask_BT.to(policy_logprobs_BT.dtype)
     # Padding may hold anything, even NaN, which a product with zero would keep.
     policy_logprobs_BT = policy_logprobs_BT.masked_fill(padding_BT, 0.0)
-    rollout_logprobs_BT = rollout_logprobs_BT.masked_fill(padding_BT, 0.0)
-    ratio_BT = torch.exp(policy_logprobs_BT - rollout_logprobs_BT)
-    advantages_B1 = advantages_B.unsqueeze(1)
-    free_BT = ratio_BT * advantages_B1
-    held_BT = ratio_BT.clamp(1 - clip_low, 1 + clip_high) * advantages_B1
+    old_logprobs_BT = old_logprobs_BT.masked_fill(padding_BT, 0.0)
+    ratio_BT = torch.exp(policy_logprobs_BT - old_logprobs_BT)
+    free_BT = ratio_BT * advantages_BT
+    held_BT = ratio_BT.clamp(1 - clip_low, 1 + clip_high) * advantages_BT
     surrogate_BT = torch.minimum(free_BT, held_BT)
     clipped_BT = held_BT < free_BT
     if dual_clip is not None:
-        floor_BT = (dual_clip * advantages_B1).expand_as(free_BT)
-        below_BT = (advantages_B1 < 0) & (surrogate_BT < floor_BT)
+        floor_BT = (dual_clip * advantages_BT).expand_as(free_BT)
+        below_BT = (advantages_BT < 0) & (surrogate_BT < floor_BT)
         surrogate_BT = torch.where(below_BT, floor_BT, surrogate_BT)
         clipped_BT = clipped_BT | below_BT
     loss = -reduce_tokens(surrogate_BT, mask_BT, normalisation, size)

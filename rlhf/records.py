@@ -99,7 +99,8 @@ class GroupScores:
     `distance_G`, from the replies they were trained on; `shift_G` is both in one number.
     `data_shift_G` is whether it passes the threshold of human-rated replies, `domain_shift_G` that
     of the start policy's completions, where there is one: a run acts upon the second. `parts_G`
-    are the criteria that the reward combines, by name, averaged over members.
+    are the criteria that the reward combines, by name, averaged over members; `own_G` what the
+    run's own reward functions say, by name and without their weights.
     """
 
     rewards_KG: tuple[tuple[float, ...], ...]
@@ -111,26 +112,35 @@ class GroupScores:
     domain_shift_G: tuple[bool, ...]
     reward_version: str
     parts_G: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    own_G: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredGroup:
-    """A group with its rewards and the reference model's logprobs (G rows, row g of length T_g)."""
+    """A group with its rewards and the reference model's logprobs (G rows, row g of length T_g).
+
+    `entropies_GT` is the learner's exact entropy at every token, where that is a part of the
+    reward; else empty.
+    """
 
     rollout: RolloutGroup
     scores: GroupScores
     reference_logprobs_GT: tuple[tuple[float, ...], ...]
+    entropies_GT: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         lengths = [completion.length for completion in self.rollout.completions]
         if [len(row) for row in self.reference_logprobs_GT] != lengths:
             raise ValueError("reference logprobs do not match the completions' lengths")
+        if self.entropies_GT and [len(row) for row in self.entropies_GT] != lengths:
+            raise ValueError("entropies do not match the completions' lengths")
         scores = self.scores
         columns = [
             *(scores.rewards_G, scores.disagreement_G, scores.distance_G, scores.shift_G),
             *(scores.data_shift_G, scores.domain_shift_G),
             *scores.rewards_KG,
             *scores.parts_G.values(),
+            *scores.own_G.values(),
         ]
         if any(len(column) != len(lengths) for column in columns):
             raise ValueError("rewards do not match the number of completions")
@@ -160,7 +170,8 @@ class FailedGroup:
 class TrainingSequence:
     """One completion as the learner sees it. `advantage` is its own, the same for every token.
 
-    `reference_logprobs_T` are there where the loss has a term for them, else empty.
+    `reference_logprobs_T` are there where the loss has a term for them, and `rewards_T` where a
+    critic makes an advantage of each token's; else empty.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -168,11 +179,12 @@ class TrainingSequence:
     rollout_logprobs_T: tuple[float, ...]
     advantage: float
     reference_logprobs_T: tuple[float, ...] = ()
+    rewards_T: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingBatch:
-    """Everything one optimiser step trains on, over all ranks.
+    """Everything one step of the loop trains on, over all ranks.
 
     The loss is normalised by `num_sequences`, `num_tokens` and `max_tokens` of the whole batch,
     so that the number of ranks and micro-batches does not change the gradient.
@@ -199,7 +211,7 @@ class TrainingBatch:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What the learner says of one optimiser step: named metrics, averaged over the batch."""
+    """What the learner says of one step of the loop: named metrics, averaged over the batch."""
 
     metrics: dict[str, float] = field(default_factory=dict)
 

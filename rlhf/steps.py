@@ -9,9 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rlhf import kl
 from rlhf.algorithms import algorithm_of
-from rlhf.config import RLSection
+from rlhf.config import PPOSection, RLSection
+from rlhf.kl import token_penalties
 from rlhf.records import (
     Completion,
     FailedGroup,
@@ -43,8 +43,10 @@ def training_batch(
     )
     if not scored:
         return empty
-    rewards_PG = _penalised(scored, settings)
-    credit = algorithm_of(settings.algorithm).credit(rewards_PG)
+    shaped_PG = shaped_rewards(scored, settings)
+    terms_PGT = [_token_terms(group, settings) for group in scored]
+    credit = algorithm_of(settings.algorithm).credit(_with_terms(shaped_PG, terms_PGT))
+    by_token = isinstance(settings.algorithm, PPOSection)
     # A term for the KL is a mean over all of the policy's completions, with credit or without.
     trained_PG = credit.trained_PG | (settings.kl.place == "loss")
     sequences = [
@@ -54,13 +56,21 @@ def training_batch(
             completion.rollout_logprobs_T,
             value,
             reference_T if settings.kl.place == "loss" else (),
+            (*terms_T[:-1], terms_T[-1] + reward) if by_token else (),
         )
-        for group, values_G, trained_G in zip(
-            scored, credit.values_PG.tolist(), trained_PG.tolist(), strict=True
+        for group, values_G, trained_G, shaped_G, terms_GT in zip(
+            scored,
+            credit.values_PG.tolist(),
+            trained_PG.tolist(),
+            shaped_PG.tolist(),
+            terms_PGT,
+            strict=True,
         )
-        for completion, reference_T, value, trained, shifted in zip(
+        for completion, reference_T, terms_T, reward, value, trained, shifted in zip(
             group.rollout.completions,
             group.reference_logprobs_GT,
+            terms_GT,
+            shaped_G,
             values_G,
             trained_G,
             group.scores.domain_shift_G,
@@ -102,7 +112,8 @@ def step_metrics(
         "ensemble/flagged_share_data": _mean([s for g in scored for s in g.scores.data_shift_G]),
         "reward/trained_mean": float(_penalised(scored, settings).mean()) if scored else None,
         **_penalties(completions, settings),
-        **{f"criterion/{name}": value for name, value in _parts(scored).items()},
+        **_means("criterion", [group.scores.parts_G for group in scored]),
+        **_means("reward/own", [group.scores.own_G for group in scored]),
         **text_shares([completion.text for completion in completions]),
         "kl/mean": _mean([value for group in scored for value in group.kl_G]),
         "kl/coefficient": settings.kl.coefficient,
@@ -123,12 +134,38 @@ def step_metrics(
 
 
 def _penalised(scored: Sequence[ScoredGroup], settings: RLSection) -> Tensor:
-    """Shaped rewards less the KL penalty, where that is in the reward; shape (P, G)."""
-    rewards_PG = shaped_rewards(scored, settings.shaping)
-    if settings.kl.place == "loss":
-        return rewards_PG
-    kl_PG = torch.tensor([group.kl_G for group in scored], dtype=torch.float64)
-    return kl.penalised_rewards(rewards_PG, kl_PG, settings.kl.coefficient)
+    """Shaped rewards with all that is added by the token; shape (P, G)."""
+    terms_PGT = [_token_terms(group, settings) for group in scored]
+    return _with_terms(shaped_rewards(scored, settings), terms_PGT)
+
+
+def _with_terms(shaped_PG: Tensor, terms_PGT: Sequence[Sequence[Sequence[float]]]) -> Tensor:
+    sums = [[sum(terms_T) for terms_T in terms_GT] for terms_GT in terms_PGT]
+    return shaped_PG + torch.tensor(sums, dtype=shaped_PG.dtype)
+
+
+def _token_terms(group: ScoredGroup, settings: RLSection) -> list[list[float]]:
+    """What is added to the reward of every token of every completion: less the KL penalty, plus the
+    entropy, each where it is in the reward."""
+    terms_GT = [[0.0] * completion.length for completion in group.rollout.completions]
+    if settings.kl.place == "reward":
+        for terms_T, completion, reference_T in zip(
+            terms_GT, group.rollout.completions, group.reference_logprobs_GT, strict=True
+        ):
+            coefficient = settings.kl.coefficient
+            terms_T[:] = [
+                -penalty
+                for penalty in token_penalties(
+                    completion.rollout_logprobs_T, reference_T, coefficient
+                )
+            ]
+    if settings.entropy.place == "reward":
+        for terms_T, entropies_T in zip(terms_GT, group.entropies_GT, strict=True):
+            bonus = settings.entropy.coefficient
+            terms_T[:] = [
+                term + bonus * entropy for term, entropy in zip(terms_T, entropies_T, strict=True)
+            ]
+    return terms_GT
 
 
 def _without_signal(scored: Sequence[ScoredGroup], settings: RLSection) -> int:
@@ -148,11 +185,13 @@ def _penalties(completions: Sequence[Completion], settings: RLSection) -> dict[s
     }
 
 
-def _parts(scored: Sequence[ScoredGroup]) -> dict[str, float | None]:
-    """Mean of each criterion that the reward combines."""
-    names = dict.fromkeys(name for group in scored for name in group.scores.parts_G)
+def _means(prefix: str, named: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float | None]:
+    """Means over all completions, by name."""
+    names = dict.fromkeys(name for values_G in named for name in values_G)
     return {
-        name: _mean([part for group in scored for part in group.scores.parts_G.get(name, ())])
+        f"{prefix}_{name}" if "/" in prefix else f"{prefix}/{name}": _mean(
+            [value for values_G in named for value in values_G.get(name, ())]
+        )
         for name in names
     }
 

@@ -28,7 +28,14 @@ from rlhf.errors import (
     StaleWeightsError,
     WeightUpdateError,
 )
-from rlhf.records import GroupScores, RolloutGroup, ScoredGroup, StepReport, TrainingBatch
+from rlhf.records import (
+    FailedGroup,
+    GroupScores,
+    RolloutGroup,
+    ScoredGroup,
+    StepReport,
+    TrainingBatch,
+)
 
 Result = TypeVar("Result")
 
@@ -70,6 +77,7 @@ def run_roles(config: RLConfig, models: Models, run: str, shared_memory: Path) -
             "run": run,
             "name": f"reward-{number}",
             "gpus": cluster.reward.gpus,
+            "functions": rl.rewards,
         }
 
     def reference(number: int) -> dict[str, Any]:
@@ -268,6 +276,20 @@ class Fleet:
             return await self._call(getattr(handle, method).remote(*arguments), name)
         await self._until_alive(handle, name)
         return await self._call(getattr(handle, method).remote(*arguments), name)
+
+    async def with_entropies(
+        self, groups: Sequence[ScoredGroup | FailedGroup]
+    ) -> list[ScoredGroup | FailedGroup]:
+        """The groups with the current policy's entropies at every token, where they have any."""
+        rollouts = [group.rollout for group in groups if isinstance(group, ScoredGroup)]
+        if not rollouts:
+            return list(groups)
+        async with self.turns.take():
+            found = iter((await self._on_learners("entropies", rollouts))[0])
+        return [
+            replace(group, entropies_GT=next(found)) if isinstance(group, ScoredGroup) else group
+            for group in groups
+        ]
 
     async def learn(self, batch: TrainingBatch, step: int) -> StepReport:
         """One optimiser step on every rank."""

@@ -40,6 +40,8 @@ from rlhf.seeding import derive_seed
 from rlhf.steering import steered
 from rlhf.steps import step_metrics, training_batch
 
+Group = ScoredGroup | FailedGroup
+
 Work = tuple[int, Prompt, int]
 """A ticket of the buffer, the prompt and its epoch."""
 
@@ -55,6 +57,8 @@ class Actors(Protocol):
         self, groups: Sequence[RolloutGroup]
     ) -> list[ScoredGroup | GenerationError]: ...
 
+    async def with_entropies(self, groups: Sequence[Group]) -> list[Group]: ...
+
     async def learn(self, batch: TrainingBatch, step: int) -> StepReport: ...
 
     async def publish(self, version: int) -> float: ...
@@ -64,7 +68,7 @@ class Actors(Protocol):
 class Produced:
     """What fills a slot, and how long it took."""
 
-    group: ScoredGroup | FailedGroup
+    group: Group
     rollout_s: float
     score_s: float
 
@@ -82,7 +86,7 @@ class Loop:
         config: RLConfig,
         cursor: PromptCursor,
         actors: Actors,
-        record: Callable[[int, dict[str, Any], Sequence[ScoredGroup | FailedGroup]], Any],
+        record: Callable[[int, dict[str, Any], Sequence[Group]], Any],
         first_step: int = 0,
         last: Mapping[str, Any] | None = None,
     ) -> None:
@@ -153,6 +157,8 @@ class Loop:
             started, settings = time.monotonic(), self._rl
             taken = await self._buffer.take(timeout_s=self._patience_s)
             groups = [produced.group for produced in taken]
+            if settings.entropy.place == "reward":
+                groups = await self._actors.with_entropies(groups)
             batch = training_batch(groups, settings, mask_shifted=masked)
             learning = time.monotonic()
             report = await self._actors.learn(batch, step)

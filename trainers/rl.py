@@ -19,7 +19,7 @@ from models.chat import ChatTokenizer
 from models.preferences import read_prompts
 from models.reward_model import RewardModel
 from models.sources import portable_name, resolve_model, resolve_reward_model
-from rlhf.config import RLConfig, data_path
+from rlhf.config import PPOSection, RLConfig, data_path
 from rlhf.errors import (
     ActorLostError,
     CheckpointError,
@@ -30,6 +30,7 @@ from rlhf.errors import (
 )
 from rlhf.prompts import PromptCursor
 from rlhf.records import FailedGroup, Prompt, ScoredGroup
+from rlhf.reward_functions import RewardFunctions
 from trainers.domain_shift import shift_threshold
 from trainers.fleet import Fleet, Models
 from trainers.loop import Loop
@@ -59,6 +60,7 @@ def run_rl(
     folder_path = resolve_run_folder(config.run.dir, config_path)
     models = resolve_models(config)
     policy, reference = resolve_model(models.policy), resolve_model(models.reference)
+    RewardFunctions(config.rl.rewards)
     prompts = usable_prompts(config, policy, console) if prompts is None else prompts
     require_memory([policy, reference], config)
     folder = RunFolder.claim(folder_path, config.model_dump(mode="json"), resume=resume)
@@ -96,6 +98,13 @@ def resolve_models(config: RLConfig) -> Models:
             f"reference.model = {reference!r} reads other tokens than policy.model = {policy!r}: a "
             "KL between them means nothing; take one with the same tokenizer"
         )
+    if isinstance(config.rl.algorithm, PPOSection) and config.rl.algorithm.critic.model:
+        critic = config.rl.algorithm.critic.model
+        if ChatTokenizer(resolve_model(critic)).vocabulary not in vocabularies:
+            raise ModelError(
+                f"rl.algorithm.critic.model = {critic!r} reads other tokens than policy.model = "
+                f"{policy!r}; take one with the same tokenizer"
+            )
     reward = resolve_reward_model(config.reward.model)
     RewardModel.load(reward)
     return Models(policy, reference, reward)

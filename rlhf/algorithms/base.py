@@ -22,12 +22,16 @@ class Credit:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A part of a step's batch: logprobs of its completions' tokens by the policy and by the engine
-    that sampled them, their credit, which tokens there are, and the size of the whole batch."""
+    """A part of a batch: its completions' tokens, and the size of the whole.
+
+    `old_logprobs_BT` are what a ratio is taken against: those of the engine that sampled, or, with
+    importance weights, the learner's own before the step's first update. Credit is of tokens, the
+    same for all of a completion unless a critic made it.
+    """
 
     policy_logprobs_BT: Tensor
-    rollout_logprobs_BT: Tensor
-    credit_B: Tensor
+    old_logprobs_BT: Tensor
+    credit_BT: Tensor
     mask_BT: Tensor
     size: BatchSize
 
@@ -54,8 +58,8 @@ class ClippedRatio:
         """On policy its gradient is that of credit times log-likelihood (REINFORCE)."""
         return clipped_policy_loss(
             share.policy_logprobs_BT,
-            share.rollout_logprobs_BT,
-            share.credit_B,
+            share.old_logprobs_BT,
+            share.credit_BT,
             share.mask_BT,
             clip_low=self.settings.clip_low,
             clip_high=self.settings.clip_high,

@@ -52,11 +52,11 @@ class CrossEntropyMethod:
         logprobs_BT = share.policy_logprobs_BT.masked_fill(padding_BT, 0.0)
         mask_BT = share.mask_BT.to(logprobs_BT.dtype)
         loss = -reduce_tokens(
-            logprobs_BT * share.credit_B.unsqueeze(1),
+            logprobs_BT * share.credit_BT,
             mask_BT,
             self.settings.normalisation,
             share.size,
         )
-        rollout_BT = share.rollout_logprobs_BT.masked_fill(padding_BT, 0.0)
-        ratio_BT = torch.exp(logprobs_BT - rollout_BT).detach()
+        old_BT = share.old_logprobs_BT.masked_fill(padding_BT, 0.0)
+        ratio_BT = torch.exp(logprobs_BT - old_BT).detach()
         return PolicyLoss(loss, ratio_BT, torch.zeros_like(padding_BT))

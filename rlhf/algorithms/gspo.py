@@ -31,12 +31,14 @@ class GSPO:
     def loss(self, share: Share) -> PolicyLoss:
         """The clipped surrogate over completions, their mean over the batch."""
         padding_BT = share.mask_BT == 0
-        log_ratio_BT = share.policy_logprobs_BT - share.rollout_logprobs_BT
+        log_ratio_BT = share.policy_logprobs_BT - share.old_logprobs_BT
         log_ratio_BT = log_ratio_BT.masked_fill(padding_BT, 0.0)
         lengths_B = (~padding_BT).sum(dim=1)
         ratio_B = torch.exp(log_ratio_BT.sum(dim=1) / lengths_B.clamp(min=1))
         held_B = ratio_B.clamp(1 - self.settings.clip_low, 1 + self.settings.clip_high)
-        free_B, held_B = ratio_B * share.credit_B, held_B * share.credit_B
+        # The same for all tokens of a completion.
+        credit_B = share.credit_BT[:, 0]
+        free_B, held_B = ratio_B * credit_B, held_B * credit_B
         # A completion without tokens has no weight.
         surrogate_B = torch.minimum(free_B, held_B) * (lengths_B > 0)
         ratio_BT = ratio_B.detach().unsqueeze(1).expand(padding_BT.shape)

@@ -18,10 +18,19 @@ from pydantic import (
 
 from rlhf.config.section import Fraction, Section, kind_by, one_of
 
-ALGORITHMS = ("cem", "grpo", "gspo", "reinforce_pp", "rloo")
+ALGORITHMS = ("cem", "grpo", "gspo", "ppo", "reinforce_pp", "rloo")
 
 
-class ClippedSection(Section):
+class AlgorithmSection(Section):
+    """What all algorithms share."""
+
+    epochs: PositiveInt = 1
+    """Passes over a step's completions."""
+    mini_batches: PositiveInt = 1
+    """Optimiser steps a pass is cut into."""
+
+
+class ClippedSection(AlgorithmSection):
     """What the algorithms with a clipped ratio of tokens share."""
 
     clip_low: Fraction = 0.2
@@ -67,7 +76,50 @@ class ReinforcePPSection(ClippedSection):
     """This algorithm."""
 
 
-class GSPOSection(Section):
+class CriticSection(Section):
+    """What estimates the reward still to come from every token on."""
+
+    model: str | None = None
+    """A model of its own: `embedded`, a Hugging Face folder, or a hub id, with the policy's tokens.
+    Default: a head on the policy's own last state."""
+    learning_rate: PositiveFloat | None = None
+    """Of a model of its own; default: the policy's."""
+    head_learning_rate: PositiveFloat = 1e-3
+    """Of the head, which starts at zero."""
+    coefficient: PositiveFloat = 0.1
+    """Of its loss beside the policy's."""
+    clip: PositiveFloat = 0.2
+    """An estimate's gradient stops once it has moved further than this in a step."""
+
+    @model_validator(mode="after")
+    def _a_rate_has_a_model(self) -> Self:
+        if self.learning_rate is not None and self.model is None:
+            raise ValueError(
+                f"rl.algorithm.critic.learning_rate = {self.learning_rate:g} without "
+                "rl.algorithm.critic.model: a head on the policy's state has no other weights; set "
+                "rl.algorithm.critic.head_learning_rate, or a model"
+            )
+        return self
+
+
+class PPOSection(ClippedSection):
+    """Against what a critic expected, token by token."""
+
+    type: Literal["ppo"]
+    """This algorithm."""
+    epochs: PositiveInt = 4
+    """Passes over a step's completions."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Discount of a reward a token later."""
+    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """How far advantages look ahead: 0 trusts the critic after one token, 1 only the rewards."""
+    whiten: bool = True
+    """Advantages of mean 0 and deviation 1 over a step's tokens."""
+    critic: CriticSection = CriticSection()
+    """The critic."""
+
+
+class GSPOSection(AlgorithmSection):
     """As GRPO, with the ratio of whole completions."""
 
     type: Literal["gspo"]
@@ -82,7 +134,7 @@ class GSPOSection(Section):
     """A mean over completions: there are no ratios of tokens."""
 
 
-class CEMSection(Section):
+class CEMSection(AlgorithmSection):
     """The cross-entropy method: the best completions are made likelier."""
 
     type: Literal["cem"]
@@ -100,6 +152,7 @@ AlgorithmSettings = Annotated[
     | Annotated[RLOOSection, Tag('type = "rloo"')]
     | Annotated[ReinforcePPSection, Tag('type = "reinforce_pp"')]
     | Annotated[GSPOSection, Tag('type = "gspo"')]
+    | Annotated[PPOSection, Tag('type = "ppo"')]
     | Annotated[CEMSection, Tag('type = "cem"')],
     Discriminator(kind_by("type", "grpo", ALGORITHMS)),
 ]
@@ -156,16 +209,56 @@ class KLSection(SteeredSection):
 
 
 class EntropySection(SteeredSection):
-    """The bonus that keeps the policy from collapsing; its target is in nats per token."""
+    """The bonus that keeps the policy from collapsing; its target is in nats per token.
+
+    Entropies are exact, from the learner's logits.
+    """
 
     name = "entropy"
     coefficient: NonNegativeFloat = 0.0
-    """Loss subtracted per nat of mean token entropy (exact, from the learner's logits)."""
+    """Loss subtracted per nat of mean token entropy; in the reward, reward added per nat of a
+    completion's."""
+    place: Literal["loss", "reward"] = "loss"
+    """`loss`: the policy is made less certain where it goes; `reward`: it is also sent to where it
+    is less certain, at the price of one more forward pass."""
+
+
+class OffPolicySection(Section):
+    """What is done about completions that the learner would not have sampled like this: stale ones,
+    and the difference between engine and learner (rlhf/importance.py)."""
+
+    weights: Literal["token", "sequence"] | None = None
+    """What is weighed by how much likelier the learner makes it than the engine that sampled it.
+    Default: nothing; the loss's own ratio, with its clip, is against the engine's logprobs."""
+    truncate: Annotated[float, Field(ge=1)] = 2.0
+    """Larger weights are cut to it."""
+    mask_outside: Annotated[list[PositiveFloat], Field(min_length=2, max_length=2)] | None = None
+    """Tokens (or completions) whose weight lies outside are left out; default: none."""
+
+    @model_validator(mode="after")
+    def _the_range_is_one_and_has_weights(self) -> Self:
+        if self.mask_outside is None:
+            return self
+        low, high = self.mask_outside
+        if not low <= 1 <= high:
+            raise ValueError(
+                f"rl.off_policy.mask_outside = [{low:g}, {high:g}]: on policy every weight is 1, "
+                "so it must lie inside"
+            )
+        if self.weights is None:
+            raise ValueError(
+                f"rl.off_policy.mask_outside = [{low:g}, {high:g}] without rl.off_policy.weights: "
+                'there is nothing to go by; set weights to "token" or "sequence"'
+            )
+        return self
 
 
 class ShapingSection(Section):
     """What is done to rewards before the KL penalty and credit."""
 
+    ensemble_weight: NonNegativeFloat = 1.0
+    """What the ensemble's reward is multiplied by, once clipped and whitened; 0 trains on
+    `rl.rewards` alone."""
     clip: PositiveFloat | None = None
     """Rewards beyond this many deviations are cut to it; default: never."""
     whiten: bool = False
@@ -187,6 +280,18 @@ class ShapingSection(Section):
         return self
 
 
+class RewardFunction(Section):
+    """A reward of one's own beside the ensemble's (rlhf/reward_functions.py)."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    """What the metrics call it."""
+    function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+    """`module:function`, from here or installed: prompts and completions in, a number for each
+    completion out."""
+    weight: float = 1.0
+    """What it is multiplied by; negative for a penalty."""
+
+
 class RLSection(Section):
     """The reinforcement-learning loop."""
 
@@ -194,8 +299,8 @@ class RLSection(Section):
     """Optimiser steps."""
     prompts_per_step: PositiveInt = 8
     """Groups a step trains on."""
-    completions_per_prompt: Annotated[int, Field(ge=2)] = 8
-    """Siblings of a prompt, G."""
+    completions_per_prompt: PositiveInt = 8
+    """Siblings of a prompt, G; one is enough where they are not compared with each other."""
     max_staleness: NonNegativeInt = 0
     """Publishes by which a completion may lag behind the learner; 0 is synchronous."""
     max_tokens: PositiveInt = 64
@@ -212,8 +317,12 @@ class RLSection(Section):
     """KL penalty."""
     entropy: EntropySection = EntropySection()
     """Entropy bonus."""
+    off_policy: OffPolicySection = OffPolicySection()
+    """Importance weights."""
     shaping: ShapingSection = ShapingSection()
     """Clipping, whitening, penalties for length."""
+    rewards: list[RewardFunction] = Field(default_factory=list)
+    """Rewards of one's own."""
 
     def with_coefficients(self, kl: float, entropy: float) -> RLSection:
         """The same with other coefficients, as steering changes them."""
@@ -232,6 +341,14 @@ class RLSection(Section):
                 "mean over the policy's own completions, and stale ones are not; set "
                 'rl.kl.place = "reward"'
             )
+        passes = self.algorithm.epochs * self.algorithm.mini_batches
+        if self.kl.place == "loss" and passes > 1:
+            raise ValueError(
+                f'rl.kl.place = "loss" with rl.algorithm.epochs = {self.algorithm.epochs} and '
+                f"rl.algorithm.mini_batches = {self.algorithm.mini_batches}: the term is a mean "
+                "over the policy's own completions, and after the first optimiser step they are "
+                'not; set both to 1, or rl.kl.place = "reward"'
+            )
         if self.kl.place == "loss" and self.algorithm.type == "cem":
             raise ValueError(
                 'rl.kl.place = "loss" with rl.algorithm.type = "cem": the term is a mean over the '
@@ -246,5 +363,43 @@ class RLSection(Section):
             raise ValueError(
                 f"rl.top_p = {self.top_p} with {what}: the engine samples from a truncated "
                 "distribution that the learner's logprobs do not describe; set rl.top_p = 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _who_compares_siblings_has_some(self) -> Self:
+        alone = self.completions_per_prompt == 1
+        kind = self.algorithm.type
+        over_batch = isinstance(self.algorithm, CEMSection) and self.algorithm.elite_of == "batch"
+        if alone and kind not in ("ppo", "reinforce_pp") and not over_batch:
+            raise ValueError(
+                f'rl.completions_per_prompt = 1 with rl.algorithm.type = "{kind}": it compares '
+                "completions of the same prompt; draw at least 2"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_fit_the_ratio(self) -> Self:
+        weights, kind = self.off_policy.weights, self.algorithm.type
+        if weights is not None and kind == "cem":
+            raise ValueError(
+                f'rl.off_policy.weights = "{weights}" with rl.algorithm.type = "cem": the elite is '
+                "what is wanted, whoever sampled it; leave them out"
+            )
+        if weights == "token" and kind == "gspo":
+            raise ValueError(
+                'rl.off_policy.weights = "token" with rl.algorithm.type = "gspo": its ratio is of '
+                'whole completions; set weights = "sequence"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_rewarded(self) -> Self:
+        names = [reward.name for reward in self.rewards]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"rl.rewards: two are called {twice[0]!r}; metrics need one name each")
+        if not self.shaping.ensemble_weight and not any(r.weight for r in self.rewards):
+            raise ValueError(
+                "rl.shaping.ensemble_weight = 0 without rl.rewards: nothing would be rewarded"
             )
         return self

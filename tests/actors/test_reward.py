@@ -10,6 +10,7 @@ import pytest
 
 from actors.reward import EMPTY_REWARD, RewardActor
 from models.reward_model import RewardModel
+from rlhf.config import RewardFunction
 from rlhf.errors import GenerationError
 from rlhf.records import Completion, GroupScores, Message, Prompt, RolloutGroup
 from tests.two_criteria import COMBINATION, build_two_criteria
@@ -114,14 +115,21 @@ def test_the_penalty_is_taken_off_the_reward_by_disagreement_and_off_nothing_els
 
 
 @pytest.fixture
-def refusing(tmp_path: Path, tiny_model: Path, tiny_reward_model: Path) -> RewardActor:
-    """An actor whose backbone's template takes no system turn."""
+def refusing(
+    tmp_path: Path, tiny_model: Path, tiny_reward_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> RewardActor:
+    """An actor whose backbone's template takes no system turn, and that also counts characters."""
+    (tmp_path / "counting_rewards.py").write_text(
+        "def characters(prompts, completions):\n    return [len(c.text) for c in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    characters = RewardFunction(name="characters", function="counting_rewards:characters")
     backbone = Path(shutil.copytree(tiny_model, tmp_path / "backbone"))
     template = backbone / "chat_template.jinja"
     refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     template.write_text(refusal + template.read_text())
     folder = build_two_criteria(tmp_path / "reward", tiny_reward_model, model=backbone)
-    return RewardActor(str(folder), 0.0, "run", "refusing")
+    return RewardActor(str(folder), 0.0, "run", "refusing", functions=[characters])
 
 
 def test_a_group_that_cannot_be_tokenised_is_an_error_in_its_place(refusing):
@@ -133,6 +141,8 @@ def test_a_group_that_cannot_be_tokenised_is_an_error_in_its_place(refusing):
     assert isinstance(first, GroupScores)
     assert isinstance(third, GroupScores)
     assert third.rewards_G == pytest.approx(first.rewards_G, abs=1e-4)
+    counted = tuple(float(len(text)) for text in TEXTS)
+    assert first.own_G == third.own_G == {"characters": counted}
 
 
 @pytest.mark.filterwarnings("ignore:std")

@@ -8,12 +8,16 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils.cpp_extension import get_default_build_root
+
+from rlhf.records import Completion
 
 pytestmark = pytest.mark.engine
 
@@ -23,23 +27,25 @@ RANK = """
 import sys
 from pathlib import Path
 from actors.learner import LearnerActor
-from rlhf.config import KLSection, LearnerSection, RLSection
-from rlhf.records import TrainingBatch, TrainingSequence
+from rlhf.config import LearnerSection, RLSection
+from rlhf.records import Message, Prompt, RolloutGroup, TrainingBatch, TrainingSequence
+from tests.engine.test_learner import CASES, completion
 
-model, out, stage, rank, world_size, master = sys.argv[1:]
+model, out, stage, rank, world_size, master, case = sys.argv[1:]
 out, stage, rank, world_size = Path(out), int(stage), int(rank), int(world_size)
 # Of several lengths and in an odd number of micro-batches, so that the ranks' shares differ.
 sequences = tuple(
     TrainingSequence(
         tuple(range(5, 12 + index)), tuple(range(20, 30 + 3 * index)),
         (-6.0,) * (10 + 3 * index), (-1.0) ** index * (1 + index), (-5.5,) * (10 + 3 * index),
+        (0.0,) * (9 + 3 * index) + ((-1.0) ** index * (1 + index),),
     )
     for index in range(5)
 )
 batch = TrainingBatch(sequences, 64, 1.0, kl_coefficient=0.1, entropy_coefficient=0.01)
 actor = LearnerActor(
     model, "float32", LearnerSection(learning_rate=1e-3, zero_stage=stage, micro_batch_tokens=48),
-    RLSection(max_tokens=64, kl=KLSection(coefficient=0.1, place="loss")),
+    RLSection.model_validate({"max_tokens": 64} | CASES[case](model)),
     "float32", "shared_memory", str(out / "shm"), "ranks",
     f"learner-{rank}", rank=rank, world_size=world_size,
 )
@@ -49,6 +55,14 @@ actor.save_checkpoint(str(out / "checkpoint"))
 actor.step(batch, 2)
 actor.load_checkpoint(str(out / "checkpoint"))
 reports.append(actor.step(batch, 2))
+groups = [
+    RolloutGroup(
+        Prompt("p", (Message("user", "?"),)), 0, s.prompt_token_ids,
+        (completion(s.completion_token_ids), completion(s.completion_token_ids[:4])),
+    )
+    for s in sequences
+]
+entropies = actor.entropies(groups)
 probe = actor.probe()
 manifest = actor.export_weights(3)
 actor.save_policy(str(out / "policy"))
@@ -57,8 +71,28 @@ if rank == 0:
     assert manifest.version == 3 and Path(manifest.location).is_file()
     (out / "reports.json").write_text(json.dumps([report.metrics for report in reports]))
     (out / "probe.json").write_text(json.dumps(probe.logprobs))
+    (out / "entropies.json").write_text(json.dumps(entropies))
 actor.shutdown()
 """
+
+
+CASES: dict[str, Callable[[str], dict[str, Any]]] = {
+    "ratio": lambda _: {"kl": {"coefficient": 0.1, "place": "loss"}},
+    # Several optimiser steps a batch, weights against the start, a critic on the policy's state or
+    # of its own.
+    "weighed": lambda _: {
+        "algorithm": {"type": "rloo", "epochs": 2, "mini_batches": 2},
+        "off_policy": {"weights": "sequence", "truncate": 5.0, "mask_outside": [1e-6, 1e6]},
+    },
+    "critic": lambda _: {"algorithm": {"type": "ppo", "epochs": 2, "mini_batches": 2}},
+    "own critic": lambda model: {"algorithm": {"type": "ppo", "critic": {"model": model}}},
+}
+"""Settings of `rl`, from the model's folder."""
+
+
+def completion(token_ids: tuple[int, ...]) -> Completion:
+    logprobs = (-1.0,) * len(token_ids)
+    return Completion(token_ids, "x", logprobs, "stop", 0, 0, 0)
 
 
 def free_port() -> int:
@@ -67,14 +101,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def learn(model: Path, out: Path, stage: int, world_size: int, **environment: str) -> None:
+def learn(
+    model: Path, out: Path, stage: int, world_size: int, case: str = "ratio", **environment: str
+) -> None:
     out.mkdir()
     port = free_port()
     ranks = [
         subprocess.Popen(
             [
                 *(sys.executable, "-c", RANK, str(model), str(out), str(stage)),
-                *(str(rank), str(world_size), f"127.0.0.1:{port}"),
+                *(str(rank), str(world_size), f"127.0.0.1:{port}", case),
             ],
             env={
                 **os.environ,
@@ -105,8 +141,30 @@ def test_two_ranks_learn_what_one_learns_and_resume_from_their_checkpoint(
     alone: Path, tiny_model: Path, tmp_path: Path, stage: int
 ) -> None:
     learn(tiny_model, tmp_path / "two", stage, 2)
-    start = load_file(tiny_model / "model.safetensors")
-    both = (alone, tmp_path / "two")
+    require_the_same(tiny_model, alone, tmp_path / "two")
+
+
+@pytest.mark.parametrize(("case", "stage"), [("weighed", 0), ("critic", 3), ("own critic", 1)])
+def test_so_they_do_with_weights_and_with_a_critic(
+    tiny_model: Path, tmp_path: Path, case: str, stage: int
+) -> None:
+    for name, ranks, zero in (("one", 1, 0), ("two", 2, stage)):
+        learn(tiny_model, tmp_path / name, zero, ranks, case)
+    reports = require_the_same(tiny_model, tmp_path / "one", tmp_path / "two")
+    if case != "weighed":
+        # The head starts at zero, and then follows the returns.
+        values = [report["critic/value"] for report in reports]
+        assert values[0] == 0.0 and values[-1] != 0.0
+    else:
+        # The second of these steps is far from what was sampled.
+        assert reports[-1]["importance/masked_share"] > 0
+        assert reports[-1]["importance/truncated_share"] > 0
+        assert 0 < reports[0]["importance/effective_share"] < 1
+
+
+def require_the_same(model: Path, *both: Path) -> list[dict[str, float]]:
+    """That both learned the same, and something; returns what the first reports."""
+    start = load_file(model / "model.safetensors")
     one, two = (load_file(out / "policy" / "model.safetensors") for out in both)
     assert one.keys() == two.keys()
     for name in one:
@@ -119,6 +177,12 @@ def test_two_ranks_learn_what_one_learns_and_resume_from_their_checkpoint(
             assert double[key] == pytest.approx(single[key], rel=1e-3, abs=1e-5), key
     probes = [json.loads((out / "probe.json").read_text()) for out in both]
     assert probes[0] == pytest.approx(probes[1], abs=1e-4)
+    entropies = [json.loads((out / "entropies.json").read_text()) for out in both]
+    for one_group, two_group in zip(*entropies, strict=True):
+        assert [len(row) for row in one_group][1] == 4
+        for one_row, two_row in zip(one_group, two_group, strict=True):
+            assert one_row == pytest.approx(two_row, abs=1e-4)
+    return list(reports[0])
 
 
 def test_a_build_that_was_killed_half_way_holds_nobody_up(

@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file
 
 from tests.leftovers import assert_nothing_left, below, shared_memory
 
@@ -69,10 +70,11 @@ rollout = {{ dtype = "float32", max_sequences = 8 }}
         )
 
     def start(self, name: str, *arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "pavlov.py", "rl", str(self.config), f"run.dir={name}"]
+        script = str(ROOT / "pavlov.py")
+        command = [sys.executable, script, "rl", str(self.config), f"run.dir={name}"]
         process = subprocess.Popen(
             [*command, *arguments],
-            cwd=ROOT,
+            cwd=self.folder,
             env={**os.environ, "PAVLOV_RUNS": str(self.folder)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -202,6 +204,42 @@ def test_an_interrupted_run_ends_cleanly(runs: Runs, unbroken: str) -> None:
     assert process.returncode == 128 + signal.SIGTERM
     assert "Traceback" not in errors
     assert_nothing_left(processes, before)
+
+
+def test_a_critic_and_a_reward_of_ones_own_in_a_run_that_is_not_waited_for(runs: Runs) -> None:
+    """PPO on stale completions, with weights and with the entropy in the reward."""
+    (runs.folder / "own_rewards.py").write_text(
+        "def length(prompts, completions):\n"
+        "    return [float(completion.length) for completion in completions]\n"
+    )
+    process = runs.start(
+        "critic",
+        *("deterministic=false", "rl.max_staleness=1", "rl.num_steps=3"),
+        *("rl.algorithm.type=ppo", "rl.algorithm.epochs=2", "rl.off_policy.weights=token"),
+        *("rl.entropy.place=reward", "rl.entropy.coefficient=0.01"),
+        "rl.rewards=[{name='length', function='own_rewards:length', weight=-0.1}]",
+    )
+    _, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors
+    rows = runs.metrics("critic")
+    assert len(rows) == 3
+    for row in rows:
+        assert row["reward/own_length"] == pytest.approx(row["completion/length_mean"])
+        assert 0 < row["importance/effective_share"] <= 1
+        assert row["staleness/max"] <= 1
+    # Zero at first, then something that was learned.
+    values = [row["critic/value"] for row in rows]
+    assert values[0] == 0 and values[-1] != 0
+    tensors = load_file(runs.folder / "critic" / "policy" / "model.safetensors")
+    assert not any("critic" in name for name in tensors)
+
+
+def test_a_reward_function_that_is_not_there_is_said_before_anything_starts(runs: Runs) -> None:
+    process = runs.start("nothing", "rl.rewards=[{name='own', function='nowhere:f'}]")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "reward function nowhere:f cannot be loaded" in errors
+    assert not (runs.folder / "nothing").exists()
 
 
 def test_a_folder_that_holds_a_run_is_refused(runs: Runs, unbroken: str) -> None:

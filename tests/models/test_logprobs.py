@@ -69,7 +69,7 @@ def packed(
     results: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(case[1])
     for rows in micro_batches(pack(*case), budget):
         batch = change(collate(rows, pad))
-        logprobs_NT, entropy_NT = module(batch, temperature, True)
+        logprobs_NT, entropy_NT, _ = module(batch, temperature, True)
         for n, index in enumerate(batch.indices):
             length = len(case[1][index])
             results[index] = logprobs_NT[n, :length], entropy_NT[n, :length]

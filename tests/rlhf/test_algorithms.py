@@ -3,8 +3,16 @@ import torch
 
 from rlhf.algorithms import Share, algorithm_of
 from rlhf.algorithms.grpo import group_relative
+from rlhf.algorithms.ppo import generalised_advantages
 from rlhf.algorithms.rloo import leave_one_out
-from rlhf.config import CEMSection, GRPOSection, GSPOSection, ReinforcePPSection, RLOOSection
+from rlhf.config import (
+    CEMSection,
+    GRPOSection,
+    GSPOSection,
+    PPOSection,
+    ReinforcePPSection,
+    RLOOSection,
+)
 from rlhf.losses import BatchSize, clipped_policy_loss
 
 
@@ -133,7 +141,7 @@ OLD = torch.log(torch.tensor([[0.5, 0.5, 0.5, 0.1], [0.5, 0.5, 0.1, 0.1]], dtype
 def test_cem_raises_the_likelihood_of_its_elite_by_hand():
     new = OLD.clone().requires_grad_()
     found = algorithm_of(CEM).loss(
-        Share(new, OLD - 1, torch.ones(2, dtype=torch.float64), MASK, SIZE)
+        Share(new, OLD - 1, torch.ones(2, 1, dtype=torch.float64), MASK, SIZE)
     )
     # Five tokens of probability one half.
     assert found.loss.item() == pytest.approx(float(torch.log(torch.tensor(2.0))))
@@ -148,7 +156,7 @@ def test_gspo_by_hand():
     settings = GSPOSection(type="gspo", clip_low=0.1, clip_high=0.1)
     shift = torch.tensor([[0.3, 0.0, 0.0, 9.0], [-0.4, 0.0, 9.0, 9.0]], dtype=torch.float64)
     new = (OLD + shift).requires_grad_()
-    values = torch.tensor([2.0, 3.0], dtype=torch.float64)
+    values = torch.tensor([[2.0], [3.0]], dtype=torch.float64)
     found = algorithm_of(settings).loss(Share(new, OLD, values, MASK, SIZE))
     # Means of the logs: 0.1, clipped from 1.105 to 1.1; -0.2, free since the credit is positive.
     expected = -(1.1 * 2 + 0.8187307530779818 * 3) / 2
@@ -163,10 +171,12 @@ def test_gspo_by_hand():
 
 
 def test_a_part_without_weight_adds_nothing_to_any_algorithm():
-    for settings in (*COMPARED_IN_GROUPS, PLUS_PLUS):
+    for settings in (*COMPARED_IN_GROUPS, PLUS_PLUS, PPOSection(type="ppo")):
         new = (OLD + 0.01).requires_grad_()
         nothing = torch.zeros_like(MASK)
-        found = algorithm_of(settings).loss(Share(new, OLD, torch.ones(2).double(), nothing, SIZE))
+        found = algorithm_of(settings).loss(
+            Share(new, OLD, torch.ones(2, 1).double(), nothing, SIZE)
+        )
         found.loss.backward()
         assert found.loss.item() == 0
         assert not new.grad.any()
@@ -174,7 +184,7 @@ def test_a_part_without_weight_adds_nothing_to_any_algorithm():
 
 @pytest.mark.parametrize("settings", [*COMPARED_IN_GROUPS, PLUS_PLUS], ids=lambda s: s.type)
 def test_parts_of_a_batch_add_up_to_the_whole(settings):
-    algorithm, values = algorithm_of(settings), torch.tensor([1.0, -2.0], dtype=torch.float64)
+    algorithm, values = algorithm_of(settings), torch.tensor([[1.0], [-2.0]]).double()
     new = OLD + torch.linspace(-0.2, 0.2, 8, dtype=torch.float64).reshape(2, 4)
     whole = algorithm.loss(Share(new, OLD, values, MASK, SIZE)).loss
     parts = [
@@ -190,7 +200,7 @@ def test_the_dual_clip_bounds_what_a_bad_token_may_push_by_hand():
     found = clipped_policy_loss(
         new,
         OLD[:1],
-        torch.tensor([-1.0], dtype=torch.float64),
+        torch.tensor([[-1.0]], dtype=torch.float64),
         torch.ones(1, 4, dtype=torch.float64),
         clip_low=0.2,
         clip_high=0.2,
@@ -237,7 +247,7 @@ def test_gspo_agrees_with_trl(trl, dtype, atol):
     share = Share(
         policy,
         torch.tensor(trl["inputs"]["old_logprobs"], dtype=dtype),
-        torch.tensor(case["advantages"], dtype=dtype),
+        torch.tensor(case["advantages"], dtype=dtype).unsqueeze(1),
         mask,
         BatchSize(len(mask), int(mask.sum()), 8),
     )
@@ -247,3 +257,67 @@ def test_gspo_agrees_with_trl(trl, dtype, atol):
     expected = torch.tensor(case["grad_policy_logprobs"], dtype=dtype)
     torch.testing.assert_close(policy.grad, expected, rtol=0, atol=atol)
     assert found.clipped_BT.any()
+
+
+# Completions of three tokens and of two.
+PPO_MASK = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]], dtype=torch.float64)
+PPO_REWARDS = torch.tensor([[0.0, -0.5, 2.0], [0.0, 1.0, 0.0]], dtype=torch.float64)
+VALUES = torch.tensor([[1.0, 2.0, 0.5], [0.0, -1.0, 9.0]], dtype=torch.float64)
+
+
+def ppo(**settings):
+    return algorithm_of(PPOSection(type="ppo", **settings))
+
+
+def test_generalised_advantages_by_hand():
+    # gamma 0.5, lambda 0.5: deltas of the first, from its end: 2 - 0.5 = 1.5;
+    # -0.5 + 0.5 * 0.5 - 2 = -2.25; 0 + 0.5 * 2 - 1 = 0. Added up by 0.25 a token: 1.5;
+    # -2.25 + 0.375 = -1.875; 0 - 0.46875. Of the second: 1 + 1 = 2; 0 + 0.5 * -1 - 0 = -0.5, so
+    # -0.5 + 0.5 = 0. What stands at padding does not count.
+    found = generalised_advantages(PPO_REWARDS, VALUES, PPO_MASK, gamma=0.5, gae_lambda=0.5)
+    expected = torch.tensor([[-0.46875, -1.875, 1.5], [0.0, 2.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_advantages_that_look_ahead_to_the_end_are_the_discounted_return_less_the_value(gamma):
+    found, returns = ppo(gamma=gamma, gae_lambda=1.0, whiten=False).advantages(
+        PPO_REWARDS, VALUES, PPO_MASK
+    )
+    first = [gamma * (-0.5) + gamma**2 * 2, -0.5 + gamma * 2, 2.0]
+    expected = torch.tensor([first, [gamma * 1.0, 1.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(returns, expected)
+    torch.testing.assert_close(found, (expected - VALUES) * PPO_MASK)
+
+
+def test_whitened_advantages_have_mean_0_and_deviation_1_over_real_tokens_and_keep_the_returns():
+    raw, returns = ppo(whiten=False).advantages(PPO_REWARDS, VALUES, PPO_MASK)
+    white, same = ppo().advantages(PPO_REWARDS, VALUES, PPO_MASK)
+    real = white[PPO_MASK > 0]
+    assert real.mean() == pytest.approx(0, abs=1e-9)
+    assert real.std(correction=0) == pytest.approx(1, abs=1e-6)
+    assert white[1, 2] == 0
+    assert torch.equal(same, returns)
+    # Only shifted and scaled.
+    correlation = torch.corrcoef(torch.stack([real, raw[PPO_MASK > 0]]))[0, 1]
+    assert correlation == pytest.approx(1)
+
+
+def test_the_critic_pays_for_the_worse_of_its_estimate_and_the_one_held_near_the_old():
+    size = BatchSize(sequences=1, tokens=4, max_tokens=9)
+    values = torch.tensor([[1.0, 3.0, 0.1, 7.0]], dtype=torch.float64, requires_grad=True)
+    old = torch.tensor([[0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    returns = torch.tensor([[2.0, 2.0, 2.0, 0.0]], dtype=torch.float64)
+    mask = torch.tensor([[1.0, 1.0, 1.0, 0.0]], dtype=torch.float64)
+    loss = ppo(critic={"clip": 0.5}).critic_loss(values, old, returns, mask, size)
+    # Held at 0.5, 0.5 and 0.1: squares 1 or 2.25, 1 or 2.25, 3.61.
+    assert float(loss.detach()) == pytest.approx(0.5 * (2.25 + 2.25 + 3.61) / 4)
+    loss.backward()
+    # Those that moved too far towards the return do not go on; the third does.
+    assert values.grad.tolist() == [[0.0, 0.0, pytest.approx((0.1 - 2) / 4), 0.0]]
+
+
+def test_ppo_waits_for_its_critic_with_credit_and_trains_on_all():
+    found = credit(PPOSection(type="ppo"), [2, 2], [1, 3])
+    assert found.values_PG.tolist() == [[0, 0], [0, 0]]
+    assert found.trained_PG.all()

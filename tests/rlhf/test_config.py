@@ -127,7 +127,7 @@ def test_every_known_key_stands_in_the_configuration():
         ("data.prompts=a.jsonl", "data.prompts = 'a.jsonl'"),
         ("data.prompts=[1]", "data.prompts.0 = 1"),
         ("rl=5", "rl = 5"),
-        ("rl.algorithm.type=ppo", "rl.algorithm.type = 'ppo'"),
+        ("rl.algorithm.type=dpo", "rl.algorithm.type = 'dpo'"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_by_key_and_value(refusal, override, shown):
@@ -139,7 +139,7 @@ def test_a_value_of_the_wrong_type_is_refused_by_key_and_value(refusal, override
     [
         "seed=-1",
         "rl.num_steps=0",
-        "rl.completions_per_prompt=1",
+        "rl.completions_per_prompt=0",
         "rl.max_staleness=-1",
         "rl.temperature=0",
         "rl.temperature=nan",
@@ -230,6 +230,12 @@ def test_more_mistakes_than_one_are_counted(refusal):
         ('data.prompts=["a", "b"]', lambda c: c.data.prompts, ["a", "b"]),
         ("rl.algorithm.type=rloo", lambda c: c.rl.algorithm.type, "rloo"),
         ("cluster.cpu_layout=turns", lambda c: c.cluster.cpu_layout, "turns"),
+        ("rl.algorithm.type=ppo", lambda c: c.rl.algorithm.epochs, 4),
+        (
+            "rl.rewards=[{name='short', function='mine.rewards:short', weight=-0.5}]",
+            lambda c: (c.rl.rewards[0].name, c.rl.rewards[0].weight),
+            ("short", -0.5),
+        ),
     ],
 )
 def test_an_override_replaces_a_value(load, override, read, value):
@@ -320,6 +326,55 @@ def test_an_override_without_key_or_value_is_refused(refusal, override):
         (
             ["rl.shaping.length_target=20"],
             ["rl.shaping.length_target = 20", "rl.shaping.length_penalty = 0"],
+        ),
+        (
+            ["rl.kl.place=loss", "rl.algorithm.epochs=2"],
+            ['rl.kl.place = "loss"', "rl.algorithm.epochs = 2", "optimiser step"],
+        ),
+        (
+            ["rl.kl.place=loss", "rl.algorithm.mini_batches=2"],
+            ['rl.kl.place = "loss"', "rl.algorithm.mini_batches = 2"],
+        ),
+        (
+            ["rl.kl.place=loss", "rl.algorithm.type=ppo"],
+            ['rl.kl.place = "loss"', "rl.algorithm.epochs = 4"],
+        ),
+        *(
+            (
+                ["rl.completions_per_prompt=1", f"rl.algorithm.type={kind}"],
+                ["rl.completions_per_prompt = 1", f'rl.algorithm.type = "{kind}"'],
+            )
+            for kind in ("grpo", "rloo", "gspo", "cem")
+        ),
+        (
+            ["rl.off_policy.weights=token", "rl.algorithm.type=cem"],
+            ['rl.off_policy.weights = "token"', 'rl.algorithm.type = "cem"'],
+        ),
+        (
+            ["rl.off_policy.weights=token", "rl.algorithm.type=gspo"],
+            ['rl.off_policy.weights = "token"', 'rl.algorithm.type = "gspo"'],
+        ),
+        (
+            ["rl.off_policy.mask_outside=[0.5, 2]"],
+            ["rl.off_policy.mask_outside = [0.5, 2]", "rl.off_policy.weights"],
+        ),
+        (
+            ["rl.off_policy.weights=token", "rl.off_policy.mask_outside=[1.5, 2.0]"],
+            ["rl.off_policy.mask_outside = [1.5, 2]", "inside"],
+        ),
+        (
+            ["rl.algorithm.type=ppo", "rl.algorithm.critic.learning_rate=1e-5"],
+            ["rl.algorithm.critic.learning_rate = 1e-05", "rl.algorithm.critic.model"],
+        ),
+        (
+            ["rl.shaping.ensemble_weight=0"],
+            ["rl.shaping.ensemble_weight = 0", "rl.rewards"],
+        ),
+        (
+            [
+                "rl.rewards=[{name='a', function='m:f'}, {name='a', function='m:g'}]",
+            ],
+            ["rl.rewards", "'a'"],
         ),
         (
             ["rl.algorithm.dual_clip=1.1"],

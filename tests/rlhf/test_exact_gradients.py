@@ -16,10 +16,13 @@ from rlhf.config import (
     CEMSection,
     GRPOSection,
     GSPOSection,
+    OffPolicySection,
+    PPOSection,
     ReinforcePPSection,
     RLOOSection,
 )
-from rlhf.kl import kl_in_the_loss, penalised_rewards
+from rlhf.importance import importance_weights
+from rlhf.kl import kl_in_the_loss, token_penalties
 from rlhf.losses import BatchSize, entropy_from_logits, reduce_tokens
 
 VOCABULARY, TOKENS = 2, 2
@@ -77,7 +80,7 @@ def expected_update(
             continue
         kept = chosen[live]
         size = BatchSize(len(kept), int(mask[kept].sum()), TOKENS)
-        values = credit.values_PG[0][live]
+        values = credit.values_PG[0][live].unsqueeze(1).expand_as(padded[kept])
         share = Share(padded[kept], padded[kept].detach(), values, mask[kept], size)
         loss = algorithm.loss(share).loss
         if entropy:
@@ -92,6 +95,16 @@ def expected_update(
 def exactly(found: Tensor, wanted: Tensor) -> None:
     assert wanted.abs().max() > 1e-3
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+
+
+def penalties(logits: Tensor, coefficient: float) -> Tensor:
+    """The KL penalty of every completion's tokens, (3, T)."""
+    (policy, mask), (reference, _) = token_logprobs(logits.detach()), token_logprobs(REFERENCE)
+    rows = [
+        token_penalties(own, held, coefficient)
+        for own, held in zip(policy.tolist(), reference.tolist(), strict=True)
+    ]
+    return torch.tensor(rows, dtype=torch.float64) * mask
 
 
 def mean_reward(logits: Tensor, rewards: Tensor = REWARDS) -> Tensor:
@@ -130,9 +143,8 @@ def test_grpo_with_two_completions_climbs_the_share_of_wins(logits):
 
 @pytest.mark.parametrize("coefficient", [0.1, 1.0])
 def test_k1_in_the_reward_climbs_reward_minus_kl(logits, coefficient):
+    penalised = REWARDS - penalties(logits, coefficient).sum(dim=1)
     reference = probabilities(REFERENCE)
-    log_ratios = probabilities(logits).detach().log() - reference.log()
-    penalised = penalised_rewards(REWARDS, log_ratios, coefficient)
     settings = RLOOSection(type="rloo", **CONSTANT)
     found = TOKENS * expected_update(logits, settings, 2, penalised)
     held = probabilities(logits)
@@ -255,6 +267,130 @@ def test_the_entropy_bonus_climbs_the_entropy_of_the_tokens_that_are_there(logit
             inside = sum(each_T[:length].sum() for length in lengths) / sum(lengths)
             wanted += held[a] * held[b] * 0.7 * gradient(inside, logits)
             each_T = entropy_from_logits(logits)
+    exactly(found, wanted)
+
+
+# What a critic believes before each token, the same for all completions with this prefix. A critic
+# that is wrong only adds noise, as long as advantages look ahead to the end.
+BELIEFS = torch.tensor([[0.7, 0.0], [0.7, -1.1], [0.7, -1.1]], dtype=torch.float64)
+
+
+def expected_ppo_update(logits: Tensor, rewards: Tensor, **settings: object) -> Tensor:
+    algorithm = algorithm_of(PPOSection(type="ppo", whiten=False, **CONSTANT, **settings))
+    padded, mask = token_logprobs(logits)
+    chances = probabilities(logits).detach()
+    total = torch.zeros_like(logits)
+    for n in range(3):
+        one = slice(n, n + 1)
+        advantages, _ = algorithm.advantages(rewards[one], BELIEFS[one], mask[one])
+        size = BatchSize(1, int(mask[one].sum()), TOKENS)
+        share = Share(padded[one], padded[one].detach(), advantages, mask[one], size)
+        total -= chances[n] * gradient(algorithm.loss(share).loss, logits)
+        padded, mask = token_logprobs(logits)
+    return TOKENS * total
+
+
+def at_the_end(rewards: Tensor) -> Tensor:
+    """Rewards of completions as those of their last tokens, (3, T)."""
+    found = torch.zeros(3, TOKENS, dtype=torch.float64)
+    for n, completion in enumerate(COMPLETIONS):
+        found[n, len(completion) - 1] = rewards[n]
+    return found
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.5])
+def test_ppo_that_looks_ahead_to_the_end_climbs_reward_minus_kl_whatever_its_critic_believes(
+    logits, coefficient
+):
+    rewards = at_the_end(REWARDS) - penalties(logits, coefficient)
+    found = expected_ppo_update(logits, rewards, gae_lambda=1.0)
+    held, reference = probabilities(logits), probabilities(REFERENCE)
+    kl = (held * (held.log() - reference.log())).sum()
+    exactly(found, gradient(mean_reward(logits) - coefficient * kl, logits))
+
+
+def test_ppo_that_trusts_its_critic_after_a_token_climbs_what_the_critic_believes(logits):
+    # lambda = 0: the first token is worth what the critic says of its prefix, and no more is known.
+    found = expected_ppo_update(logits, at_the_end(REWARDS), gae_lambda=0.0)
+    table = torch.log_softmax(logits, dim=1).exp()
+    first = table[0, STOP] * REWARDS[0] + table[0, 1] * BELIEFS[1, 1]
+    second = table[0, 1].detach() * (table[1] * REWARDS[1:]).sum()
+    exactly(found, gradient(first + second, logits))
+
+
+def test_the_entropy_in_the_reward_climbs_the_entropy_of_whole_completions(logits):
+    # Credit holds what is to be found further on, the bonus what is here: together the gradient of
+    # reward plus the entropy of completions.
+    bonus = 0.7
+    _, mask = token_logprobs(logits)
+    inside = (entropy_from_logits(logits).detach() * mask).sum(dim=1)
+    settings = RLOOSection(type="rloo", **CONSTANT)
+    found = TOKENS * expected_update(logits, settings, 2, REWARDS + bonus * inside)
+    held = probabilities(logits).detach()
+    for a, b in product(range(3), repeat=2):
+        each_T = entropy_from_logits(logits).expand(2, TOKENS)
+        there = mask[[a, b]]
+        size = BatchSize(2, int(there.sum()), TOKENS)
+        term = bonus * reduce_tokens(each_T, there, "constant", size)
+        found += TOKENS * held[a] * held[b] * gradient(term, logits)
+    chances = probabilities(logits)
+    whole = -(chances * chances.log()).sum()
+    exactly(found, gradient(mean_reward(logits) + bonus * whole, logits))
+
+
+NEVER = 1e9
+ENGINE = torch.tensor([[-0.4, 0.3], [0.8, 0.1]], dtype=torch.float64)
+"""The policy that sampled, where it is another one."""
+
+
+def expected_stale_update(logits: Tensor, **settings: object) -> Tensor:
+    """Expected update where the engine's policy samples and weights make up for it."""
+    off_policy = OffPolicySection(**settings)
+    algorithm = algorithm_of(RLOOSection(type="rloo", **CONSTANT))
+    padded, mask = token_logprobs(logits)
+    sampled, _ = token_logprobs(ENGINE)
+    chances = probabilities(ENGINE)
+    total = torch.zeros_like(logits)
+    for drawn in product(range(3), repeat=2):
+        rows = list(drawn)
+        values = algorithm.credit(REWARDS[rows].unsqueeze(0)).values_PG[0].unsqueeze(1)
+        weights = importance_weights(padded[rows], sampled[rows], mask[rows], off_policy)
+        size = BatchSize(2, int(mask[rows].sum()), TOKENS)
+        credit = values.expand(2, TOKENS) * weights.weights_BT
+        old = sampled[rows] if off_policy.weights is None else padded[rows].detach()
+        loss = algorithm.loss(Share(padded[rows], old, credit, mask[rows], size)).loss
+        total -= chances[rows].prod() * gradient(loss, logits)
+        padded, mask = token_logprobs(logits)
+    return TOKENS * total
+
+
+def test_weights_of_completions_make_up_for_another_sampler(logits):
+    found = expected_stale_update(logits, weights="sequence", truncate=NEVER)
+    exactly(found, gradient(mean_reward(logits), logits))
+
+
+def test_weights_of_tokens_leave_the_prefixes_to_the_sampler(logits):
+    # Tokens are the learner's; how often a prefix is met, and so what follows is worth, is not.
+    found = expected_stale_update(logits, weights="token", truncate=NEVER)
+    table, sampler = torch.log_softmax(logits, dim=1).exp(), torch.softmax(ENGINE, dim=1)
+    worth = (sampler[1] * REWARDS[1:]).sum()
+    # The sibling is the sampler's too: its mean is the baseline, and goes with the first token.
+    first = table[0, STOP] * REWARDS[0] + table[0, 1] * worth
+    second = sampler[0, 1] * (table[1] * REWARDS[1:]).sum()
+    exactly(found, gradient(first + second, logits))
+
+
+def test_cut_weights_give_the_learner_no_more_than_so_many_times_what_was_sampled(logits):
+    # The sampler's chance times the cut weight, in the place of the learner's chance.
+    found = expected_stale_update(logits, weights="sequence", truncate=1.1)
+    held, sampled = probabilities(logits).detach(), probabilities(ENGINE)
+    assert (held > 1.1 * sampled).any() and (held < 1.1 * sampled).any()
+    wanted = torch.zeros_like(logits)
+    for a, b in product(range(3), repeat=2):
+        for one, other in ((a, b), (b, a)):
+            credit = REWARDS[one] - REWARDS[other]
+            weight = min(held[one] / sampled[one], 1.1) * sampled[a] * sampled[b] / 2
+            wanted += weight * credit * gradient(probabilities(logits).log()[one], logits)
     exactly(found, wanted)
 
 

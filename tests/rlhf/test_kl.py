@@ -3,14 +3,13 @@ import math
 import pytest
 import torch
 
-from rlhf.kl import kl_in_the_loss, penalised_rewards
+from rlhf.kl import kl_in_the_loss, token_penalties
 from rlhf.losses import BatchSize
 
 
-def test_the_penalty_is_the_coefficient_times_the_nats_of_the_completion():
-    # 1 - 0.1 * 3, -2 - 0.1 * -5.
-    found = penalised_rewards(torch.tensor([[1.0, -2.0]]), torch.tensor([[3.0, -5.0]]), 0.1)
-    torch.testing.assert_close(found, torch.tensor([[0.7, -1.5]]))
+def test_the_penalty_of_a_token_is_the_coefficient_times_its_log_ratio():
+    # 0.1 * (-1 + 4), 0.1 * (-6 + 1).
+    assert token_penalties((-1.0, -6.0), (-4.0, -1.0), 0.1) == pytest.approx([0.3, -0.5])
 
 
 def test_kl_is_the_log_ratio_of_rollout_to_reference_summed_over_tokens(make):
@@ -18,9 +17,9 @@ def test_kl_is_the_log_ratio_of_rollout_to_reference_summed_over_tokens(make):
     assert group.kl_G == pytest.approx((0.75, -0.25))
 
 
-def test_rewards_without_their_kl_are_refused():
-    with pytest.raises(ValueError, match=r"\(1, 2\) and KL \(1, 1\)"):
-        penalised_rewards(torch.zeros(1, 2), torch.zeros(1, 1), 0.1)
+def test_logprobs_of_other_tokens_are_refused():
+    with pytest.raises(ValueError, match="shorter"):
+        token_penalties((-1.0, -2.0), (-1.0,), 0.1)
 
 
 SIZE = BatchSize(sequences=2, tokens=3, max_tokens=2)

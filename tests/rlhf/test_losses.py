@@ -26,7 +26,7 @@ def one_token_loss(ratios, advantages, *, clip_low=0.2, clip_high=0.2):
     result = clipped_policy_loss(
         policy,
         rollout,
-        double(advantages),
+        double(advantages).unsqueeze(1),
         torch.ones(len(ratios), 1, dtype=torch.bool),
         clip_low=clip_low,
         clip_high=clip_high,
@@ -102,7 +102,7 @@ def loss_and_gradient(policy, rollout, advantages, mask, normalisation, parts=(s
         loss = clipped_policy_loss(
             policy[part, :length],
             rollout[part, :length],
-            advantages[part],
+            advantages[part].unsqueeze(1),
             mask[part, :length],
             clip_low=0.2,
             clip_high=0.2,
@@ -138,7 +138,7 @@ def test_padding_is_never_reported_as_clipped():
     result = clipped_policy_loss(
         policy.masked_fill(~mask, 5.0),
         rollout,
-        advantages,
+        advantages.unsqueeze(1),
         mask,
         clip_low=0.2,
         clip_high=0.2,
@@ -176,7 +176,7 @@ def test_loss_and_gradient_agree_with_trl(trl, name, dtype, atol):
     result = clipped_policy_loss(
         policy,
         torch.tensor(trl["inputs"]["old_logprobs"], dtype=dtype),
-        torch.tensor(case["advantages"], dtype=dtype),
+        torch.tensor(case["advantages"], dtype=dtype).unsqueeze(1),
         mask,
         clip_low=case["settings"]["epsilon"],
         clip_high=case["settings"]["epsilon_high"],

@@ -21,8 +21,12 @@ def groups(make):
     return [make.scored(rewards, completions) for rewards in ((1.0, 5.0), (-9.0, 3.0))]
 
 
+def shaping(**values) -> RLSection:
+    return RLSection(shaping=ShapingSection(**values))
+
+
 def test_nothing_is_done_by_default(groups):
-    found = shaped_rewards(groups, ShapingSection())
+    found = shaped_rewards(groups, RLSection())
     assert found.tolist() == [[1.0, 5.0], [-9.0, 3.0]]
     assert penalties_of(groups[0].rollout.completions[1], ShapingSection()) == {
         "cut_off": 0.0,
@@ -31,19 +35,19 @@ def test_nothing_is_done_by_default(groups):
 
 
 def test_rewards_are_clipped_on_both_sides(groups):
-    found = shaped_rewards(groups, ShapingSection(clip=2.5))
+    found = shaped_rewards(groups, shaping(clip=2.5))
     assert found.tolist() == [[1.0, 2.5], [-2.5, 2.5]]
 
 
 def test_whitening_is_over_all_completions_of_a_step(groups):
     # Mean 0; squares 1 + 25 + 81 + 9 over four: 29.
-    found = shaped_rewards(groups, ShapingSection(whiten=True))
+    found = shaped_rewards(groups, shaping(whiten=True))
     expected = torch.tensor([[1.0, 5.0], [-9.0, 3.0]]).double() / (29**0.5 + 1e-4)
     torch.testing.assert_close(found, expected)
 
 
 def test_penalties_come_last_and_in_the_units_of_what_is_left(groups):
-    settings = ShapingSection(clip=2.0, cut_off_penalty=0.5, length_penalty=0.1, length_target=3)
+    settings = shaping(clip=2.0, cut_off_penalty=0.5, length_penalty=0.1, length_target=3)
     # One token beyond three, and cut off: 2 - 0.5 - 0.1.
     assert shaped_rewards(groups, settings).tolist() == [
         [1.0, pytest.approx(1.4)],

@@ -1,6 +1,16 @@
+from dataclasses import replace
+
 import pytest
 
-from rlhf.config import CEMSection, EntropySection, GRPOSection, KLSection, RLOOSection, RLSection
+from rlhf.config import (
+    CEMSection,
+    EntropySection,
+    GRPOSection,
+    KLSection,
+    PPOSection,
+    RLOOSection,
+    RLSection,
+)
 from rlhf.records import FailedGroup, StepReport, TrainingBatch
 from rlhf.steps import step_metrics, training_batch
 
@@ -242,3 +252,52 @@ def test_a_mean_over_nothing_is_none_never_a_number(failed):
     assert row["reward/trained_mean"] is None
     assert not [key for key in row if key.startswith(("criterion/", "reward/penalty_"))]
     assert (row["groups/failed"], row["tokens/step"], row["sequences/trained"]) == (1, 0, 0)
+
+
+PPO = PPOSection(type="ppo")
+
+
+def test_a_critic_gets_the_reward_with_the_last_token_and_every_penalty_with_its_own(make):
+    completions = (
+        make.completion(token_ids=(5, 6), rollout_logprobs_T=(-0.5, -1.0)),
+        make.completion(token_ids=(4,), rollout_logprobs_T=(-0.3,)),
+    )
+    group = replace(
+        make.scored((1.0, 3.0), completions),
+        reference_logprobs_GT=((-1.5, -0.5), (-0.3,)),
+    )
+    batch = training_batch([group], settings(0.1, algorithm=PPO))
+    # 0.1 * (-0.5 + 1.5) and 0.1 * (-1 + 0.5) are taken off, the reward comes at the end.
+    assert [s.rewards_T for s in batch.sequences] == [
+        pytest.approx((-0.1, 1.0 + 0.05)),
+        pytest.approx((3.0,)),
+    ]
+    row = step_metrics(0, 0, [group], batch, StepReport(), settings(0.1, algorithm=PPO), TIMES)
+    assert row["reward/trained_mean"] == pytest.approx(
+        sum(sum(s.rewards_T) for s in batch.sequences) / 2
+    )
+    others = training_batch([group], settings(0.1))
+    assert all(s.rewards_T == () for s in others.sequences)
+
+
+def test_equal_rewards_are_no_reason_for_ppo_to_leave_a_group_out(make):
+    batch = training_batch([make.scored((2.0, 2.0))], settings(algorithm=PPO))
+    assert batch.num_sequences == 2
+
+
+def test_entropy_in_the_reward_counts_for_every_completion(make):
+    entropy = EntropySection(coefficient=0.5, place="reward")
+    group = replace(make.scored((1.0, 3.0)), entropies_GT=((2.0, 4.0), (0.0, 2.0)))
+    # 1 + 0.5 * 6 and 3 + 0.5 * 2: equal, so it is all the same which.
+    assert training_batch([group], settings(entropy=entropy)).sequences == ()
+    with_critic = training_batch([group], settings(entropy=entropy, algorithm=PPO))
+    assert [s.rewards_T for s in with_critic.sequences] == [(1.0, 3.0), (0.0, 4.0)]
+    assert with_critic.entropy_coefficient == 0.5
+    # As a bonus in the loss the rewards are free of it.
+    in_loss = settings(entropy=EntropySection(coefficient=0.5))
+    assert advantages_of(training_batch([group], in_loss)) == [-1.0, 1.0]
+
+
+def test_entropies_of_other_completions_are_refused(make):
+    with pytest.raises(ValueError, match="entropies do not match"):
+        replace(make.scored((1.0, 3.0)), entropies_GT=((2.0,), (0.0, 2.0)))

@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -128,6 +128,16 @@ class FakeActors:
         scores = GroupScores((rewards,), rewards, zeros, zeros, zeros, shifted, shifted, "r1")
         return ScoredGroup(group, scores, ((-0.6, -0.6),) * size)
 
+    async def with_entropies(self, groups: Groups) -> list[ScoredGroup | FailedGroup]:
+        self.events.append(("entropies", len(groups)))
+        await self._work()
+        return [
+            replace(group, entropies_GT=((0.5, 1.5),) * SIBLINGS)
+            if isinstance(group, ScoredGroup)
+            else group
+            for group in groups
+        ]
+
     async def learn(self, batch: TrainingBatch, step: int) -> StepReport:
         self.events.append(("learn", step))
         self.batches.append(batch)
@@ -172,6 +182,21 @@ def staleness_of(actors: FakeActors) -> list[int]:
         if isinstance(group, ScoredGroup)
         for completion in group.rollout.completions
     ]
+
+
+def test_entropies_are_asked_for_only_where_they_are_in_the_reward():
+    assert "entropies" not in kinds(run(config()).events)
+    settings = config(
+        rl={"entropy": {"place": "reward", "coefficient": 0.5}, "algorithm": {"type": "ppo"}}
+    )
+    actors = run(settings)
+    asked = [place for place, event in enumerate(actors.events) if event[0] == "entropies"]
+    learnt = [place for place, event in enumerate(actors.events) if event[0] == "learn"]
+    assert len(asked) == len(learnt) == 4
+    assert all(before < after for before, after in zip(asked, learnt, strict=True))
+    # Half of 0.5 and 1.5, less the KL of 0.02 times 0.1, plus rewards of 0 and 1 at the end.
+    rewards = [sequence.rewards_T for sequence in actors.batches[0].sequences[:2]]
+    assert rewards == [pytest.approx((0.248, 0.748)), pytest.approx((0.248, 1.748))]
 
 
 # The dial
