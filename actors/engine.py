@@ -118,9 +118,12 @@ class TrainingEngine:
         return float(torch.nn.utils.get_total_norm(gradients))
 
     def weights(
-        self, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        wanted: Callable[[str], bool] = lambda name: True,
     ) -> Iterator[tuple[str, Tensor]]:
-        """Copies of the full parameters, gathered where ZeRO 3 shards them.
+        """Copies of the full parameters whose names are wanted, gathered where ZeRO 3 shards them.
 
         A collective: every rank must walk through all of them. Tied parameters appear once.
         """
@@ -128,12 +131,17 @@ class TrainingEngine:
 
         sharded = self._settings.zero_stage == 3
         for name, parameter in self.module.named_parameters():
+            if not wanted(name):
+                continue
             with deepspeed.zero.GatheredParameters([parameter], enabled=sharded):
                 yield name, parameter.detach().to(device, dtype, copy=True)
 
     def save(self, folder: Path) -> None:
-        """Write this rank's part of a checkpoint into `folder` (the same for all ranks)."""
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        """Write this rank's part of a checkpoint into `folder` (the same for all ranks). What is
+        frozen is not in it."""
+        self._engine.save_checkpoint(
+            str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True
+        )
 
     def load(self, folder: Path) -> None:
         """Read a checkpoint that `save` wrote with the same number of ranks.
@@ -142,13 +150,25 @@ class TrainingEngine:
             CheckpointError: it is not complete or does not fit this model.
         """
         try:
-            path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+            path, _ = self._engine.load_checkpoint(
+                str(folder), tag=_TAG, custom_load_fn=_load_trained
+            )
         except (RuntimeError, KeyError, OSError, ValueError) as error:
             raise CheckpointError(
                 f"{folder} does not fit this model: {str(error).splitlines()[0]}"
             ) from None
         if path is None:
             raise CheckpointError(f"{folder} holds no checkpoint of this learner")
+
+
+def _load_trained(src: Mapping[str, Tensor], dst: nn.Module) -> None:
+    """Load all that is trained: nothing of it may be missing, and nothing be there beside it."""
+    frozen = {name for name, parameter in dst.named_parameters() if not parameter.requires_grad}
+    result = dst.load_state_dict(src, strict=False)
+    missing = sorted(set(result.missing_keys) - frozen)
+    if missing or result.unexpected_keys:
+        wrong = [*missing, *result.unexpected_keys]
+        raise RuntimeError(f"{len(wrong)} tensors do not match, {wrong[0]} first")
 
 
 def _build_collectives() -> None:
@@ -174,6 +194,8 @@ def _build_collectives() -> None:
 def _parameter_groups(module: nn.Module, rate_factors: Mapping[str, float]) -> list[dict[str, Any]]:
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         factors = [factor for start, factor in rate_factors.items() if name.startswith(start)]
         groups.setdefault(factors[0] if factors else 1.0, []).append(parameter)
     return [{"params": own, "rate_factor": factor} for factor, own in groups.items()]

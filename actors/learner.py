@@ -14,11 +14,20 @@ from torch import Tensor
 from actors.engine import TrainingEngine
 from actors.gauges import Gauges, in_ray_actor
 from actors.policy_update import PolicyUpdate
+from actors.reference import GroupLogprobs, group_logprobs
 from cluster.files import folder_beside
 from cluster.guard import Guard
 from cluster.session import free_port, hold_shared_memory, node_address
 from cluster.weights import WeightManifest, WeightSender, make_sender
 from cluster.weights.probe import PROBE_TEXT, Probe
+from models.adapters import (
+    add_adapter,
+    is_adapter,
+    merge,
+    on_the_wire,
+    save_adapter,
+    without_adapter,
+)
 from models.chat import ChatTokenizer
 from models.critic import Critic
 from models.loading import load_causal_model
@@ -26,7 +35,7 @@ from models.logprobs import TokenLogprobs, reply_logprobs
 from models.precision import resolve_dtype
 from models.sources import resolve_model
 from rlhf.algorithms import algorithm_of
-from rlhf.config import LearnerSection, PPOSection, RLSection
+from rlhf.config import LearnerSection, LoRASection, PPOSection, RLSection
 from rlhf.records import RolloutGroup, StepReport, TrainingBatch
 
 
@@ -37,6 +46,7 @@ class LearnerActor:
         model: the start policy, by a name that this node resolves.
         dtype: precision of the forward and backward pass.
         wire_dtype: precision of exported weights, that of the engines.
+        lora: train an adapter, which begins by `seed`, and send it alone.
     """
 
     def __init__(
@@ -53,6 +63,8 @@ class LearnerActor:
         rank: int = 0,
         world_size: int = 1,
         gpus: float = 0,
+        lora: LoRASection | None = None,
+        seed: int = 0,
     ) -> None:
         folders = [Path(shared_memory)] if rank == 0 else []
         self._guard = Guard(*folders, with_parent=in_ray_actor())
@@ -64,6 +76,8 @@ class LearnerActor:
         self._wire_dtype = getattr(torch, resolve_dtype(wire_dtype))
         self._settings = settings
         self._rl = rl
+        self._lora = lora
+        self._seed = seed
         self._rank = rank
         self._world_size = world_size
         self._gpus = gpus
@@ -82,8 +96,11 @@ class LearnerActor:
         """Build the DeepSpeed engine; returns when all ranks have met at `master`."""
         model: Any = load_causal_model(self._folder, "float32")
         if self._settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            # The reentrant form learns nothing from an input without a gradient of its own.
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         critic, rates = self._critic(model)
+        if self._lora is not None:
+            model = add_adapter(model, self._lora, self._seed)
         self._engine = TrainingEngine(
             TokenLogprobs(model, critic),
             self._settings,
@@ -111,7 +128,7 @@ class LearnerActor:
         folder = None if settings.model is None else resolve_model(settings.model)
         critic = Critic(policy, folder)
         if self._settings.gradient_checkpointing and critic.backbone is not None:
-            critic.backbone.gradient_checkpointing_enable()  # type: ignore[operator]
+            critic.backbone.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         return critic, {
             "critic.head": settings.head_learning_rate / rate,
             "critic.backbone": (settings.learning_rate or rate) / rate,
@@ -151,12 +168,35 @@ class LearnerActor:
         rows = iter(flat)
         return [tuple(next(rows) for _ in group.completions) for group in groups]
 
+    def reference_logprobs(self, groups: Sequence[RolloutGroup]) -> list[GroupLogprobs]:
+        """As the reference actor's: the start policy is here, with the adapter off."""
+        assert self._engine is not None and self._lora is not None
+        with without_adapter(self._engine.module), self._autocast():
+            return group_logprobs(
+                self._engine.module,  # type: ignore[arg-type]
+                groups,
+                temperature=self._rl.temperature,
+                pad_id=self._tokenizer.pad_id,
+                budget_tokens=2 * self._settings.micro_batch_tokens,
+            )
+
+    def _autocast(self) -> torch.autocast:
+        """The precision of the forward pass, for one outside of the engine."""
+        assert self._engine is not None
+        enabled = self._dtype == "bfloat16"
+        return torch.autocast(self._engine.device.type, torch.bfloat16, enabled=enabled)
+
     def export_weights(self, version: int) -> WeightManifest | None:
         """Make the weights available as `version`; rank 0 returns the manifest. A collective."""
         assert self._engine is not None
         on_device = self._sender is not None and self._sender.sends_from_device
         device = self._engine.device if on_device else "cpu"
-        tensors = self._policy_weights(self._wire_dtype, device)
+        tensors = (
+            self._policy_weights(self._wire_dtype, device)
+            if self._lora is None
+            # The difference alone, and exact: engines have the start policy and merge it.
+            else iter(self._adapter().items())
+        )
         if self._sender is None:
             for _ in tensors:
                 pass
@@ -167,11 +207,23 @@ class LearnerActor:
     def _policy_weights(
         self, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> Iterator[tuple[str, Tensor]]:
-        """Copies of the policy's parameters under their Hugging Face names; a critic stays here."""
+        """Copies of the policy's parameters under their Hugging Face names, an adapter merged; a
+        critic stays here."""
         assert self._engine is not None
-        for name, tensor in self._engine.weights(dtype, device):
-            if name.startswith("model."):
-                yield name.removeprefix("model."), tensor
+        adapter = {} if self._lora is None else self._adapter()
+
+        def wanted(name: str) -> bool:
+            return name.startswith("model.") and not is_adapter(name)
+
+        weights = self._engine.weights(dtype, device, wanted)
+        yield from merge(((name.removeprefix("model."), t) for name, t in weights), adapter)
+
+    def _adapter(self) -> dict[str, Tensor]:
+        """The adapter as it travels, in float32. A collective."""
+        assert self._engine is not None and self._lora is not None
+        weights = self._engine.weights(torch.float32, wanted=is_adapter)
+        named = ((name.removeprefix("model."), tensor) for name, tensor in weights)
+        return dict(on_the_wire(named, self._lora))
 
     def transmit_weights(self) -> None:
         """Send what was exported, where the transport pushes."""
@@ -182,13 +234,9 @@ class LearnerActor:
         """The fixed text and what the current weights say of it, at temperature 1. A collective."""
         assert self._engine is not None
         token_ids = self._tokenizer.reply_ids(PROBE_TEXT, finished=False)
-        module = self._engine.module
-        autocast = torch.autocast(
-            self._engine.device.type, torch.bfloat16, enabled=self._dtype == "bfloat16"
-        )
-        with autocast:
+        with self._autocast():
             logprobs = reply_logprobs(
-                module,  # type: ignore[arg-type]
+                self._engine.module,  # type: ignore[arg-type]
                 [token_ids[:1]],
                 [token_ids[1:]],
                 temperature=1.0,
@@ -212,7 +260,8 @@ class LearnerActor:
         self._engine.load(Path(folder))
 
     def save_policy(self, folder: str) -> None:
-        """Write the policy as a Hugging Face folder in the start policy's precision.
+        """Write the policy as a Hugging Face folder in the start policy's precision, an adapter
+        merged and beside it in ``adapter/``.
 
         Written beside and renamed. A collective.
         """
@@ -222,6 +271,7 @@ class LearnerActor:
         config = json.loads((self._folder / "config.json").read_text())
         dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
         tensors = dict(self._policy_weights(dtype))
+        adapter = {} if self._lora is None else self._adapter()
         if self._rank != 0:
             return
         with folder_beside(Path(folder)) as beside:
@@ -231,6 +281,8 @@ class LearnerActor:
             if generation.is_file():
                 (beside / generation.name).write_text(generation.read_text())
             self._tokenizer.save(beside)
+            if self._lora is not None:
+                save_adapter(adapter, self._lora, beside / "adapter")
 
     def shutdown(self) -> None:
         """Drop exported weights."""

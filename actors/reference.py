@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from actors.gauges import in_ray_actor
 from cluster.guard import Guard
@@ -11,6 +12,9 @@ from models.loading import load_causal_model
 from models.logprobs import TokenLogprobs, reply_logprobs
 from models.sources import resolve_model
 from rlhf.records import RolloutGroup
+
+GroupLogprobs = tuple[tuple[float, ...], ...]
+"""A row per completion."""
 
 
 class ReferenceActor:
@@ -36,22 +40,27 @@ class ReferenceActor:
         self._temperature = temperature
         self._batch_tokens = batch_tokens
 
-    def logprobs(self, groups: Sequence[RolloutGroup]) -> list[tuple[tuple[float, ...], ...]]:
+    def reference_logprobs(self, groups: Sequence[RolloutGroup]) -> list[GroupLogprobs]:
         """For every group a row per completion, in nats."""
-        rows = [
-            (group.prompt_token_ids, c.token_ids) for group in groups for c in group.completions
-        ]
-        flat = reply_logprobs(
+        return group_logprobs(
             self._module,
-            [prompt for prompt, _ in rows],
-            [completion for _, completion in rows],
+            groups,
             temperature=self._temperature,
             pad_id=self._pad_id,
             budget_tokens=self._batch_tokens,
         )
-        results, begin = [], 0
-        for group in groups:
-            end = begin + len(group.completions)
-            results.append(tuple(flat[begin:end]))
-            begin = end
-        return results
+
+
+def group_logprobs(
+    module: TokenLogprobs, groups: Sequence[RolloutGroup], **settings: Any
+) -> list[GroupLogprobs]:
+    """`reply_logprobs` of all completions, by group."""
+    rows = iter(
+        reply_logprobs(
+            module,
+            [group.prompt_token_ids for group in groups for _ in group.completions],
+            [completion.token_ids for group in groups for completion in group.completions],
+            **settings,
+        )
+    )
+    return [tuple(next(rows) for _ in group.completions) for group in groups]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cluster.weights.base import TensorEntry, verified
 from cluster.weights.shared_memory import read_tensors
+from models.adapters import merge
 from rlhf.errors import WeightUpdateError
 
 
@@ -40,9 +41,24 @@ class WeightLoader:
             checked = list(verified(tensors, announced))
         except WeightUpdateError as error:
             return f"{error.check}: {error.detail}"
-        self.pavlov_apply(checked)
+        try:
+            self.pavlov_apply(self.pavlov_merged(dict(checked)))
+        except WeightUpdateError as error:
+            return f"{error.check}: {error.detail}"
         self.pavlov_version = version
         return None
+
+    def pavlov_merged(self, tensors: dict[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
+        """The whole model's tensors: as they came, or, of an adapter, the start model's from its
+        folder with the difference added."""
+        if not all(name.endswith((".lora_A", ".lora_B")) for name in tensors):
+            return tensors.items()
+        folder = Path(self.model_runner.model_config.model)
+        start = (
+            pair for path in sorted(folder.glob("*.safetensors")) for pair in read_tensors(path)
+        )
+        # Checked to the end before the first tensor touches the model.
+        return list(merge(start, tensors))
 
     def pavlov_apply(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Put tensors into the model.

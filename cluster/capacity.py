@@ -24,15 +24,15 @@ def memory_estimate_gib(models: Sequence[Path], config: RLConfig) -> float:
     parameters = [_parameters(folder) for folder in models]
     policy, reference = parameters[0], parameters[-1]
     engine = policy * _width(config.rollout.dtype)
-    # Weights, gradients, two moments in float32; one copy on the wire.
-    learner = policy * (16 + _width(config.rollout.dtype))
+    # Weights, gradients, two moments in float32; one copy on the wire. Of an adapter all that comes
+    # on top of the frozen weights is small.
+    learner = policy * (4 if config.policy.lora else 16 + _width(config.rollout.dtype))
     cluster = config.cluster
     # The reward trunk, taken to be of the policy's size, in the wider precision.
-    frozen = reference * _width(config.reference.dtype) * cluster.reference.actors
+    references = 0 if config.learner_is_reference else cluster.reference.actors
+    frozen = reference * _width(config.reference.dtype) * references
     frozen += policy * 4 * cluster.reward.actors
-    processes = 2 + sum(
-        role.actors for role in (cluster.learner, cluster.reward, cluster.reference)
-    )
+    processes = 2 + cluster.learner.actors + cluster.reward.actors + references
     processes += 3 * cluster.rollout.actors
     caches = config.rollout.kv_cache_gib * cluster.rollout.actors
     return (

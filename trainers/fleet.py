@@ -103,14 +103,17 @@ def run_roles(config: RLConfig, models: Models, run: str, shared_memory: Path) -
             "rank": number,
             "world_size": cluster.learner.actors,
             "gpus": cluster.learner.gpus,
+            "lora": config.policy.lora,
+            "seed": config.seed,
         }
 
-    return [
+    roles = [
         Role("rollout", RolloutActor, cluster.rollout, rollout, restarts=3),
         Role("reward", RewardActor, cluster.reward, reward, restarts=3),
         Role("reference", ReferenceActor, cluster.reference, reference, restarts=3),
         Role("learner", LearnerActor, cluster.learner, learner),
     ]
+    return [role for role in roles if role.name != "reference" or not config.learner_is_reference]
 
 
 class Fleet:
@@ -119,8 +122,9 @@ class Fleet:
     def __init__(self, handles: dict[str, list[Any]], config: RLConfig) -> None:
         self._rollouts = handles["rollout"]
         self._rewards = handles["reward"]
-        self._references = handles["reference"]
         self._learners = handles["learner"]
+        # A learner that trains an adapter is the reference with it off.
+        self._references = handles.get("reference", self._learners)
         self._config = config
         self._timeout_s = config.cluster.call_timeout_s
         self._outstanding = [0] * len(self._rollouts)
@@ -235,7 +239,8 @@ class Fleet:
     async def _score_batch(self, groups: list[RolloutGroup]) -> list[Any]:
         async with self.turns.take():
             scoring = self._spread(self._rewards, "reward", "score", groups)
-            references = self._spread(self._references, "reference", "logprobs", groups)
+            role = "learner" if self._references is self._learners else "reference"
+            references = self._spread(self._references, role, "reference_logprobs", groups)
             if self.turns.enabled:
                 scores, logprobs = await scoring, await references
             else:
@@ -271,7 +276,10 @@ class Fleet:
         return [parts[index % len(handles)][index // len(handles)] for index in range(len(groups))]
 
     async def _retried(self, handle: Any, name: str, method: str, *arguments: Any) -> Any:
-        """Call a stateless actor; one that died is started again by Ray and asked once more."""
+        """Call a stateless actor; one that died is started again by Ray and asked once more. A
+        learner is not: its state is gone."""
+        if handle in self._learners:
+            return await self._call(getattr(handle, method).remote(*arguments), name)
         with contextlib.suppress(ActorLostError):
             return await self._call(getattr(handle, method).remote(*arguments), name)
         await self._until_alive(handle, name)

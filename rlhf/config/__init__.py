@@ -16,6 +16,7 @@ say which two settings clash and why.
 from rlhf.config.actors import (
     ClusterSection,
     LearnerSection,
+    LoRASection,
     PolicySection,
     ReferenceSection,
     RolePlacement,
@@ -83,6 +84,7 @@ __all__ = [
     "Gpus",
     "KLSection",
     "LearnerSection",
+    "LoRASection",
     "LoopConfig",
     "MemberLearnerSection",
     "Members",

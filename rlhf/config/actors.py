@@ -9,6 +9,17 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from rlhf.config.section import DType, Fraction, Gpus, Section
 
 
+class LoRASection(Section):
+    """An adapter that is trained in the place of the whole policy (models/adapters.py)."""
+
+    rank: PositiveInt = 16
+    """Rank of the difference in each layer."""
+    alpha: PositiveInt = 32
+    """The difference is multiplied by alpha / rank."""
+    layers: list[str] | None = None
+    """Names of the linear layers that get one, by their ends; default: all but the head."""
+
+
 class PolicySection(Section):
     """The network that is trained."""
 
@@ -16,13 +27,15 @@ class PolicySection(Section):
     """`embedded`, a Hugging Face folder, or a hub id."""
     dtype: DType = "auto"
     """Precision of the learner's forward and backward pass; master weights are always float32."""
+    lora: LoRASection | None = None
+    """Train an adapter; default: all weights. Learning rates are some ten times larger then."""
 
 
 class ReferenceSection(Section):
     """The frozen model that the KL penalty is measured against."""
 
     model: str | None = None
-    """Default: the start policy."""
+    """Default: the start policy. With `policy.lora` that is the learner's with its adapter off."""
     dtype: DType = "auto"
     """Precision of its forward pass."""
 

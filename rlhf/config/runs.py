@@ -108,6 +108,21 @@ class LoopConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _adapters_travel_by_file(self) -> LoopConfig:
+        if self.policy.lora is not None and self.cluster.weight_transport == "nccl":
+            raise ValueError(
+                'policy.lora with cluster.weight_transport = "nccl": engines merge the adapter '
+                'from a file; set cluster.weight_transport = "shared_memory" or "object_store"'
+            )
+        if self.policy.lora is not None and self.learner.zero_stage == 3:
+            raise ValueError(
+                "policy.lora with learner.zero_stage = 3: the reference is the same weights with "
+                "the adapter off, which every rank must be able to read alone; set zero_stage to "
+                "2 or less"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_gpu_an_engine_rank(self) -> LoopConfig:
         gpus, wanted = self.cluster.rollout.gpus, self.rollout.tensor_parallel
         if wanted > 1 and gpus != wanted:
@@ -143,6 +158,11 @@ class RLConfig(LoopConfig):
     """What the policy is trained towards."""
     data: PromptsSection
     """Prompts."""
+
+    @property
+    def learner_is_reference(self) -> bool:
+        """Whether the reference is the learner's own model, its adapter off."""
+        return self.policy.lora is not None and self.reference.model is None
 
     @model_validator(mode="after")
     def _kl_in_the_loss_holds_all_completions(self) -> RLConfig:

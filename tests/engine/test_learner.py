@@ -14,9 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch.utils.cpp_extension import get_default_build_root
 
+from models.adapters import merge
+from models.loading import load_causal_model
+from models.logprobs import TokenLogprobs, reply_logprobs
 from rlhf.records import Completion
 
 pytestmark = pytest.mark.engine
@@ -26,8 +30,10 @@ ROOT = Path(__file__).parents[2]
 RANK = """
 import sys
 from pathlib import Path
+from safetensors.torch import save_file
+from actors.engine import TrainingEngine
 from actors.learner import LearnerActor
-from rlhf.config import LearnerSection, RLSection
+from rlhf.config import LearnerSection, LoRASection, RLSection
 from rlhf.records import Message, Prompt, RolloutGroup, TrainingBatch, TrainingSequence
 from tests.engine.test_learner import CASES, completion
 
@@ -44,11 +50,24 @@ sequences = tuple(
 )
 batch = TrainingBatch(sequences, 64, 1.0, kl_coefficient=0.1, entropy_coefficient=0.01)
 actor = LearnerActor(
-    model, "float32", LearnerSection(learning_rate=1e-3, zero_stage=stage, micro_batch_tokens=48),
-    RLSection.model_validate({"max_tokens": 64} | CASES[case](model)),
+    model, "float32",
+    LearnerSection(
+        learning_rate=1e-3, zero_stage=stage, micro_batch_tokens=4096 if case == "whole" else 48
+    ),
+    RLSection.model_validate({"max_tokens": 64} | CASES.get(case, lambda _: {})(model)),
     "float32", "shared_memory", str(out / "shm"), "ranks",
     f"learner-{rank}", rank=rank, world_size=world_size,
+    lora=LoRASection(rank=4, alpha=8) if case == "adapter" else None,
 )
+gradients, norm = [], TrainingEngine._gradient_norm
+
+def spy(engine):
+    # After the ranks have added up, before the step.
+    gradients.append({name: p.grad.clone() for name, p in engine.module.named_parameters()})
+    return norm(engine)
+
+if stage == 0 and case in ("ratio", "whole"):
+    TrainingEngine._gradient_norm = spy
 actor.start(master)
 reports = [actor.step(batch, step) for step in range(2)]
 actor.save_checkpoint(str(out / "checkpoint"))
@@ -65,19 +84,26 @@ groups = [
 entropies = actor.entropies(groups)
 probe = actor.probe()
 manifest = actor.export_weights(3)
+references = actor.reference_logprobs(groups) if case == "adapter" else None
 actor.save_policy(str(out / "policy"))
 if rank == 0:
-    import json
+    import json, shutil
     assert manifest.version == 3 and Path(manifest.location).is_file()
     (out / "reports.json").write_text(json.dumps([report.metrics for report in reports]))
     (out / "probe.json").write_text(json.dumps(probe.logprobs))
     (out / "entropies.json").write_text(json.dumps(entropies))
+    if gradients:
+        save_file(gradients[0], out / "gradients.safetensors")
+    (out / "references.json").write_text(json.dumps(references))
+    if case == "adapter":
+        shutil.copy(manifest.location, out / "wire.safetensors")
 actor.shutdown()
 """
 
 
 CASES: dict[str, Callable[[str], dict[str, Any]]] = {
     "ratio": lambda _: {"kl": {"coefficient": 0.1, "place": "loss"}},
+    "whole": lambda _: {"kl": {"coefficient": 0.1, "place": "loss"}},
     # Several optimiser steps a batch, weights against the start, a critic on the policy's state or
     # of its own.
     "weighed": lambda _: {
@@ -142,6 +168,25 @@ def test_two_ranks_learn_what_one_learns_and_resume_from_their_checkpoint(
 ) -> None:
     learn(tiny_model, tmp_path / "two", stage, 2)
     require_the_same(tiny_model, alone, tmp_path / "two")
+    if stage == 0:
+        require_the_same_gradients(alone, tmp_path / "two")
+
+
+def test_one_micro_batch_learns_what_several_learn(
+    alone: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    learn(tiny_model, tmp_path / "whole", 0, 1, "whole")
+    require_the_same(tiny_model, alone, tmp_path / "whole")
+    require_the_same_gradients(alone, tmp_path / "whole")
+
+
+def require_the_same_gradients(*both: Path) -> None:
+    """Of the first step, to a hundred-thousandth of the largest."""
+    one, two = (load_file(out / "gradients.safetensors") for out in both)
+    for name in one:
+        largest = float(one[name].abs().max())
+        assert largest > 0, name
+        torch.testing.assert_close(two[name], one[name], atol=1e-5 * largest, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize(("case", "stage"), [("weighed", 0), ("critic", 3), ("own critic", 1)])
@@ -162,13 +207,55 @@ def test_so_they_do_with_weights_and_with_a_critic(
         assert 0 < reports[0]["importance/effective_share"] < 1
 
 
-def require_the_same(model: Path, *both: Path) -> list[dict[str, float]]:
-    """That both learned the same, and something; returns what the first reports."""
+def test_an_adapter_is_all_that_is_trained_kept_and_sent(tiny_model: Path, tmp_path: Path) -> None:
+    both = [tmp_path / "one", tmp_path / "two"]
+    for ranks, out in enumerate(both, 1):
+        learn(tiny_model, out, ranks - 1, ranks, "adapter")
+    start = load_file(tiny_model / "model.safetensors")
+    layers = {name for name in start if "proj" in name}
+    require_the_same(tiny_model, *both, changed=layers)
+    wire = load_file(both[0] / "wire.safetensors")
+    ends = {f".lora_{side}" for side in "AB"}
+    assert wire.keys() == {name.removesuffix(".weight") + end for name in layers for end in ends}
+    # What an engine makes of it, and what peft makes of the folder, is the policy.
+    policy = load_file(both[0] / "policy" / "model.safetensors")
+    for name, merged in merge(start.items(), wire):
+        torch.testing.assert_close(merged, policy[name], atol=1e-6, rtol=0, msg=name)
+    loaded = PeftModel.from_pretrained(
+        load_causal_model(tiny_model, "float32"), str(both[0] / "policy" / "adapter")
+    ).merge_and_unload()
+    for name, merged in loaded.named_parameters():
+        torch.testing.assert_close(merged, policy[name], atol=1e-6, rtol=0, msg=name)
+    # A checkpoint holds no weight that stays as it was.
+    kept = sum(
+        path.stat().st_size for path in (both[0] / "checkpoint").rglob("*") if path.is_file()
+    )
+    assert kept < 0.7 * (tiny_model / "model.safetensors").stat().st_size
+    # With the adapter off the learner is the start model.
+    references = json.loads((both[0] / "references.json").read_text())
+    first = references[0][0]
+    expected = reply_logprobs(
+        TokenLogprobs(load_causal_model(tiny_model, "float32")),
+        [tuple(range(5, 12))],
+        [tuple(range(20, 30))],
+        temperature=1.0,
+        pad_id=0,
+        budget_tokens=1024,
+    )
+    assert first == pytest.approx(expected[0], abs=1e-4)
+
+
+def require_the_same(
+    model: Path, *both: Path, changed: set[str] | None = None
+) -> list[dict[str, float]]:
+    """That both learned the same, and something (all weights, or those named); returns what the
+    first reports."""
     start = load_file(model / "model.safetensors")
     one, two = (load_file(out / "policy" / "model.safetensors") for out in both)
     assert one.keys() == two.keys()
     for name in one:
-        assert (one[name] - start[name]).abs().max() > 1e-3, name
+        moved = float((one[name] - start[name]).abs().max())
+        assert moved > 1e-3 if changed is None or name in changed else moved == 0, name
         torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=0, msg=name)
     reports = [json.loads((out / "reports.json").read_text()) for out in both]
     for single, double in zip(*reports, strict=True):

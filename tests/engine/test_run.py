@@ -234,6 +234,21 @@ def test_a_critic_and_a_reward_of_ones_own_in_a_run_that_is_not_waited_for(runs:
     assert not any("critic" in name for name in tensors)
 
 
+def test_an_adapter_in_a_run_has_no_reference_actor_and_reaches_the_engine(runs: Runs) -> None:
+    process = runs.start("adapter", "policy.lora.rank=4", "rl.num_steps=3", "learner.zero_stage=1")
+    printed, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors
+    assert "reference-0" not in printed
+    rows = runs.metrics("adapter")
+    # The engine merged what the learner has, and the adapter, zero at first, moves the policy.
+    assert all(row["weights/probe_gap"] < 1e-3 for row in rows)
+    assert abs(rows[0]["kl/mean"]) < 1e-2
+    assert abs(rows[-1]["kl/mean"]) > 1e-2
+    policy = runs.folder / "adapter" / "policy"
+    assert (policy / "adapter" / "adapter_config.json").is_file()
+    assert (policy / "model.safetensors").is_file()
+
+
 def test_a_reward_function_that_is_not_there_is_said_before_anything_starts(runs: Runs) -> None:
     process = runs.start("nothing", "rl.rewards=[{name='own', function='nowhere:f'}]")
     _, errors = process.communicate(timeout=120)

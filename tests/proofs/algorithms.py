@@ -1,0 +1,240 @@
+"""What the algorithms do to the embedded model: the same prompts, ensemble and samples for each.
+
+A cell is a demo run (`trainers/demo.py`) with other settings. The base answers, the comparisons and
+the ensemble are those of the first cell; what differs is the reinforcement learning alone. Every
+cell answers the held-out prompts, and is judged by the ensemble that trained it *and* by the demo's
+rule, which took no part in training.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from rlhf.config import DemoConfig, load_config
+from rlhf.statistics import paired_interval
+from tests.proofs.runner import ROOT, hold, pavlov, prove, rows
+
+CONFIG = ROOT / "configs" / "demo.toml"
+# As many samples for each: 16 steps of 36 completions.
+SAME = ("rl.num_steps=16", "rl.prompts_per_step=6", "rl.completions_per_prompt=6")
+SEEDS = (0, 1)
+ALGORITHMS: dict[str, tuple[str, ...]] = {
+    "grpo": (),
+    "Dr. GRPO": (
+        "rl.algorithm.divide_by_deviation=false",
+        "rl.algorithm.normalisation=constant",
+    ),
+    "rloo": ("rl.algorithm.type=rloo",),
+    "reinforce_pp": ("rl.algorithm.type=reinforce_pp",),
+    "cem": ("rl.algorithm.type=cem",),
+    "ppo": ("rl.algorithm.type=ppo",),
+    "gspo": ("rl.algorithm.type=gspo",),
+    "gspo, weights": ("rl.algorithm.type=gspo", "rl.off_policy.weights=sequence"),
+}
+TERMS: dict[str, tuple[str, ...]] = {
+    "neither": ("rl.kl.coefficient=0", "rl.entropy.coefficient=0"),
+    "KL alone": ("rl.entropy.coefficient=0",),
+    "entropy alone": ("rl.kl.coefficient=0", "rl.entropy.coefficient=0.03"),
+    "both": ("rl.entropy.coefficient=0.03",),
+}
+FAST = ("learner.learning_rate=1e-4",)
+"""A step so large that something must hold the policy."""
+LAGS: dict[str, tuple[str, ...]] = {
+    "0": (),
+    "1": ("rl.max_staleness=1",),
+    "1, weights": ("rl.max_staleness=1", "rl.off_policy.weights=token"),
+    "4": ("rl.max_staleness=4",),
+    "4, weights": ("rl.max_staleness=4", "rl.off_policy.weights=token"),
+}
+_SHARED = ("base.jsonl", "pairs.parquet", "reward")
+
+
+def cell(name: str, overrides: Sequence[str]) -> Path:
+    """A finished demo of these settings; the folder goes on where it was."""
+    folder = cells() / name
+    if (folder / "summary.json").is_file():
+        return folder
+    settings = (*SAME, *overrides)
+    first = cells() / "grpo, seed 0"
+    if folder != first and not (folder / "config.json").is_file():
+        cell(first.name, ("seed=0",))
+        folder.mkdir(parents=True)
+        for shared in _SHARED:
+            copy = shutil.copytree if (first / shared).is_dir() else shutil.copy
+            copy(first / shared, folder / shared)
+        # The demo takes a folder for its own by the settings that stand in it.
+        config = load_config(DemoConfig, CONFIG, list(settings)).model_dump(mode="json")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    print(f"cell {name}: {' '.join(overrides)}", flush=True)
+    pavlov("demo", *settings, "--out", str(folder), runs=cells())
+    # 2 GB a cell.
+    for large in ("checkpoints", "policy"):
+        shutil.rmtree(folder / "rl" / large)
+    return folder
+
+
+@cache
+def cells() -> Path:
+    folder = ROOT / "runs" / "proofs" / "algorithms" / "cells"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def judged(folders: Sequence[Path]) -> dict[str, Any]:
+    """Tuned against base on the held-out prompts, means over seeds and paired over prompts."""
+    tables = [rows(folder / "comparison.jsonl") for folder in folders]
+    found: dict[str, Any] = {}
+    for name in ("rule", "reward"):
+        differences = [
+            [row[f"{name}_tuned"] - row[f"{name}_base"] for row in same]
+            for same in zip(*tables, strict=True)
+            if all(row["reward_base"] is not None for row in same)
+        ]
+        found[name] = paired_interval([statistics.fmean(each) for each in differences])
+    metrics = [rows(folder / "rl" / "metrics.jsonl") for folder in folders]
+    found["kl"] = statistics.fmean(run[-1]["kl/mean"] for run in metrics)
+    found["entropy"] = statistics.fmean(
+        run[-1]["entropy/mean"] for run in metrics if run[-1]["entropy/mean"] is not None
+    )
+    for name in ("learn", "rollout", "step"):
+        seconds = [row[f"time/{name}_s"] for run in metrics for row in run]
+        found[name] = statistics.median(seconds)
+    return found
+
+
+def shown(found: dict[str, Any]) -> str:
+    (rule, *rule_ends), (reward, *reward_ends) = found["rule"], found["reward"]
+    return (
+        f"rule {rule:+.2f} [{rule_ends[0]:+.2f}, {rule_ends[1]:+.2f}], reward {reward:+.2f} "
+        f"[{reward_ends[0]:+.2f}, {reward_ends[1]:+.2f}], KL {found['kl']:.1f}, entropy "
+        f"{found['entropy']:.2f}, learning {found['learn']:.1f} s of {found['step']:.1f} s a step"
+    )
+
+
+def they_learn(folder: Path) -> dict[str, Any]:
+    """Each algorithm, from the embedded model on the same prompts, ensemble and samples (16 steps
+    of 36 completions, 2 seeds), is better than the base on held-out prompts: by the ensemble and by
+    the rule that took no part in training the 95 % interval of the paired difference lies above
+    0."""
+    figures: dict[str, Any] = {}
+    bars: dict[str, bool] = {}
+    # Seed by seed, so that an interrupted round has all algorithms once.
+    made = {
+        (name, seed): cell(f"{name}, seed {seed}", (f"seed={seed}", *settings))
+        for seed in SEEDS
+        for name, settings in ALGORITHMS.items()
+    }
+    for name in ALGORITHMS:
+        found = judged([made[name, seed] for seed in SEEDS])
+        figures[name] = shown(found)
+        for judge in ("rule", "reward"):
+            bars[f"{name} better by the {judge}"] = found[judge][1] > 0
+    return hold(bars, figures)
+
+
+def kl_and_entropy(folder: Path) -> dict[str, Any]:
+    """With a large step (1e-4), the KL penalty keeps the policy nearer to the reference and the
+    entropy bonus keeps it less certain than the same run without (last four steps). The curves:
+    docs/pictures/kl_and_entropy.png."""
+    curves = {}
+    for name, settings in TERMS.items():
+        done = cell(f"terms, {name}", ("seed=0", *FAST, *settings))
+        curves[name] = rows(done / "rl" / "metrics.jsonl")
+    _draw(
+        curves,
+        {
+            "kl/mean": "KL to the reference, nats per completion",
+            "entropy/mean": "entropy, nats per token",
+            "reward/mean": "reward of the ensemble",
+        },
+        "kl_and_entropy.png",
+    )
+    last = {
+        (name, key): statistics.fmean(row[key] for row in curve[-4:])
+        for name, curve in curves.items()
+        for key in ("kl/mean", "entropy/mean", "reward/mean")
+    }
+    figures = {
+        name: f"KL {last[name, 'kl/mean']:.1f}, entropy {last[name, 'entropy/mean']:.2f}, "
+        f"reward {last[name, 'reward/mean']:+.2f}"
+        for name in TERMS
+    }
+    bars = {
+        "the KL penalty holds": last["KL alone", "kl/mean"] < last["neither", "kl/mean"],
+        "the bonus holds": last["entropy alone", "entropy/mean"] > last["neither", "entropy/mean"],
+        "the KL penalty holds beside the bonus": last["both", "kl/mean"]
+        < last["entropy alone", "kl/mean"],
+        "the bonus holds beside the KL": last["both", "entropy/mean"]
+        > last["KL alone", "entropy/mean"],
+    }
+    return hold(bars, figures)
+
+
+def staleness(folder: Path) -> dict[str, Any]:
+    """The dial at 0, 1 and 4 publishes, with importance weights of tokens and without: no
+    completion lags further than it says. Throughput, lags and the outcome are reported."""
+    figures: dict[str, Any] = {}
+    bars: dict[str, bool] = {}
+    for name, settings in LAGS.items():
+        done = cell(f"lag {name}", ("seed=0", *settings))
+        metrics = rows(done / "rl" / "metrics.jsonl")
+        lags: dict[int, int] = {}
+        for path in sorted((done / "rl" / "rollouts").glob("*.parquet")):
+            table = pq.read_table(path, columns=["step", "oldest_version"]).to_pylist()
+            for row in table:
+                if row["oldest_version"] is not None:
+                    lag = row["step"] - row["oldest_version"]
+                    lags[lag] = lags.get(lag, 0) + 1
+        found = judged([done])
+        tokens = sum(row["tokens/step"] for row in metrics)
+        seconds = sum(row["time/step_s"] for row in metrics)
+        effective = statistics.fmean(
+            row["importance/effective_share"]
+            for row in metrics
+            if "importance/effective_share" in row
+        )
+        figures[f"max_staleness {name}"] = (
+            f"{tokens / seconds:.0f} tokens/s, lags {dict(sorted(lags.items()))}, effective share "
+            f"{effective:.3f}, {shown(found)}"
+        )
+        bars[f"no lag beyond {name}"] = max(lags) <= int(name[0])
+    return hold(bars, figures)
+
+
+def _draw(curves: dict[str, list[dict[str, Any]]], panels: dict[str, str], name: str) -> None:
+    """One panel a metric, one line a run, over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4))
+    for axis, (key, title) in zip(axes, panels.items(), strict=True):
+        for label, curve in curves.items():
+            there = [(row["step"], row[key]) for row in curve if row[key] is not None]
+            axis.plot(*zip(*there, strict=True), label=label)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("step")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    path = ROOT / "docs" / "pictures" / name
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+PROOFS = [they_learn, kl_and_entropy, staleness]
+
+
+if __name__ == "__main__":
+    sys.exit(prove("algorithms", PROOFS, sys.argv[1:]))
