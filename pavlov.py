@@ -107,6 +107,24 @@ def score(
             print(f"{key:16} {json.dumps(value)}")
 
 
+@app.command(epilog="Example: pavlov sft configs/sft_hh_cpu.toml data.limit=400")
+def sft(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on from the newest checkpoint")
+    ] = False,
+) -> None:
+    """Supervised fine-tuning, stopped by the reward of what the model says."""
+    from rlhf.config import SFTConfig, load_config
+
+    settings = load_config(SFTConfig, config, overrides or [])
+    from trainers.sft import run_sft
+
+    folder = run_sft(settings, config, _console(), resume=resume)
+    print(f"done: {folder / 'policy'}")
+
+
 @app.command(epilog="Example: pavlov rl configs/rl_hh_cpu.toml rl.num_steps=3")
 def rl(
     config: Config,

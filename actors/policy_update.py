@@ -91,8 +91,10 @@ class PolicyUpdate:
                 cut = replace(batch, sequences=batch.sequences[part])
                 size = BatchSize(cut.num_sequences, cut.num_tokens, cut.max_tokens)
                 ours = known.of(part)
+                # What is measured against the start must be measured before it is left.
+                first = not norms or (epoch == 0 and known.start_BT is not None)
                 losses = [
-                    self._loss(cut, ours, size, rows, live, epoch == 0, totals)
+                    self._loss(cut, ours, size, rows, live, first, totals)
                     for rows, live in self._shares(cut.sequences)
                 ]
                 norms.append(self._engine.step(losses, step))
@@ -246,8 +248,12 @@ class PolicyUpdate:
                     gap_NT = (start_NT - ours.rollout_BT) * mask_NT
                     _count(totals, "importance/gap", gap_NT.abs(), mask_NT)
                     _count(totals, "importance/kl", torch.exp(gap_NT) - 1 - gap_NT, mask_NT)
-                    _count(totals, "importance/weight", weights.ratios_BT, mask_NT)
-                    _count(totals, "importance/square", weights.ratios_BT.square(), mask_NT)
+                    totals["importance/tokens"] += float(mask_NT.sum())
+                    # As credit is multiplied, or, where it is not, as the loss's ratio is.
+                    weighed = self._rl.off_policy.weights is not None
+                    used_NT = weights.weights_BT if weighed else weights.ratios_BT
+                    _count(totals, "importance/weight", used_NT, mask_NT)
+                    _count(totals, "importance/square", used_NT.square(), mask_NT)
                     _count(totals, "importance/truncated_share", weights.truncated_BT, mask_NT)
                     _count(totals, "importance/masked_share", weights.masked_BT, mask_NT)
             return loss
@@ -255,15 +261,15 @@ class PolicyUpdate:
         return compute
 
     def _means(self, totals: Totals, epochs: int) -> dict[str, float]:
-        """Sums over ranks, per token of all passes (what is known before, or measured in the first
-        pass: of one)."""
+        """Sums over ranks, per token that they were counted on: of all passes, for the critic of
+        one, and for importance of what was seen before the weights were changed."""
         names = sorted(totals)
         sums = self._summed(torch.tensor([totals[name] for name in names], dtype=torch.float64))
         every = dict(zip(names, sums.tolist(), strict=True))
         tokens = every.pop("tokens")
-        once = ("importance/", "critic/")
+        counts = {"importance": every.pop("importance/tokens"), "critic": tokens / epochs}
         means = {
-            name: value / (tokens / epochs if name.startswith(once) else tokens)
+            name: value / counts.get(name.partition("/")[0], tokens)
             for name, value in every.items()
         }
         square, weight = means.pop("importance/square"), means["importance/weight"]
@@ -284,7 +290,7 @@ class PolicyUpdate:
 
 
 def _parts(count: int, parts: int) -> Iterator[slice]:
-    """Cuts of about the same size, in order, so that siblings stay together; none is empty."""
+    """Cuts of about the same size, in order, so that most siblings stay together; none is empty."""
     ends = [round(count * part / parts) for part in range(parts + 1)]
     yield from (slice(begin, end) for begin, end in pairwise(ends) if end > begin)
 

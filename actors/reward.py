@@ -80,11 +80,9 @@ class RewardActor:
         disagreement_N[empty_N] = 0.0
         shifted_N = scores.shifted_N | empty_N
         rewards_N = aggregate(rewards_KN, disagreement_penalty=self._penalty)
-        judged = [groups[index] for index, _ in owners]
-        own = self._functions(
-            [group.prompt for group in judged for _ in group.completions],
-            [completion for group in judged for completion in group.completions],
-        )
+        prompts = [groups[index].prompt for index, count in owners for _ in range(count)]
+        completions = [c for index, _ in owners for c in groups[index].completions]
+        own = self._functions(prompts, completions) if completions else {}
         begin = 0
         for index, count in owners:
             part = slice(begin, begin + count)

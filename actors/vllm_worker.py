@@ -14,7 +14,8 @@ from torch import Tensor
 
 from cluster.weights.base import TensorEntry, verified
 from cluster.weights.shared_memory import read_tensors
-from models.adapters import merge
+from models.adapters import merge, require_known
+from models.weight_files import read_weights, weight_shapes
 from rlhf.errors import WeightUpdateError
 
 
@@ -54,11 +55,9 @@ class WeightLoader:
         if not all(name.endswith((".lora_A", ".lora_B")) for name in tensors):
             return tensors.items()
         folder = Path(self.model_runner.model_config.model)
-        start = (
-            pair for path in sorted(folder.glob("*.safetensors")) for pair in read_tensors(path)
-        )
-        # Checked to the end before the first tensor touches the model.
-        return list(merge(start, tensors))
+        # Before the first tensor touches the model; the merged ones are then made one at a time.
+        require_known(weight_shapes(folder), tensors)
+        return merge(read_weights(folder), tensors, self.model_runner.model_config.dtype)
 
     def pavlov_apply(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Put tensors into the model.

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from cluster.memory import free_memory
 from models.precision import resolve_dtype
-from rlhf.config import RLConfig
-from rlhf.errors import ModelError, ResourceError
+from models.sources import resolve_model
+from models.weight_files import weight_shapes
+from rlhf.config import PPOSection, RLConfig
+from rlhf.errors import ResourceError
 
 _GIB = 2**30
 _PROCESS_GIB = 0.7
@@ -27,6 +29,9 @@ def memory_estimate_gib(models: Sequence[Path], config: RLConfig) -> float:
     # Weights, gradients, two moments in float32; one copy on the wire. Of an adapter all that comes
     # on top of the frozen weights is small.
     learner = policy * (4 if config.policy.lora else 16 + _width(config.rollout.dtype))
+    algorithm = config.rl.algorithm
+    if isinstance(algorithm, PPOSection) and algorithm.critic.model is not None:
+        learner += 16 * _parameters(resolve_model(algorithm.critic.model))
     cluster = config.cluster
     # The reward trunk, taken to be of the policy's size, in the wider precision.
     references = 0 if config.learner_is_reference else cluster.reference.actors
@@ -65,17 +70,7 @@ def require_memory(models: Sequence[Path], config: RLConfig) -> None:
 
 def _parameters(folder: Path) -> float:
     """Parameters of a model folder, from the size of its weights and their precision."""
-    from safetensors import SafetensorError, safe_open
-
-    count = 0
-    for path in folder.glob("*.safetensors"):
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = file.keys()
-                count += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
-    return float(count)
+    return float(sum(math.prod(shape) for shape in weight_shapes(folder).values()))
 
 
 def _width(dtype: str) -> int:

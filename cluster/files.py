@@ -94,6 +94,12 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _refuse_other_settings(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    # A section that is not there at all is null: then its settings count as null too.
+    absent = {key for values in (old, new) for key, value in values.items() if value is None}
+    for key in {**old, **new}:
+        if any(key.startswith(f"{section}.") for section in absent):
+            old.setdefault(key, None)
+            new.setdefault(key, None)
     for key in new:
         if key in old and old[key] != new[key] and not key.startswith(_MAY_CHANGE):
             raise RunFolderError(

@@ -33,10 +33,12 @@ def add_adapter(model: Any, settings: LoRASection, seed: int) -> nn.Module:
     random, B at zero.
 
     Raises:
-        ModelError: a layer that `settings.layers` names is not there.
+        ModelError: a layer that `settings.layers` names is not there, or is none that can be
+            merged: linear, and not a head that is tied to the embedding.
     """
     from peft import inject_adapter_in_model
 
+    _require_layers(model, settings)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -44,6 +46,47 @@ def add_adapter(model: Any, settings: LoRASection, seed: int) -> nn.Module:
     except ValueError as error:
         raise ModelError(f"policy.lora: {str(error).splitlines()[0]}") from None
     return adapted
+
+
+def _require_layers(model: Any, settings: LoRASection) -> None:
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
+    for wanted in settings.layers or ():
+        found = [
+            module
+            for name, module in model.named_modules()
+            if name == wanted or name.endswith(f".{wanted}")
+        ]
+        if not found:
+            raise ModelError(f"policy.lora.layers: the policy has no layer {wanted!r}")
+        if not all(isinstance(module, nn.Linear) for module in found):
+            raise ModelError(f"policy.lora.layers: {wanted!r} is no linear layer")
+        if tied and any(module is head for module in found):
+            raise ModelError(
+                f"policy.lora.layers: {wanted!r} is tied to the embedding and has no weight of its "
+                "own to adapt"
+            )
+
+
+def require_mergeable(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse adapters that could not be merged into the start model's files; `shapes` are of the
+    tensors there.
+
+    Raises:
+        ModelError: a layer has no weight of its own there, or one of another shape.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            base = module.get_base_layer()
+            there = shapes.get(f"{name}.weight")
+            if not isinstance(base, nn.Linear) or there != tuple(base.weight.shape):
+                raise ModelError(
+                    f"policy.lora: the adapter of {name} cannot be merged into the start policy's "
+                    f"files ({type(base).__name__}, {there or 'not there'}); name other layers in "
+                    "policy.lora.layers, or train all weights"
+                )
 
 
 @contextlib.contextmanager
@@ -76,10 +119,24 @@ def on_the_wire(
         yield name.removesuffix(end) + _ENDS[end], scale * tensor
 
 
+def require_known(names: Iterable[str], adapter: Mapping[str, Tensor]) -> None:
+    """Refuse an adapter of layers that a model with tensors of these names has not.
+
+    Raises:
+        WeightUpdateError: by the check ``names``.
+    """
+    layers = {name.removesuffix(".weight") for name in names}
+    if left := [name for name in adapter if name.rpartition(".")[0] not in layers]:
+        raise WeightUpdateError("names", f"the start model has no layer for {min(left)}")
+
+
 def merge(
-    start: Iterable[tuple[str, Tensor]], adapter: Mapping[str, Tensor]
+    start: Iterable[tuple[str, Tensor]], adapter: Mapping[str, Tensor], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """The start model's tensors with the adapter's difference added, each in its own precision.
+    """The start model's tensors, those with a difference added in `dtype`.
+
+    The sum is taken in float32. In bfloat16 it keeps a difference down to some 1/256 of the weight
+    that it is added to, as weights that are trained whole and sent in bfloat16 do.
 
     Raises:
         WeightUpdateError: by the check ``names``, where the adapter has layers that are not there.
@@ -90,7 +147,7 @@ def merge(
         layer = plain.removesuffix(".weight")
         low, high = left.pop(f"{layer}.lora_A", None), left.pop(f"{layer}.lora_B", None)
         if low is not None and high is not None:
-            tensor = (tensor.float() + high.float() @ low.float()).to(tensor.dtype)
+            tensor = (tensor.float() + high.float() @ low.float()).to(dtype)
         yield plain, tensor
     if left:
         raise WeightUpdateError("names", f"the start model has no layer for {min(left)}")

@@ -20,12 +20,13 @@ from models.data_files import BadRow, ReadReport, Row, Tally, iter_rows, short_n
 from models.row_forms import (
     DistinctPrompts,
     SingleCompletion,
+    conversation_of,
     conversational,
     pair_of,
     scoring_row_of,
 )
 from rlhf.errors import DataError
-from rlhf.records import PreferencePair, Prompt
+from rlhf.records import Conversation, PreferencePair, Prompt
 from rlhf.seeding import derive_seed
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -84,6 +85,20 @@ def read_prompts(
     """
     files = _read_files(paths, limit, DistinctPrompts())
     return [prompt for file in files for _, prompt in file.kept], [file.report() for file in files]
+
+
+def read_conversations(
+    paths: Sequence[Path], limit: int | None = None
+) -> tuple[list[tuple[int, Path, Conversation]], list[ReadReport]]:
+    """The usable conversations of all files with the line and file each stands in, in the order of
+    the files, and one report a file; `limit` works as in `read_pairs`.
+
+    Raises:
+        DataError: a file cannot be read, or no usable row is left in all of them together.
+    """
+    files = _read_files(paths, limit, conversation_of)
+    found = [(line, file.path, item) for file in files for line, item in file.kept]
+    return found, [file.report() for file in files]
 
 
 def iter_scoring_rows(

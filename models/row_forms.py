@@ -8,6 +8,7 @@ Each function returns what the row says or raises `ValueError` with the reason.
 | the same, implicit  | chosen, rejected: messages from the first turn to the reply | pair, prompt |
 | raw HH-RLHF         | chosen, rejected: transcripts, see `models/transcripts.py`  | pair, prompt |
 | single completion   | prompt, completion, each text or a list of messages         | row to score |
+| conversation        | messages; also a completion, or a pair's chosen reply       | conversation |
 | MT-Bench, Vicuna    | turns: the first one is taken                               | prompt       |
 | GSM8K               | question                                                    | prompt       |
 | Self-Instruct       | instruction, with its input below it where there is one     | prompt       |
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 
 from models.data_files import Row
 from models.transcripts import is_transcript, parse_prompt, split_reply
-from rlhf.records import Message, PreferencePair, Prompt
+from rlhf.records import Conversation, Message, PreferencePair, Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,24 @@ def scoring_row_of(row: Row, source: str, line: int) -> PreferencePair | SingleC
     prompt = _checked_prompt(_one_prompt(row, turns))
     finished = _flag(row, "finished", default=row.get("finish_reason") != "length")
     return SingleCompletion(prompt, completion, _optional_text(row, "source", source), finished)
+
+
+def conversation_of(row: Row, source: str, line: int) -> Conversation:
+    """A conversation to learn from: messages, prompt and completion, or a pair's chosen reply."""
+    if row.get("messages") is not None:
+        messages = _messages(row["messages"], "messages")
+        if not any(message.role == "assistant" for message in messages):
+            raise ValueError("conversation without an assistant turn")
+        if messages[-1].role != "assistant":
+            raise ValueError("conversation that does not end in an assistant turn")
+        prompt, reply = messages[:-1], messages[-1].content
+    else:
+        turns, reply = _reply(row, "completion" if row.get("completion") is not None else "chosen")
+        prompt = _one_prompt(row, turns)
+    if not reply.strip():
+        raise ValueError("empty reply")
+    whole = (*_checked_prompt(prompt), Message("assistant", reply))
+    return Conversation(whole, _optional_text(row, "source", source))
 
 
 class DistinctPrompts:

@@ -50,7 +50,8 @@ def importance_weights(
     log_ratio_BT = (start_logprobs_BT - rollout_logprobs_BT).detach().masked_fill(~real_BT, 0.0)
     if settings.weights == "sequence":
         log_ratio_BT = log_ratio_BT.sum(dim=1, keepdim=True).expand_as(log_ratio_BT)
-    ratios_BT = torch.exp(log_ratio_BT) * real_BT
+    # Not by a product: a ratio may be infinite.
+    ratios_BT = torch.exp(log_ratio_BT).masked_fill(~real_BT, 0.0)
     if settings.weights is None:
         none_BT = torch.zeros_like(real_BT)
         return ImportanceWeights(ratios_BT, real_BT.to(ratios_BT.dtype), none_BT, none_BT)

@@ -217,6 +217,22 @@ class StepReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Conversation:
+    """A conversation to learn from; its last turn is the assistant's.
+
+    Example: ``Conversation((Message("user", "2 + 2?"), Message("assistant", "4")))``
+    """
+
+    messages: tuple[Message, ...]
+    source: str = ""
+
+    @property
+    def first_user_turn(self) -> str:
+        """What the conversation opens with: splits are made by it."""
+        return next((m.content for m in self.messages if m.role == "user"), "")
+
+
+@dataclass(frozen=True, slots=True)
 class PreferencePair:
     """Two replies to one conversation, and which of them is preferred.
 

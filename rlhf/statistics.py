@@ -10,12 +10,12 @@ from collections.abc import Sequence
 Z_95 = statistics.NormalDist().inv_cdf(0.975)
 
 
-def paired_interval(differences: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of paired differences and its 95 % normal interval: (mean, low, high)."""
+def paired_interval(differences: Sequence[float], z: float = Z_95) -> tuple[float, float, float]:
+    """Mean of paired differences and its normal interval, 95 % unless told: (mean, low, high)."""
     mean = statistics.fmean(differences)
     if len(differences) < 2:
         return mean, -math.inf, math.inf
-    half = Z_95 * statistics.stdev(differences) / math.sqrt(len(differences))
+    half = z * statistics.stdev(differences) / math.sqrt(len(differences))
     return mean, mean - half, mean + half
 
 

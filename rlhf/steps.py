@@ -47,8 +47,10 @@ def training_batch(
     terms_PGT = [_token_terms(group, settings) for group in scored]
     credit = algorithm_of(settings.algorithm).credit(_with_terms(shaped_PG, terms_PGT))
     by_token = isinstance(settings.algorithm, PPOSection)
-    # A term for the KL is a mean over all of the policy's completions, with credit or without.
-    trained_PG = credit.trained_PG | (settings.kl.place == "loss")
+    # A term beside the algorithm's own loss is a mean over all of the policy's completions, with
+    # credit or without.
+    beside = settings.kl.place == "loss" or settings.entropy.place == "reward"
+    trained_PG = credit.trained_PG | beside
     sequences = [
         TrainingSequence(
             group.rollout.prompt_token_ids,
@@ -159,7 +161,7 @@ def _token_terms(group: ScoredGroup, settings: RLSection) -> list[list[float]]:
                     completion.rollout_logprobs_T, reference_T, coefficient
                 )
             ]
-    if settings.entropy.place == "reward":
+    if settings.entropy.place == "reward" and settings.entropy.coefficient:
         for terms_T, entropies_T in zip(terms_GT, group.entropies_GT, strict=True):
             bonus = settings.entropy.coefficient
             terms_T[:] = [
@@ -169,8 +171,8 @@ def _token_terms(group: ScoredGroup, settings: RLSection) -> list[list[float]]:
 
 
 def _without_signal(scored: Sequence[ScoredGroup], settings: RLSection) -> int:
-    """Groups whose rewards are all equal."""
-    if not scored:
+    """Groups of several completions whose rewards are all equal."""
+    if not scored or settings.completions_per_prompt == 1:
         return 0
     rewards_PG = _penalised(scored, settings)
     return int((rewards_PG == rewards_PG[:, :1]).all(dim=1).sum())

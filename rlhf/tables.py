@@ -40,6 +40,7 @@ ROLLOUT_SCHEMA = pa.schema(
         ("learner_version", pa.int32()),
         *SCORE_FIELDS,
         ("data_shift", pa.bool_()),
+        ("own", pa.map_(pa.string(), pa.float32())),
         ("kl", pa.float32()),
         ("reward_version", pa.string()),
         ("failure", pa.string()),
@@ -95,6 +96,7 @@ def rollout_table(
                     "data_shift": group.scores.data_shift_G[sibling],
                     "domain_shift": group.scores.domain_shift_G[sibling],
                     "text_flags": text_flags(completion.text),
+                    "own": [(name, own_G[sibling]) for name, own_G in group.scores.own_G.items()],
                     "kl": group.kl_G[sibling],
                     "reward_version": group.scores.reward_version,
                 }

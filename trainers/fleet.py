@@ -44,12 +44,13 @@ _CLOSE_S = 8.0
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """The models that a run loads: policy and reference by names that every node resolves for
-    itself, the reward model by its folder."""
+    """The models that a run loads: policy, reference and a critic's backbone by names that every
+    node resolves for itself, the reward model by its folder."""
 
     policy: str
     reference: str
     reward: Path
+    critic: str | None = None
 
 
 def run_roles(config: RLConfig, models: Models, run: str, shared_memory: Path) -> list[Role]:
@@ -104,6 +105,7 @@ def run_roles(config: RLConfig, models: Models, run: str, shared_memory: Path) -
             "world_size": cluster.learner.actors,
             "gpus": cluster.learner.gpus,
             "lora": config.policy.lora,
+            "critic": models.critic,
             "seed": config.seed,
         }
 
@@ -300,7 +302,7 @@ class Fleet:
         ]
 
     async def learn(self, batch: TrainingBatch, step: int) -> StepReport:
-        """One optimiser step on every rank."""
+        """One step on every rank, of one optimiser step or several."""
         async with self.turns.take():
             reports = await self._on_learners("step", batch, step)
         return reports[0]  # type: ignore[no-any-return]

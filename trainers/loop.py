@@ -74,7 +74,7 @@ class Produced:
 
 
 class Loop:
-    """One run. A weight version is a publish: version v has seen v optimiser steps.
+    """One run. A weight version is a publish: version v has seen v steps of the loop.
 
     Args:
         record: called after every step with its metrics and groups, before the next one's publish.
@@ -157,7 +157,7 @@ class Loop:
             started, settings = time.monotonic(), self._rl
             taken = await self._buffer.take(timeout_s=self._patience_s)
             groups = [produced.group for produced in taken]
-            if settings.entropy.place == "reward":
+            if settings.entropy.place == "reward" and settings.entropy.coefficient:
                 groups = await self._actors.with_entropies(groups)
             batch = training_batch(groups, settings, mask_shifted=masked)
             learning = time.monotonic()

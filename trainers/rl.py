@@ -99,15 +99,17 @@ def resolve_models(config: RLConfig) -> Models:
             "KL between them means nothing; take one with the same tokenizer"
         )
     if isinstance(config.rl.algorithm, PPOSection) and config.rl.algorithm.critic.model:
-        critic = config.rl.algorithm.critic.model
+        critic = portable_name(config.rl.algorithm.critic.model)
         if ChatTokenizer(resolve_model(critic)).vocabulary not in vocabularies:
             raise ModelError(
                 f"rl.algorithm.critic.model = {critic!r} reads other tokens than policy.model = "
                 f"{policy!r}; take one with the same tokenizer"
             )
+    else:
+        critic = None
     reward = resolve_reward_model(config.reward.model)
     RewardModel.load(reward)
-    return Models(policy, reference, reward)
+    return Models(policy, reference, reward, critic)
 
 
 def usable_prompts(config: RLConfig, policy: Path, console: Console) -> list[Prompt]:

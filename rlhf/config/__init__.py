@@ -7,6 +7,7 @@
 | `ensemble.py` | pairs, the reward model's members |
 | `actors.py` | models, optimiser, engine, placement |
 | `runs.py` | a configuration for each command: `RLConfig`, `RewardConfig`, `DemoConfig` |
+| `sft.py` | supervised fine-tuning: `SFTConfig` |
 | `reading.py` | files, overrides, and what is said of a wrong one |
 
 One root class a command. A sentence stands under every field; limits stand in the types; validators
@@ -64,13 +65,25 @@ from rlhf.config.runs import (
     RunSection,
 )
 from rlhf.config.section import DType, Fraction, Gpus, Section
+from rlhf.config.sft import (
+    AnswersSection,
+    BaselineSection,
+    ConversationsSection,
+    JudgeSection,
+    SFTConfig,
+    SFTSection,
+    StoppingSection,
+)
 
 __all__ = [
     "AlgorithmSettings",
+    "AnswersSection",
     "AssessorSection",
+    "BaselineSection",
     "CEMSection",
     "ClippedSection",
     "ClusterSection",
+    "ConversationsSection",
     "CriticSection",
     "DType",
     "DemoConfig",
@@ -82,6 +95,7 @@ __all__ = [
     "GRPOSection",
     "GSPOSection",
     "Gpus",
+    "JudgeSection",
     "KLSection",
     "LearnerSection",
     "LoRASection",
@@ -106,9 +120,12 @@ __all__ = [
     "RolePlacement",
     "RolloutSection",
     "RunSection",
+    "SFTConfig",
+    "SFTSection",
     "Section",
     "ShapingSection",
     "SteeredSection",
+    "StoppingSection",
     "TopMembers",
     "TrainedMembers",
     "data_path",

@@ -296,7 +296,7 @@ class RLSection(Section):
     """The reinforcement-learning loop."""
 
     num_steps: PositiveInt = 16
-    """Optimiser steps."""
+    """Steps of the loop, an update of the weights each."""
     prompts_per_step: PositiveInt = 8
     """Groups a step trains on."""
     completions_per_prompt: PositiveInt = 8
@@ -363,6 +363,16 @@ class RLSection(Section):
             raise ValueError(
                 f"rl.top_p = {self.top_p} with {what}: the engine samples from a truncated "
                 "distribution that the learner's logprobs do not describe; set rl.top_p = 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _entropy_in_the_reward_is_the_policys_own(self) -> Self:
+        if self.entropy.place == "reward" and self.algorithm.type == "cem":
+            raise ValueError(
+                'rl.entropy.place = "reward" with rl.algorithm.type = "cem": the term beside the '
+                "loss is a mean over the policy's own completions, and the elite is not; set "
+                'rl.entropy.place = "loss"'
             )
         return self
 

@@ -182,7 +182,11 @@ class RLConfig(LoopConfig):
             "cluster.learner.actors": (self.cluster.learner.actors, 1),
             "cluster.rollout.actors": (self.cluster.rollout.actors, 1),
             "policy.dtype": (self.policy.dtype, "float32"),
-            "reference.dtype": (self.reference.dtype, "float32"),
+            **(
+                {}
+                if self.learner_is_reference
+                else {"reference.dtype": (self.reference.dtype, "float32")}
+            ),
             "rollout.dtype": (self.rollout.dtype, "float32"),
         }
         wrong = [

@@ -157,7 +157,12 @@ def test_a_folder_that_holds_a_run_is_only_resumed(tmp_path):
     RunFolder.claim(tmp_path, CONFIG, resume=True).release()
 
 
-OLD = {"seed": 1, "rl": {"num_steps": 3, "prompts_per_step": 8}, "run": {"dir": None}}
+OLD = {
+    "seed": 1,
+    "rl": {"num_steps": 3, "prompts_per_step": 8},
+    "run": {"dir": None},
+    "policy": {"lora": None},
+}
 
 
 @pytest.mark.parametrize(
@@ -166,6 +171,10 @@ OLD = {"seed": 1, "rl": {"num_steps": 3, "prompts_per_step": 8}, "run": {"dir": 
         ({**OLD, "rl": {"num_steps": 6, "prompts_per_step": 8}}, ""),
         ({**OLD, "run": {"dir": "x"}, "a_new_setting": 1}, ""),
         ({**OLD, "seed": 2}, "started with seed = 1 and cannot go on with 2"),
+        (
+            {**OLD, "policy": {"lora": {"rank": 4}}},
+            "started with policy.lora.rank = null and cannot go on with 4",
+        ),
         (
             {**OLD, "rl": {"num_steps": 3, "prompts_per_step": 16}},
             "started with rl.prompts_per_step = 8 and cannot go on with 16",

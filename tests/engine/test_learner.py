@@ -58,6 +58,7 @@ actor = LearnerActor(
     "float32", "shared_memory", str(out / "shm"), "ranks",
     f"learner-{rank}", rank=rank, world_size=world_size,
     lora=LoRASection(rank=4, alpha=8) if case == "adapter" else None,
+    critic=model if case == "own critic" else None,
 )
 gradients, norm = [], TrainingEngine._gradient_norm
 
@@ -219,7 +220,7 @@ def test_an_adapter_is_all_that_is_trained_kept_and_sent(tiny_model: Path, tmp_p
     assert wire.keys() == {name.removesuffix(".weight") + end for name in layers for end in ends}
     # What an engine makes of it, and what peft makes of the folder, is the policy.
     policy = load_file(both[0] / "policy" / "model.safetensors")
-    for name, merged in merge(start.items(), wire):
+    for name, merged in merge(start.items(), wire, torch.float32):
         torch.testing.assert_close(merged, policy[name], atol=1e-6, rtol=0, msg=name)
     loaded = PeftModel.from_pretrained(
         load_causal_model(tiny_model, "float32"), str(both[0] / "policy" / "adapter")

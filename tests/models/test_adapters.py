@@ -7,8 +7,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from models.adapters import add_adapter, is_adapter, merge, on_the_wire, without_adapter
+from models.adapters import (
+    add_adapter,
+    is_adapter,
+    merge,
+    on_the_wire,
+    require_known,
+    require_mergeable,
+    without_adapter,
+)
 from models.loading import load_causal_model
+from models.weight_files import weight_shapes
 from rlhf.config import LoRASection
 from rlhf.errors import ModelError, WeightUpdateError
 
@@ -50,7 +59,7 @@ def test_what_travels_makes_the_start_model_the_adapted_one(
     adapted: nn.Module, tiny_model: Path
 ) -> None:
     start = load_file(tiny_model / "model.safetensors")
-    merged = dict(merge(start.items(), travelling(adapted)))
+    merged = dict(merge(start.items(), travelling(adapted), torch.float32))
     plain = load_causal_model(tiny_model, "float32")
     before = logits(plain)
     plain.load_state_dict(merged, strict=False)
@@ -75,10 +84,34 @@ def test_it_may_be_in_some_layers_alone_and_names_that_are_not_there_are_refused
     some = LoRASection(layers=["q_proj"])
     model = add_adapter(load_causal_model(tiny_model, "float32"), some, 0)
     assert all("q_proj" in name for name, _ in model.named_parameters() if is_adapter(name))
-    with pytest.raises(ModelError, match=r"policy\.lora: .*nothing_like_it"):
-        add_adapter(
-            load_causal_model(tiny_model, "float32"), LoRASection(layers=["nothing_like_it"]), 0
-        )
+    for wrong, reason in {
+        "nothing_like_it": "has no layer 'nothing_like_it'",
+        "embed_tokens": "'embed_tokens' is no linear layer",
+        "lm_head": "'lm_head' is tied to the embedding",
+    }.items():
+        with pytest.raises(ModelError, match=rf"policy\.lora\.layers: .*{reason}"):
+            add_adapter(
+                load_causal_model(tiny_model, "float32"), LoRASection(layers=["q_proj", wrong]), 0
+            )
+
+
+def test_layers_that_the_files_hold_otherwise_are_refused_before_anything_is_trained(
+    adapted: nn.Module, tiny_model: Path
+) -> None:
+    shapes = weight_shapes(tiny_model)
+    require_mergeable(adapted, shapes)
+    name = next(name for name in shapes if "q_proj" in name)
+    with pytest.raises(ModelError, match=r"q_proj cannot be merged .* not there"):
+        require_mergeable(adapted, {key: s for key, s in shapes.items() if key != name})
+    with pytest.raises(ModelError, match=r"q_proj cannot be merged .*\(1, 2\)"):
+        require_mergeable(adapted, {**shapes, name: (1, 2)})
+
+
+def test_a_small_difference_survives_where_the_start_model_is_rounder_than_the_engine() -> None:
+    start = [("q.weight", torch.ones(2, 2, dtype=torch.bfloat16))]
+    adapter = {"q.lora_A": torch.full((1, 2), 0.01), "q.lora_B": torch.full((2, 1), 0.01)}
+    [(_, merged)] = merge(start, adapter, torch.float32)
+    torch.testing.assert_close(merged, torch.full((2, 2), 1.0001))
 
 
 def test_an_adapter_of_another_model_is_refused() -> None:
@@ -87,7 +120,10 @@ def test_an_adapter_of_another_model_is_refused() -> None:
         "layers.7.q_proj.lora_B": torch.ones(2, 1),
     }
     with pytest.raises(WeightUpdateError, match=r"no layer for layers\.7\.q_proj"):
-        list(merge([("layers.0.q_proj.weight", torch.ones(2, 2))], adapter))
+        list(merge([("layers.0.q_proj.weight", torch.ones(2, 2))], adapter, torch.float32))
+    with pytest.raises(WeightUpdateError, match=r"no layer for layers\.7\.q_proj"):
+        require_known(["layers.0.q_proj.weight"], adapter)
+    require_known(["layers.7.q_proj.weight", "norm.weight"], adapter)
 
 
 def test_its_start_follows_from_the_seed_and_leaves_other_draws_alone(tiny_model: Path) -> None:

@@ -67,6 +67,7 @@ def cell(name: str, overrides: Sequence[str]) -> Path:
     first = cells() / "grpo, seed 0"
     if folder != first and not (folder / "config.json").is_file():
         cell(first.name, ("seed=0",))
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         for shared in _SHARED:
             copy = shutil.copytree if (first / shared).is_dir() else shutil.copy

@@ -373,7 +373,7 @@ def driven_off(folder: Path) -> dict[str, Any]:
     pavlov(*rl, "rl.num_steps=1", "reward.model=sound/reward", "run.dir=kept", runs=folder)
     pavlov(
         *(*rl, "reward.model=broken/reward", "run.dir=driven"),
-        *("rl.kl.coefficient=0.0", "rl.entropy.coefficient=0.0", "learner.learning_rate=1e-4"),
+        *("rl.kl.coefficient=0.0", "rl.entropy.coefficient=0.0", "learner.learning_rate=3e-4"),
         runs=folder,
     )
     shares = {

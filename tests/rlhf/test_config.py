@@ -347,6 +347,23 @@ def test_an_override_without_key_or_value_is_refused(refusal, override):
             for kind in ("grpo", "rloo", "gspo", "cem")
         ),
         (
+            ["rl.entropy.place=reward", "rl.algorithm.type=cem"],
+            ['rl.entropy.place = "reward"', 'rl.algorithm.type = "cem"'],
+        ),
+        (
+            ["policy.lora.rank=4", "learner.zero_stage=3"],
+            ["policy.lora", "learner.zero_stage = 3"],
+        ),
+        (
+            [
+                "policy.lora.rank=4",
+                'cluster.weight_transport="nccl"',
+                "cluster.rollout.gpus=1",
+                "cluster.learner.gpus=1",
+            ],
+            ["policy.lora", 'cluster.weight_transport = "nccl"'],
+        ),
+        (
             ["rl.off_policy.weights=token", "rl.algorithm.type=cem"],
             ['rl.off_policy.weights = "token"', 'rl.algorithm.type = "cem"'],
         ),

@@ -288,8 +288,9 @@ def test_equal_rewards_are_no_reason_for_ppo_to_leave_a_group_out(make):
 def test_entropy_in_the_reward_counts_for_every_completion(make):
     entropy = EntropySection(coefficient=0.5, place="reward")
     group = replace(make.scored((1.0, 3.0)), entropies_GT=((2.0, 4.0), (0.0, 2.0)))
-    # 1 + 0.5 * 6 and 3 + 0.5 * 2: equal, so it is all the same which.
-    assert training_batch([group], settings(entropy=entropy)).sequences == ()
+    # 1 + 0.5 * 6 and 3 + 0.5 * 2: equal, so it is all the same which. Both stay in the step, for
+    # the bonus is a mean over all.
+    assert advantages_of(training_batch([group], settings(entropy=entropy))) == [0.0, 0.0]
     with_critic = training_batch([group], settings(entropy=entropy, algorithm=PPO))
     assert [s.rewards_T for s in with_critic.sequences] == [(1.0, 3.0), (0.0, 4.0)]
     assert with_critic.entropy_coefficient == 0.5

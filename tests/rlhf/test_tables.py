@@ -61,6 +61,7 @@ def test_a_completion_survives_parquet_with_its_versions_rewards_and_flags(table
         "data_shift": True,
         "domain_shift": False,
         "text_flags": ["flattery"],
+        "own": [],
         "kl": 0.75,
         "reward_version": "r1",
         "failure": None,

@@ -1,0 +1,353 @@
+"""Supervised fine-tuning: what every Ray Train worker runs.
+
+All workers read the same batches; each takes its share of a batch's micro-batches, and gradients
+are summed, so that the number of workers does not change what is learnt. Before training, every so
+many steps and at the end rank 0 has an engine answer held-out prompts with the weights as they are,
+and an ensemble score the answers (`rlhf/stopping.py` says what follows).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actors.policy import TrainedPolicy
+from actors.rollout import GroupRequest
+from cluster.files import RunFolder, write_atomically
+from cluster.spawn import call
+from cluster.weights import WeightManifest
+from cluster.weights.probe import Probe
+from models.conversations import Example, learnt_mask, rows_of
+from models.packing import Row, collate, micro_batches
+from rlhf.config import SFTConfig
+from rlhf.errors import PavlovError, RunError
+from rlhf.losses import BatchSize, reduce_tokens
+from rlhf.records import GroupScores, Prompt, RolloutGroup
+from rlhf.seeding import derive_seed
+from rlhf.stopping import Evaluation, verdict
+
+_SHUFFLED = 4096
+"""Examples among which a batch's are drawn; the file is shuffled already."""
+
+
+@dataclass(frozen=True, slots=True)
+class SFTJob:
+    """One run: `prompts` are answered, `prompted` are the same with the baseline's prompting; the
+    handles are those of the engine and the ensemble. `folder` must be seen by every node."""
+
+    config: SFTConfig
+    model: str
+    folder: str
+    shared_memory: str
+    held_out: Sequence[Example]
+    prompts: Sequence[Prompt]
+    prompted: Sequence[Prompt]
+    steps: int
+    rollout: Any
+    reward: Any
+    resume: bool
+
+
+def read_evaluations(folder: Path) -> list[Evaluation]:
+    """What a run has measured so far."""
+    return [_evaluation(row) for row in _rows(folder / "evaluations.jsonl")]
+
+
+def train_sft(config: dict[str, Any]) -> None:
+    """The loop of a Ray Train worker; `config` holds the `SFTJob` as ``job``."""
+    import ray.train
+
+    context = ray.train.get_context()
+    worker = SFTWorker(config["job"], context.get_world_rank(), context.get_world_size())
+    worker.run(ray.train.get_dataset_shard("train"))
+
+
+class SFTWorker(TrainedPolicy):
+    """One rank; the ranks have met already."""
+
+    def __init__(self, job: SFTJob, rank: int, world_size: int) -> None:
+        config = job.config
+        super().__init__(
+            job.model,
+            config.policy.dtype,
+            config.learner,
+            config.rollout.dtype,
+            config.cluster.weight_transport,
+            job.shared_memory,
+            rank,
+            world_size,
+            config.policy.lora,
+            config.seed,
+        )
+        self._job = job
+        self._run = RunFolder(Path(job.folder))
+        self._judge = Judge(job)
+        self._evaluations: list[Evaluation] = []
+
+    def run(self, train: Any) -> None:
+        """Train on a Ray Data iterator of examples until the verdict is to stop."""
+        self.start(None)
+        try:
+            first = self._resume() if self._job.resume else 0
+            if self._stopped():
+                return
+            step = first
+            for step, batch in enumerate(self._batches(train)):
+                if step >= first and self._due(step) and self._evaluate(step):
+                    return
+                if step >= first:
+                    self._train(batch, step)
+            self._evaluate(step + 1)
+        finally:
+            self.shutdown()
+
+    def _stopped(self) -> bool:
+        """Whether an earlier attempt had come to its end."""
+        seen, settings = self._evaluations, self._job.config.stopping
+        return bool(seen) and (verdict(seen, settings).stop or seen[-1].step == self._job.steps)
+
+    def _due(self, step: int) -> bool:
+        seen = self._evaluations[-1].step if self._evaluations else -1
+        return step % self._job.config.stopping.every == 0 and step > seen
+
+    def _batches(self, train: Any) -> Iterator[list[Example]]:
+        settings = self._job.config.sft
+        for epoch in range(settings.epochs):
+            for batch in train.iter_batches(
+                batch_size=settings.batch_conversations,
+                batch_format="pyarrow",
+                local_shuffle_buffer_size=_SHUFFLED,
+                local_shuffle_seed=derive_seed(self._job.config.seed, "sft", epoch) % 2**31,
+            ):
+                yield [
+                    Example(tuple(ids), tuple(learnt))
+                    for ids, learnt in zip(
+                        batch["token_ids"].to_pylist(), batch["learnt"].to_pylist(), strict=True
+                    )
+                ]
+
+    def _train(self, batch: Sequence[Example], step: int) -> None:
+        """One optimiser step on this rank's share of the batch."""
+        assert self._engine is not None
+        started = time.monotonic()
+        totals = [0.0]
+        losses = [self._loss(batch, *share, totals) for share in self._shares(batch)]
+        norm = self._engine.step(losses, step)
+        [loss] = self._summed(totals)
+        if self._rank == 0:
+            row = {
+                "step": step,
+                "loss/train": loss,
+                "losses/gradient_norm": norm,
+                "tokens/step": sum(len(example.token_ids) for example in batch),
+                "tokens/learnt": sum(example.count for example in batch),
+                "time/step_s": time.monotonic() - started,
+            }
+            with (self._run.path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def _shares(self, batch: Sequence[Example]) -> list[tuple[list[Row], float]]:
+        """This rank's micro-batches; each rank gets as many, the last ones without weight."""
+        packing = self._job.config.sft.packing
+        rows = rows_of(batch, packing=packing)
+        chunks = micro_batches(rows, self._settings.micro_batch_tokens, aligned=not packing)
+        mine = [(chunk, 1.0) for chunk in chunks[self._rank :: self._world_size]]
+        while len(mine) < -(-len(chunks) // self._world_size):
+            mine.append((chunks[-1], 0.0))
+        return mine
+
+    def _loss(
+        self, batch: Sequence[Example], rows: list[Row], live: float, totals: list[float]
+    ) -> Callable[[], Tensor]:
+        """A micro-batch's part of the mean loss over learnt tokens, computed when called."""
+        size = BatchSize(len(batch), sum(example.count for example in batch), 1)
+
+        def compute() -> Tensor:
+            assert self._engine is not None
+            aligned = not self._job.config.sft.packing
+            packed = collate(rows, self._tokenizer.pad_id, self._engine.device, aligned=aligned)
+            logprobs_NT = self._engine.run(packed, 1.0)[0]
+            loss = -reduce_tokens(logprobs_NT, live * learnt_mask(batch, packed), "token", size)
+            totals[0] += float(loss.detach())
+            return loss
+
+        return compute
+
+    def _held_out_loss(self) -> float:
+        """Mean over the held-out examples' learnt tokens. A collective."""
+        held_out = self._job.held_out
+        totals = [0.0]
+        with torch.no_grad():
+            for share in self._shares(held_out):
+                self._loss(held_out, *share, totals)()
+        return self._summed(totals)[0]
+
+    def _evaluate(self, step: int) -> bool:
+        """Measure, keep what is best, leave a checkpoint; returns whether to stop. A collective."""
+        loss = self._held_out_loss()
+        version = len(self._evaluations)
+        manifest, probe = self.export_weights(version), self.probe()
+        flags = [0.0, 0.0, 0.0]
+        if self._rank == 0:
+            assert manifest is not None
+            found = self._judge.evaluate(step, loss, manifest, probe)
+            self._evaluations.append(found)
+            said = verdict(self._evaluations, self._job.config.stopping)
+            flags = [said.stop, said.best_by_reward == version, said.best_by_loss == version]
+            self._write_evaluations()
+        else:
+            # Ranks other than the first need to know only how many there were, and where.
+            self._evaluations.append(Evaluation(step, loss, (0.0,), (0.0,)))
+        stop, best_by_reward, best_by_loss = self._summed(flags)
+        if best_by_reward:
+            self.save_policy(str(self._run.path / "policy"))
+        if best_by_loss:
+            self.save_policy(str(self._run.path / "policy-by-loss"))
+        self._checkpoint(step)
+        return bool(stop)
+
+    def _write_evaluations(self) -> None:
+        text = "".join(json.dumps(asdict(each)) + "\n" for each in self._evaluations)
+        write_atomically(self._run.path / "evaluations.jsonl", text)
+
+    def _checkpoint(self, step: int) -> None:
+        target = self._run.path / "checkpoints" / f"step-{step:06d}"
+        keep = self._job.config.run.keep_checkpoints
+        with contextlib.ExitStack() as stack:
+            if self._rank == 0:
+                stack.enter_context(self._run.new_checkpoint(step, {}, keep))
+            torch.distributed.barrier()
+            self.save_checkpoint(str(target.with_name(f".{target.name}.part")))
+            torch.distributed.barrier()
+
+    def _resume(self) -> int:
+        """Go on from the newest checkpoint; returns its step."""
+        newest = self._run.newest_checkpoint()
+        step = newest[1]["step"] if newest else 0
+        if newest is not None:
+            self.load_checkpoint(str(newest[0]))
+        seen = read_evaluations(self._run.path) if newest else []
+        self._evaluations = [each for each in seen if each.step <= step]
+        if self._rank == 0:
+            metrics = self._run.path / "metrics.jsonl"
+            kept = [row for row in _rows(metrics) if row["step"] < step]
+            write_atomically(metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        torch.distributed.barrier()
+        return int(step)
+
+    def _summed(self, values: Sequence[float]) -> list[float]:
+        """The sums over ranks."""
+        assert self._engine is not None
+        tensor = torch.tensor(list(map(float, values)), device=self._engine.device)
+        torch.distributed.all_reduce(tensor)
+        return [float(value) for value in tensor]
+
+
+class Judge:
+    """Has the engine answer and the ensemble score; on rank 0."""
+
+    def __init__(self, job: SFTJob) -> None:
+        self._job = job
+        self._timeout_s = job.config.cluster.call_timeout_s
+
+    def evaluate(
+        self, step: int, loss: float, manifest: WeightManifest, probe: Probe
+    ) -> Evaluation:
+        """Answers to every prompt by these weights, scored; before the first step also those of
+        the prompted start policy."""
+        return asyncio.run(self._evaluate(step, loss, manifest, probe))
+
+    async def _evaluate(
+        self, step: int, loss: float, manifest: WeightManifest, probe: Probe
+    ) -> Evaluation:
+        rollout = self._job.rollout
+        await call(rollout.update_weights.remote(manifest, probe), "rollout-0", self._timeout_s)
+        if step == 0 and self._job.prompted:
+            prompted = await self._judged("baseline", self._job.prompted, step, loss, manifest)
+            path = Path(self._job.folder) / "baseline.json"
+            write_atomically(path, json.dumps(asdict(prompted)) + "\n")
+        return await self._judged(f"step-{step:06d}", self._job.prompts, step, loss, manifest)
+
+    async def _judged(
+        self,
+        name: str,
+        prompts: Sequence[Prompt],
+        step: int,
+        loss: float,
+        manifest: WeightManifest,
+    ) -> Evaluation:
+        answers, job = self._job.config.answers, self._job
+        requests = [
+            GroupRequest(
+                prompt,
+                0,
+                (derive_seed(job.config.seed, "answers", prompt.id),),
+                answers.max_tokens,
+                answers.temperature,
+            )
+            for prompt in prompts
+        ]
+        groups: list[Any] = await call(
+            job.rollout.generate.remote(requests, manifest.version, together=True),
+            "rollout-0",
+            self._timeout_s,
+        )
+        _require(groups, RolloutGroup)
+        scores: list[Any] = await call(job.reward.score.remote(groups), "reward-0", self._timeout_s)
+        _require(scores, GroupScores)
+        _write_answers(Path(job.folder) / "answers" / f"{name}.jsonl", groups, scores)
+        return Evaluation(
+            step,
+            loss,
+            tuple(score.rewards_G[0] for score in scores),
+            tuple(score.disagreement_G[0] for score in scores),
+            statistics.fmean(score.domain_shift_G[0] for score in scores),
+            statistics.fmean(group.completions[0].length for group in groups),
+        )
+
+
+def _require(results: Iterable[Any], kind: type) -> None:
+    """Every prompt was checked before training: one that fails now is no bad row but a bug."""
+    for result in results:
+        if not isinstance(result, kind):
+            raise result if isinstance(result, PavlovError) else RunError(str(result))
+
+
+def _write_answers(
+    path: Path, groups: Sequence[RolloutGroup], scores: Sequence[GroupScores]
+) -> None:
+    path.parent.mkdir(exist_ok=True)
+    rows = [
+        {
+            "id": group.prompt.id,
+            "prompt": [asdict(message) for message in group.prompt.messages],
+            "answer": group.completions[0].text,
+            "finished": group.completions[0].finish_reason == "stop",
+            "reward": score.rewards_G[0],
+            "disagreement": score.disagreement_G[0],
+            "domain_shift": score.domain_shift_G[0],
+        }
+        for group, score in zip(groups, scores, strict=True)
+    ]
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _evaluation(row: dict[str, Any]) -> Evaluation:
+    values: Any = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in row.items()
+    }
+    return Evaluation(**values)
