@@ -125,6 +125,24 @@ def sft(
     print(f"done: {folder / 'policy'}")
 
 
+@app.command(epilog="Example: pavlov tune configs/tune_hh_cpu.toml tune.trials=4")
+def tune(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with the trials that are left")
+    ] = False,
+) -> None:
+    """The settings of fine-tuning, chosen by reward."""
+    from rlhf.config import TuneConfig, load_config
+
+    settings = load_config(TuneConfig, config, overrides or [])
+    from trainers.tune import run_tune
+
+    folder = run_tune(settings, config, _console(), resume=resume)
+    print(f"done: {folder / 'policy'}")
+
+
 @app.command(epilog="Example: pavlov rl configs/rl_hh_cpu.toml rl.num_steps=3")
 def rl(
     config: Config,

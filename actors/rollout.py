@@ -84,6 +84,7 @@ class RolloutActor:
         self._since = (time.monotonic(), 0)
         self._holds = 0
         self._updating = asyncio.Lock()
+        self._answering = asyncio.Lock()
         self._updated = asyncio.Event()
         self._engine = self._start_engine(
             str(folder), max_prompt_tokens + max_tokens, gpus, weight_transport, worker_extension
@@ -168,6 +169,19 @@ class RolloutActor:
                 # Before anybody is told: who asks again must not meet this process.
                 os._exit(1)
             raise
+
+    async def answer(
+        self, manifest: WeightManifest, probe: Probe, requests: Sequence[GroupRequest]
+    ) -> list[RolloutGroup | GenerationError]:
+        """Take a version and sample with it, before another trainer's version comes: for those who
+        share an engine.
+
+        Raises:
+            WeightUpdateError: as `update_weights`.
+        """
+        async with self._answering:
+            await self.update_weights(manifest, probe)
+            return await self.generate(requests, manifest.version, together=True)
 
     async def _admit(self, request: GroupRequest) -> Any:
         from vllm import SamplingParams

@@ -270,50 +270,45 @@ class Judge:
     async def _evaluate(
         self, step: int, loss: float, manifest: WeightManifest, probe: Probe
     ) -> Evaluation:
-        rollout = self._job.rollout
-        await call(rollout.update_weights.remote(manifest, probe), "rollout-0", self._timeout_s)
-        if step == 0 and self._job.prompted:
-            prompted = await self._judged("baseline", self._job.prompted, step, loss, manifest)
-            path = Path(self._job.folder) / "baseline.json"
-            write_atomically(path, json.dumps(asdict(prompted)) + "\n")
-        return await self._judged(f"step-{step:06d}", self._job.prompts, step, loss, manifest)
-
-    async def _judged(
-        self,
-        name: str,
-        prompts: Sequence[Prompt],
-        step: int,
-        loss: float,
-        manifest: WeightManifest,
-    ) -> Evaluation:
-        answers, job = self._job.config.answers, self._job
-        requests = [
-            GroupRequest(
-                prompt,
-                0,
-                (derive_seed(job.config.seed, "answers", prompt.id),),
-                answers.max_tokens,
-                answers.temperature,
-            )
-            for prompt in prompts
-        ]
+        job = self._job
+        prompted = job.prompted if step == 0 else ()
         groups: list[Any] = await call(
-            job.rollout.generate.remote(requests, manifest.version, together=True),
+            job.rollout.answer.remote(
+                manifest, probe, [self._request(prompt) for prompt in (*job.prompts, *prompted)]
+            ),
             "rollout-0",
             self._timeout_s,
         )
         _require(groups, RolloutGroup)
         scores: list[Any] = await call(job.reward.score.remote(groups), "reward-0", self._timeout_s)
         _require(scores, GroupScores)
-        _write_answers(Path(job.folder) / "answers" / f"{name}.jsonl", groups, scores)
-        return Evaluation(
-            step,
-            loss,
-            tuple(score.rewards_G[0] for score in scores),
-            tuple(score.disagreement_G[0] for score in scores),
-            statistics.fmean(score.domain_shift_G[0] for score in scores),
-            statistics.fmean(group.completions[0].length for group in groups),
-        )
+        folder, count = Path(job.folder), len(job.prompts)
+        if prompted:
+            found = _judged(step, loss, groups[count:], scores[count:])
+            _write_answers(folder / "answers" / "baseline.jsonl", groups[count:], scores[count:])
+            write_atomically(folder / "baseline.json", json.dumps(asdict(found)) + "\n")
+        path = folder / "answers" / f"step-{step:06d}.jsonl"
+        _write_answers(path, groups[:count], scores[:count])
+        return _judged(step, loss, groups[:count], scores[:count])
+
+    def _request(self, prompt: Prompt) -> GroupRequest:
+        config = self._job.config
+        seed = derive_seed(config.seed, "answers", prompt.id)
+        answers = config.answers
+        return GroupRequest(prompt, 0, (seed,), answers.max_tokens, answers.temperature)
+
+
+def _judged(
+    step: int, loss: float, groups: Sequence[RolloutGroup], scores: Sequence[GroupScores]
+) -> Evaluation:
+    return Evaluation(
+        step,
+        loss,
+        tuple(score.rewards_G[0] for score in scores),
+        tuple(score.disagreement_G[0] for score in scores),
+        statistics.fmean(score.domain_shift_G[0] for score in scores),
+        statistics.fmean(group.completions[0].length for group in groups),
+    )
 
 
 def _require(results: Iterable[Any], kind: type) -> None:

@@ -68,17 +68,17 @@ def run_sft(
     tokenizer = ChatTokenizer(resolve_model(model))
     reward = resolve_reward_model(config.reward.model)
     RewardModel.load(reward)
-    train, held_out, shown = teaching(config, tokenizer, console)
-    prompts, prompted = asked(config, tokenizer, shown, {c.first_user_turn for c in shown}, console)
+    train, held_out, shown, taught = teaching(config, tokenizer, console)
+    prompts = asked(config, tokenizer, taught, console)
     folder = RunFolder.claim(folder_path, config.model_dump(mode="json"), resume=resume)
     try:
         data = folder.path / "examples.parquet"
         write_examples(train, data)
-        steps = config.sft.epochs * math.ceil(len(train) / config.sft.batch_conversations)
+        steps = steps_of(config, len(train))
         with ray_session(folder.path.name, num_cpus=usable_cores()) as namespace:
             console.print(f"run {folder.path}  namespace {namespace}")
             memory = shared_memory_folder(namespace)
-            engine, ensemble = _start(config, model, reward, namespace, memory, console)
+            engine, ensemble = start_judges(config, model, reward, namespace, memory, console)
             job = SFTJob(
                 config,
                 model,
@@ -86,7 +86,7 @@ def run_sft(
                 str(memory),
                 held_out,
                 prompts,
-                prompted,
+                prompted(config, prompts, shown),
                 steps,
                 engine,
                 ensemble,
@@ -102,9 +102,9 @@ def run_sft(
 
 def teaching(
     config: SFTConfig, tokenizer: ChatTokenizer, console: Console
-) -> tuple[list[Example], list[Example], list[Conversation]]:
-    """What is learnt, what the loss is measured on, and conversations for the baseline's examples;
-    what was left out is said.
+) -> tuple[list[Example], list[Example], list[Conversation], set[str]]:
+    """What is learnt, what the loss is measured on, conversations for the baseline's examples, and
+    what those to learn from open with; what was left out is said.
 
     Raises:
         DataError: nothing is left to learn from, or to measure on.
@@ -155,20 +155,22 @@ def teaching(
         f"{sum(len(e.token_ids) for e in train)}; loss on {len(held)} others"
     )
     shown = [c for c, _ in kept if c.first_user_turn not in measured and len(c.messages) == 2]
-    return train, held, shown
+    taught = {c.first_user_turn for c, _ in kept} - measured
+    return train, held, shown, taught
 
 
 def asked(
     config: SFTConfig,
     tokenizer: ChatTokenizer,
-    shown: Sequence[Conversation],
     taught: set[str],
     console: Console,
-) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts that are answered on the way, and the same with the baseline's prompting.
+    *,
+    more: int = 0,
+) -> list[Prompt]:
+    """The prompts that are answered on the way: `answers.limit` of them, and `more` behind.
 
     Raises:
-        DataError: fewer than two are left.
+        DataError: fewer than two are left, or less than `more` behind them.
     """
     settings = config.answers
     found, reports = read_prompts([data_path(path) for path in settings.prompts])
@@ -186,23 +188,34 @@ def asked(
             taught_too += 1
         elif fits:
             kept.append(prompt)
-        if len(kept) == settings.limit:
+        if len(kept) == settings.limit + more:
             break
     if taught_too:
         console.print(f"left out: {taught_too} prompts that conversations to learn from open with")
-    if len(kept) < 2:
+    if len(kept) < 2 or (more and len(kept) < settings.limit + more):
         raise DataError(
             f"{len(kept)} of the {len(found)} prompts of answers.prompts can be answered: at least "
-            "2 are needed; give others than the conversations', or a larger "
-            "answers.max_prompt_tokens"
+            f"{settings.limit + more if more else 2} are needed; give others than the "
+            "conversations', or a larger answers.max_prompt_tokens"
         )
+    return kept
+
+
+def prompted(
+    config: SFTConfig, prompts: Sequence[Prompt], shown: Sequence[Conversation]
+) -> list[Prompt]:
+    """The same prompts with the baseline's system turn and examples before them."""
     system = Message("system", config.baseline.system)
     shots = tuple(m for c in shown[: config.baseline.shots] for m in c.messages)
-    prompted = [
+    return [
         Prompt(prompt.id, (system, *shots, *(m for m in prompt.messages if m.role != "system")))
-        for prompt in kept
+        for prompt in prompts
     ]
-    return kept, prompted
+
+
+def steps_of(config: SFTConfig, examples: int) -> int:
+    """Optimiser steps that training on so many examples may take."""
+    return config.sft.epochs * math.ceil(examples / config.sft.batch_conversations)
 
 
 def write_examples(examples: Sequence[Example], path: Path) -> None:
@@ -218,7 +231,7 @@ def write_examples(examples: Sequence[Example], path: Path) -> None:
     beside.rename(path)
 
 
-def _start(
+def start_judges(
     config: SFTConfig, model: str, reward: Path, run: str, memory: Path, console: Console
 ) -> tuple[Any, Any]:
     """The engine that answers and the ensemble that scores."""
@@ -265,14 +278,14 @@ def _train(job: SFTJob, data: Path, console: Console) -> None:
     """Ray Train, and beside it a line for every evaluation."""
     failures: list[BaseException] = []
 
-    def fit() -> None:
+    def train() -> None:
         try:
-            _fit(job, data)
+            fit(job, data)
         except BaseException as error:
             failures.append(error)
 
     folder, config = Path(job.folder), job.config
-    thread = threading.Thread(target=fit, daemon=True)
+    thread = threading.Thread(target=train, daemon=True)
     said = len(read_evaluations(folder)) if job.resume else 0
     done = 0
     with Progressing(console, "sft", job.steps) as progress:
@@ -303,7 +316,13 @@ def _line(evaluations: Sequence[Evaluation], config: SFTConfig) -> str:
     )
 
 
-def _fit(job: SFTJob, data: Path) -> None:
+def fit(job: SFTJob, data: Path) -> None:
+    """Train by Ray Train on the examples in a file; the run folder has what came of it.
+
+    Raises:
+        PavlovError: as a worker raised it.
+        RunError: anything else that ended training.
+    """
     import ray.data
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer

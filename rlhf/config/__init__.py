@@ -7,7 +7,7 @@
 | `ensemble.py` | pairs, the reward model's members |
 | `actors.py` | models, optimiser, engine, placement |
 | `runs.py` | a configuration for each command: `RLConfig`, `RewardConfig`, `DemoConfig` |
-| `sft.py` | supervised fine-tuning: `SFTConfig` |
+| `sft.py`, `tune.py` | supervised fine-tuning and its search: `SFTConfig`, `TuneConfig` |
 | `reading.py` | files, overrides, and what is said of a wrong one |
 
 One root class a command. A sentence stands under every field; limits stand in the types; validators
@@ -74,6 +74,7 @@ from rlhf.config.sft import (
     SFTSection,
     StoppingSection,
 )
+from rlhf.config.tune import TuneConfig, TuneSection
 
 __all__ = [
     "AlgorithmSettings",
@@ -128,6 +129,8 @@ __all__ = [
     "StoppingSection",
     "TopMembers",
     "TrainedMembers",
+    "TuneConfig",
+    "TuneSection",
     "data_path",
     "known_keys",
     "load_config",

@@ -190,3 +190,49 @@ def test_what_cannot_be_is_one_sentence_and_leaves_nothing(
     assert process.returncode == 2
     assert said in errors and len(errors.strip().splitlines()) == 1, errors
     assert not (runs.folder / "refused").exists()
+
+
+def test_a_search_that_is_killed_goes_on_without_repeating_what_is_finished(runs: Runs) -> None:
+    search = (
+        *("tune.trials=3", "tune.batch_conversations=[8]", "tune.lora_rank=[0, 2]"),
+        *("tune.learning_rate=[1e-4, 1e-2]", "tune.final_prompts=2", "answers.limit=4"),
+        *("stopping.every=2", "tune.grace=1", "run.dir=search"),
+    )
+
+    def start(*more: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "pavlov.py", "tune", str(runs.config), *search, *more],
+            cwd=ROOT,
+            env={**os.environ, "PAVLOV_RUNS": str(runs.folder)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        runs.started.append(process)
+        return process
+
+    before = shared_memory()
+    process = start()
+    trials = runs.folder / "search" / "trials"
+    deadline = time.monotonic() + 300
+    while not list(trials.glob("*/finished.json")):
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < deadline, "no trial within 300 s"
+        time.sleep(0.1)
+    started = below(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert_nothing_left(started, before)
+    done = {path: path.stat().st_mtime_ns for path in trials.glob("*/finished.json")}
+    process = start("--resume")
+    printed, errors = process.communicate(timeout=500)
+    assert process.returncode == 0, errors
+    assert f"{len(done)} trials are there already" in printed
+    assert all(path.stat().st_mtime_ns == at for path, at in done.items())
+    summary = json.loads((runs.folder / "search" / "summary.json").read_text())
+    objectives = {t["trial"]["number"]: t["objective"] for t in summary["trials"]}
+    assert sorted(objectives) == [0, 1, 2]
+    assert summary["winner"]["objective"] == max(objectives.values())
+    assert summary["low"] <= summary["difference"] <= summary["high"]
+    assert (runs.folder / "search" / "policy" / "model.safetensors").is_file()
+    assert (runs.folder / "search" / "trials.png").stat().st_size > 3000

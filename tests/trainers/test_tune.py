@@ -1,0 +1,63 @@
+"""What a search tries, without trying it."""
+
+import math
+from typing import Any
+
+import pytest
+
+from rlhf.config import TuneConfig, parse_config
+from rlhf.errors import ConfigError
+from trainers.tune import drawn, settings_of
+
+
+def config(**tune: Any) -> TuneConfig:
+    values = {
+        "seed": 3,
+        "data": {"conversations": ["c"]},
+        "reward": {"model": "r"},
+        "answers": {"prompts": ["p"]},
+        "learner": {"learning_rate": 0.5, "warmup_steps": 4},
+        "tune": tune,
+    }
+    return parse_config(TuneConfig, values, "test")
+
+
+def test_rates_are_spread_over_their_decades_one_in_each_part():
+    trials = drawn(config(trials=8, learning_rate=[1e-6, 1e-2]))
+    parts = sorted(math.floor((math.log10(t.learning_rate) + 6) / 4 * 8) for t in trials)
+    assert parts == list(range(8))
+    assert [trial.number for trial in trials] == list(range(8))
+
+
+def test_trials_follow_from_the_seed_so_that_a_search_can_go_on():
+    settings = config(trials=5, lora_rank=[0, 8], batch_conversations=[4, 8], epochs=[1, 2])
+    assert drawn(settings) == drawn(settings)
+    assert drawn(settings) != drawn(settings.model_copy(update={"seed": 4}))
+    assert {trial.lora_rank for trial in drawn(config(trials=40, lora_rank=[0, 8]))} == {0, 8}
+
+
+def test_a_trial_is_the_configuration_with_its_own_settings():
+    settings = config(trials=6, lora_rank=[8], batch_conversations=[4], epochs=[2])
+    trial = drawn(settings)[0]
+    found = settings_of(settings, trial)
+    assert found.learner.learning_rate == trial.learning_rate
+    assert found.learner.warmup_steps == 4
+    assert (found.sft.epochs, found.sft.batch_conversations) == (2, 4)
+    assert found.policy.lora is not None
+    assert (found.policy.lora.rank, found.policy.lora.alpha) == (8, 16)
+    plain = config(trials=2, lora_rank=[0])
+    assert settings_of(plain, drawn(plain)[0]).policy.lora is None
+
+
+@pytest.mark.parametrize(
+    ("tune", "said"),
+    [
+        ({"learning_rate": [1e-3, 1e-4]}, "the first must be the smaller"),
+        ({"trials": 1}, "tune.trials = 1"),
+        ({"epochs": []}, "tune.epochs = []"),
+    ],
+)
+def test_a_search_that_is_none_is_refused(tune, said):
+    with pytest.raises(ConfigError) as refused:
+        config(**tune)
+    assert said in str(refused.value)

@@ -1,0 +1,419 @@
+"""`pavlov tune`: the settings of fine-tuning, chosen by the reward of what the model then says.
+
+Each trial is a run of `pavlov sft` in a folder of its own below ``trials/``; all share one engine
+and one ensemble. The settings follow from the seed, so that a search that was interrupted goes on
+with the trials that are left. Successive halving (Li et al., 2020, A System for Massively Parallel
+Hyperparameter Tuning) ends those that fall behind. A trial's objective is the best mean *lower
+reward* of its evaluations: reward less disagreement. Being chosen on them makes it look better than
+it is; therefore the winner meets the median trial on prompts that no trial saw.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import statistics
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray.tune import Callback
+from rich.console import Console
+from rich.table import Table
+
+from actors.sft_worker import Judge, SFTJob, read_evaluations
+from cluster.files import RunFolder, folder_beside, resolve_run_folder, write_atomically
+from cluster.layout import usable_cores
+from cluster.session import hold_shared_memory, ray_session, shared_memory_folder
+from cluster.weights import WeightManifest, WeightSender, make_sender
+from cluster.weights.probe import PROBE_TEXT, Probe
+from models.chat import ChatTokenizer
+from models.loading import load_causal_model
+from models.logprobs import TokenLogprobs, reply_logprobs
+from models.precision import resolve_dtype
+from models.reward_model import RewardModel
+from models.sources import portable_name, resolve_model, resolve_reward_model
+from models.weight_files import read_weights
+from rlhf.config import LoRASection, SFTConfig, TuneConfig
+from rlhf.errors import RunError
+from rlhf.seeding import derive_seed
+from rlhf.statistics import paired_interval
+from rlhf.stopping import Evaluation
+from trainers.recording import Progressing
+from trainers.sft import asked, fit, start_judges, steps_of, teaching, write_examples
+
+_DONE = "finished.json"
+_LOOK_EVERY_S = 0.5
+_TRIAL_CPUS = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What one trial tries."""
+
+    number: int
+    learning_rate: float
+    epochs: int
+    batch_conversations: int
+    lora_rank: int
+
+    @property
+    def sentence(self) -> str:
+        """Its settings in one line."""
+        adapter = f", rank {self.lora_rank}" if self.lora_rank else ""
+        return (
+            f"rate {self.learning_rate:.2g}, {self.epochs} epochs, batch "
+            f"{self.batch_conversations}{adapter}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a trial."""
+
+    trial: Trial
+    objective: float
+    best_step: int
+    reward: float
+    disagreement: float
+    steps: int
+    ended: str
+
+
+def run_tune(
+    config: TuneConfig, config_path: Path, console: Console, *, resume: bool = False
+) -> Path:
+    """Search; returns the run folder, with the winner in ``policy/``.
+
+    Everything that the user may have got wrong is checked before the folder is claimed and before
+    any actor starts.
+    """
+    started = time.monotonic()
+    folder_path = resolve_run_folder(config.run.dir, config_path)
+    model = portable_name(config.policy.model)
+    tokenizer = ChatTokenizer(resolve_model(model))
+    reward = resolve_reward_model(config.reward.model)
+    RewardModel.load(reward)
+    train, held_out, _, taught = teaching(config, tokenizer, console)
+    prompts = asked(config, tokenizer, taught, console, more=config.tune.final_prompts)
+    searched, unseen = prompts[: config.answers.limit], prompts[config.answers.limit :]
+    folder = RunFolder.claim(folder_path, config.model_dump(mode="json"), resume=resume)
+    try:
+        data = folder.path / "examples.parquet"
+        write_examples(train, data)
+        with ray_session(folder.path.name, num_cpus=usable_cores()) as namespace:
+            console.print(f"run {folder.path}  namespace {namespace}")
+            trials = drawn(config)
+            left = [t for t in trials if not (_folder(folder.path, t) / _DONE).is_file()]
+            if len(left) < len(trials):
+                console.print(f"{len(trials) - len(left)} trials are there already")
+            memory = shared_memory_folder(namespace)
+            engine, ensemble = start_judges(config, model, reward, namespace, memory, console)
+            shared = SFTJob(
+                config,
+                model,
+                str(folder.path),
+                str(memory),
+                held_out,
+                searched,
+                (),
+                0,
+                engine,
+                ensemble,
+                resume=False,
+            )
+            if left:
+                _search(config, left, shared, data, len(train), console)
+            outcomes = [_outcome(folder.path, trial, config) for trial in trials]
+            summary = _final(config, replace(shared, prompts=unseen), outcomes, console)
+        summary["wall_s"] = round(time.monotonic() - started, 1)
+        write_atomically(folder.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        _show(outcomes, summary, folder.path, console)
+    finally:
+        folder.release()
+    return folder.path
+
+
+def drawn(config: TuneConfig) -> list[Trial]:
+    """The trials, which follow from the seed: rates evenly spread in their logarithm, one in each
+    of as many parts of the range as there are trials, choices at random."""
+    draw = random.Random(derive_seed(config.seed, "tune"))
+    settings, count = config.tune, config.tune.trials
+    low, high = (math.log(rate) for rate in settings.learning_rate)
+    parts = list(range(count))
+    draw.shuffle(parts)
+    return [
+        Trial(
+            number,
+            math.exp(low + (high - low) * (part + draw.random()) / count),
+            draw.choice(settings.epochs),
+            draw.choice(settings.batch_conversations),
+            draw.choice(settings.lora_rank),
+        )
+        for number, part in enumerate(parts)
+    ]
+
+
+def settings_of(config: TuneConfig, trial: Trial) -> SFTConfig:
+    """The configuration that `pavlov sft` would run the trial by."""
+    values = config.model_dump(exclude={"tune"})
+    values["learner"]["learning_rate"] = trial.learning_rate
+    values["sft"] |= {"epochs": trial.epochs, "batch_conversations": trial.batch_conversations}
+    if trial.lora_rank:
+        alpha = 2 * trial.lora_rank
+        values["policy"]["lora"] = LoRASection(rank=trial.lora_rank, alpha=alpha).model_dump()
+    values["run"]["keep_checkpoints"] = 1
+    return SFTConfig.model_validate(values)
+
+
+def _folder(run: Path, trial: Trial) -> Path:
+    return run / "trials" / f"{trial.number:03d}"
+
+
+def _search(
+    config: TuneConfig,
+    trials: Sequence[Trial],
+    shared: SFTJob,
+    data: Path,
+    examples: int,
+    console: Console,
+) -> None:
+    """All trials that are left, by Ray Tune; each leaves a mark when it has come to its end."""
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+
+    run = Path(shared.folder)
+    penalty = config.stopping.disagreement_penalty
+
+    def attempt(choice: dict[str, Any]) -> None:
+        """One trial, in a process of Tune's own."""
+        trial: Trial = choice["trial"]
+        folder = _folder(run, trial)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        settings = settings_of(config, trial)
+        job = replace(
+            shared,
+            config=settings,
+            folder=str(folder),
+            shared_memory=f"{shared.shared_memory}-trial-{trial.number}",
+            steps=steps_of(settings, examples),
+        )
+        failures: list[BaseException] = []
+
+        def train() -> None:
+            try:
+                fit(job, data)
+            except BaseException as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=train, daemon=True)
+        thread.start()
+        told = 0
+        while True:
+            over = not thread.is_alive()
+            evaluations = read_evaluations(folder)
+            for place in range(told, len(evaluations)):
+                found = _best(evaluations[: place + 1], penalty)
+                tune.report({"objective": found[0], "evaluation": place})
+            told = len(evaluations)
+            if over:
+                break
+            thread.join(_LOOK_EVERY_S)
+        if failures:
+            raise failures[0]
+
+    with Progressing(console, "trials", len(trials)) as progress:
+        tuner = tune.Tuner(
+            tune.with_resources(attempt, {"CPU": _TRIAL_CPUS}),
+            param_space={"trial": tune.grid_search(list(trials))},
+            tune_config=tune.TuneConfig(
+                metric="objective",
+                mode="max",
+                max_concurrent_trials=config.tune.concurrent,
+                scheduler=ASHAScheduler(
+                    time_attr="evaluation",
+                    max_t=10**6,
+                    grace_period=config.tune.grace,
+                    reduction_factor=config.tune.reduction,
+                ),
+            ),
+            run_config=tune.RunConfig(
+                name="search",
+                storage_path=str(run / ".tune"),
+                verbose=0,
+                callbacks=[Marking(run, config, progress)],
+            ),
+        )
+        results = tuner.fit()
+    shutil.rmtree(run / ".tune", ignore_errors=True)
+    if results.errors:
+        raise RunError(f"a trial failed: {str(results.errors[0]).strip().splitlines()[-1]}")
+
+
+class Marking(Callback):
+    """What Tune calls when a trial is over: it is marked, and said."""
+
+    def __init__(self, run: Path, config: TuneConfig, progress: Progressing) -> None:
+        self._run, self._config = run, config
+        self._progress: Progressing | None = progress
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune keeps a copy of the search on disk; a terminal cannot be.
+        return {**self.__dict__, "_progress": None}
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+        """See `ray.tune.Callback`."""
+        done: Trial = trial.config["trial"]
+        folder = _folder(self._run, done)
+        outcome = _outcome(self._run, done, self._config)
+        mark = json.dumps({**asdict(done), "steps": outcome.steps})
+        write_atomically(folder / _DONE, mark + "\n")
+        # 2 GB a trial.
+        for large in ("checkpoints", "policy-by-loss"):
+            shutil.rmtree(folder / large, ignore_errors=True)
+        if self._progress is not None:
+            self._progress.advance(note=f"{done.sentence}: objective {outcome.objective:+.3f}")
+
+
+def _best(evaluations: Sequence[Evaluation], penalty: float) -> tuple[float, Evaluation]:
+    """The largest mean lower reward, and where."""
+    means = [statistics.fmean(each.lower_P(penalty)) for each in evaluations]
+    return max(means), evaluations[means.index(max(means))]
+
+
+def _outcome(run: Path, trial: Trial, config: TuneConfig) -> Outcome:
+    folder = _folder(run, trial)
+    evaluations = read_evaluations(folder)
+    if not evaluations:
+        raise RunError(f"trial {trial.number} left no evaluation in {folder}; resume to try again")
+    objective, best = _best(evaluations, config.stopping.disagreement_penalty)
+    steps = evaluations[-1].step
+    return Outcome(
+        trial,
+        objective,
+        best.step,
+        best.reward,
+        best.disagreement,
+        steps,
+        "behind or no rise" if steps % config.stopping.every == 0 else "at the end of the data",
+    )
+
+
+def _final(
+    config: TuneConfig, job: SFTJob, outcomes: Sequence[Outcome], console: Console
+) -> dict[str, Any]:
+    """The winner against the median trial on prompts that the search did not see."""
+    run = Path(job.folder)
+    ranked = sorted(outcomes, key=lambda outcome: -outcome.objective)
+    winner, median = ranked[0], ranked[len(ranked) // 2]
+    memory = Path(f"{job.shared_memory}-final")
+    held = hold_shared_memory(memory)
+    sender = make_sender(config.cluster.weight_transport, memory)
+    found: list[Evaluation] = []
+    try:
+        for version, outcome in enumerate((winner, median)):
+            console.print(f"trial {outcome.trial.number} answers {len(job.prompts)} prompts")
+            policy = _folder(run, outcome.trial) / "policy"
+            manifest, probe = _published(config, policy, sender, version)
+            folder = run / "final" / f"{outcome.trial.number:03d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            judge = Judge(replace(job, folder=str(folder)))
+            found.append(judge.evaluate(outcome.best_step, math.nan, manifest, probe))
+    finally:
+        sender.close()
+        held.release()
+        shutil.rmtree(memory, ignore_errors=True)
+    pairs = zip(found[0].rewards_P, found[1].rewards_P, strict=True)
+    mean, low, high = paired_interval([a - b for a, b in pairs])
+    with folder_beside(run / "policy") as beside:
+        shutil.copytree(_folder(run, winner.trial) / "policy", beside, dirs_exist_ok=True)
+    return {
+        "winner": asdict(winner),
+        "median": asdict(median),
+        "prompts": len(job.prompts),
+        "reward_winner": found[0].reward,
+        "reward_median": found[1].reward,
+        "difference": mean,
+        "low": low,
+        "high": high,
+        "trials": [asdict(outcome) for outcome in outcomes],
+    }
+
+
+def _published(
+    config: TuneConfig, policy: Path, sender: WeightSender, version: int
+) -> tuple[WeightManifest, Probe]:
+    """A policy on disk as an engine takes it."""
+    dtype = resolve_dtype(config.rollout.dtype)
+    tokenizer = ChatTokenizer(policy)
+    token_ids = tokenizer.reply_ids(PROBE_TEXT, finished=False)
+    [logprobs] = reply_logprobs(
+        TokenLogprobs(load_causal_model(policy, dtype)),
+        [token_ids[:1]],
+        [token_ids[1:]],
+        temperature=1.0,
+        pad_id=tokenizer.pad_id,
+        budget_tokens=config.learner.micro_batch_tokens,
+    )
+    wire = getattr(torch, dtype)
+    tensors = ((name, tensor.to(wire)) for name, tensor in read_weights(policy))
+    return sender.prepare(version, tensors), Probe(token_ids, logprobs)
+
+
+def _show(
+    outcomes: Sequence[Outcome], summary: dict[str, Any], run: Path, console: Console
+) -> None:
+    table = Table(title=f"{len(outcomes)} trials, best first")
+    for column in ("trial", "settings", "objective", "reward", "disagreement", "best at", "ended"):
+        table.add_column(column)
+    for outcome in sorted(outcomes, key=lambda outcome: -outcome.objective):
+        table.add_row(
+            str(outcome.trial.number),
+            outcome.trial.sentence,
+            f"{outcome.objective:+.3f}",
+            f"{outcome.reward:+.3f}",
+            f"{outcome.disagreement:.3f}",
+            f"step {outcome.best_step}",
+            f"step {outcome.steps}, {outcome.ended}",
+        )
+    console.print(table)
+    console.print(
+        f"on {summary['prompts']} prompts that no trial saw the winner is "
+        f"{summary['difference']:+.3f} [{summary['low']:+.3f}, {summary['high']:+.3f}] above the "
+        "median trial"
+    )
+    draw(outcomes, run / "trials.png")
+    console.print(f"all trials: {run / 'trials.png'}", markup=False)
+
+
+def draw(outcomes: Sequence[Outcome], path: Path) -> None:
+    """Objective over learning rate, a mark a trial."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6, 4))
+    for outcome in outcomes:
+        axis.scatter(outcome.trial.learning_rate, outcome.objective, color="tab:blue")
+        axis.annotate(
+            str(outcome.trial.number),
+            (outcome.trial.learning_rate, outcome.objective),
+            textcoords="offset points",
+            xytext=(4, 4),
+            fontsize=8,
+        )
+    axis.set_xscale("log")
+    axis.set_xlabel("learning rate")
+    axis.set_ylabel("reward less disagreement, best evaluation")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
