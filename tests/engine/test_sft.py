@@ -192,6 +192,7 @@ def test_what_cannot_be_is_one_sentence_and_leaves_nothing(
     assert not (runs.folder / "refused").exists()
 
 
+@pytest.mark.slow
 def test_a_search_that_is_killed_goes_on_without_repeating_what_is_finished(runs: Runs) -> None:
     search = (
         *("tune.trials=3", "tune.batch_conversations=[8]", "tune.lora_rank=[0, 2]"),
