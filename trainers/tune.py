@@ -22,29 +22,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from ray.tune import Callback
 from rich.console import Console
 from rich.table import Table
 
-from actors.sft_worker import Judge, SFTJob, read_evaluations
+from actors.sft_worker import SFTJob, read_evaluations
 from cluster.files import RunFolder, folder_beside, resolve_run_folder, write_atomically
 from cluster.layout import usable_cores
-from cluster.session import hold_shared_memory, ray_session, shared_memory_folder
-from cluster.weights import WeightManifest, WeightSender, make_sender
-from cluster.weights.probe import PROBE_TEXT, Probe
+from cluster.session import ray_session, shared_memory_folder
 from models.chat import ChatTokenizer
-from models.loading import load_causal_model
-from models.logprobs import TokenLogprobs, reply_logprobs
-from models.precision import resolve_dtype
 from models.reward_model import RewardModel
 from models.sources import portable_name, resolve_model, resolve_reward_model
-from models.weight_files import read_weights
 from rlhf.config import LoRASection, SFTConfig, TuneConfig
 from rlhf.errors import RunError
 from rlhf.seeding import derive_seed
 from rlhf.statistics import paired_interval
 from rlhf.stopping import Evaluation
+from trainers.comparing import side_by_side
 from trainers.recording import Progressing
 from trainers.sft import asked, fit, start_judges, steps_of, teaching, write_examples
 
@@ -313,23 +307,11 @@ def _final(
     run = Path(job.folder)
     ranked = sorted(outcomes, key=lambda outcome: -outcome.objective)
     winner, median = ranked[0], ranked[len(ranked) // 2]
-    memory = Path(f"{job.shared_memory}-final")
-    held = hold_shared_memory(memory)
-    sender = make_sender(config.cluster.weight_transport, memory)
-    found: list[Evaluation] = []
-    try:
-        for version, outcome in enumerate((winner, median)):
-            console.print(f"trial {outcome.trial.number} answers {len(job.prompts)} prompts")
-            policy = _folder(run, outcome.trial) / "policy"
-            manifest, probe = _published(config, policy, sender, version)
-            folder = run / "final" / f"{outcome.trial.number:03d}"
-            folder.mkdir(parents=True, exist_ok=True)
-            judge = Judge(replace(job, folder=str(folder)))
-            found.append(judge.evaluate(outcome.best_step, math.nan, manifest, probe))
-    finally:
-        sender.close()
-        held.release()
-        shutil.rmtree(memory, ignore_errors=True)
+    console.print(
+        f"trials {winner.trial.number} and {median.trial.number} answer {len(job.prompts)} prompts"
+    )
+    policies = [_folder(run, outcome.trial) / "policy" for outcome in (winner, median)]
+    found = side_by_side(job, policies, run / "final")
     pairs = zip(found[0].rewards_P, found[1].rewards_P, strict=True)
     mean, low, high = paired_interval([a - b for a, b in pairs])
     with folder_beside(run / "policy") as beside:
@@ -345,26 +327,6 @@ def _final(
         "high": high,
         "trials": [asdict(outcome) for outcome in outcomes],
     }
-
-
-def _published(
-    config: TuneConfig, policy: Path, sender: WeightSender, version: int
-) -> tuple[WeightManifest, Probe]:
-    """A policy on disk as an engine takes it."""
-    dtype = resolve_dtype(config.rollout.dtype)
-    tokenizer = ChatTokenizer(policy)
-    token_ids = tokenizer.reply_ids(PROBE_TEXT, finished=False)
-    [logprobs] = reply_logprobs(
-        TokenLogprobs(load_causal_model(policy, dtype)),
-        [token_ids[:1]],
-        [token_ids[1:]],
-        temperature=1.0,
-        pad_id=tokenizer.pad_id,
-        budget_tokens=config.learner.micro_batch_tokens,
-    )
-    wire = getattr(torch, dtype)
-    tensors = ((name, tensor.to(wire)) for name, tensor in read_weights(policy))
-    return sender.prepare(version, tensors), Probe(token_ids, logprobs)
 
 
 def _show(
