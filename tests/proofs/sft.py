@@ -165,8 +165,8 @@ def search(folder: Path) -> dict[str, Any]:
 
 
 def chain(folder: Path) -> dict[str, Any]:
-    """`sft`, `reward`, `rl` as documented: the fine-tuned policy is start and reference of RL, whose
-    first step is at its reference and whose reward rises from there.
+    """`sft`, `reward`, `rl` as documented: the fine-tuned policy is start and reference of RL,
+    whose first step is at its reference and whose reward rises from there.
     """
     reward = judge(folder)
     tuned = folder.parent / "curves" / "run" / "policy"
