@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from actors.policy import TrainedPolicy
 from actors.rollout import GroupRequest
-from cluster.files import RunFolder, write_atomically
+from cluster.files import RunFolder, folder_beside, write_atomically
 from cluster.spawn import call
 from cluster.weights import WeightManifest
 from cluster.weights.probe import Probe
@@ -159,8 +161,9 @@ class SFTWorker(TrainedPolicy):
     def _shares(self, batch: Sequence[Example]) -> list[tuple[list[Row], float]]:
         """This rank's micro-batches; each rank gets as many, the last ones without weight."""
         packing = self._job.config.sft.packing
-        rows = rows_of(batch, packing=packing)
-        chunks = micro_batches(rows, self._settings.micro_batch_tokens, aligned=not packing)
+        budget = self._settings.micro_batch_tokens
+        rows = rows_of(batch, packing=packing, budget_tokens=budget)
+        chunks = micro_batches(rows, budget, aligned=not packing)
         mine = [(chunk, 1.0) for chunk in chunks[self._rank :: self._world_size]]
         while len(mine) < -(-len(chunks) // self._world_size):
             mine.append((chunks[-1], 0.0))
@@ -193,39 +196,57 @@ class SFTWorker(TrainedPolicy):
         return self._summed(totals)[0]
 
     def _evaluate(self, step: int) -> bool:
-        """Measure, keep what is best, leave a checkpoint; returns whether to stop. A collective."""
+        """Measure, keep what is best, leave a checkpoint; returns whether to stop. A collective.
+
+        The policy is written aside, the checkpoint holds the evaluations, and only then is the
+        policy given its name and the evaluation shown: who is killed in between loses the last
+        evaluation and nothing else.
+        """
         loss = self._held_out_loss()
         version = len(self._evaluations)
         manifest, probe = self.export_weights(version), self.probe()
-        flags = [0.0, 0.0, 0.0]
+        flags = [0.0, 0.0]
+        # Ranks other than the first need to know only how many there were, and where.
+        found = Evaluation(step, loss, (0.0,), (0.0,))
         if self._rank == 0:
             assert manifest is not None
             found = self._judge.evaluate(step, loss, manifest, probe)
-            self._evaluations.append(found)
-            said = verdict(self._evaluations, self._job.config.stopping)
-            flags = [said.stop, said.best_by_reward == version, said.best_by_loss == version]
-            self._write_evaluations()
-        else:
-            # Ranks other than the first need to know only how many there were, and where.
-            self._evaluations.append(Evaluation(step, loss, (0.0,), (0.0,)))
-        stop, best_by_reward, best_by_loss = self._summed(flags)
-        if best_by_reward:
-            self.save_policy(str(self._run.path / "policy"))
-        if best_by_loss:
-            self.save_policy(str(self._run.path / "policy-by-loss"))
+            said = verdict([*self._evaluations, found], self._job.config.stopping)
+            flags = [said.stop, version in (said.best_by_reward, said.best_by_loss)]
+        self._evaluations.append(found)
+        stop, best = self._summed(flags)
+        if best:
+            self.save_policy(str(self._aside(step)))
         self._checkpoint(step)
+        if self._rank == 0:
+            self._show()
+        torch.distributed.barrier()
         return bool(stop)
 
-    def _write_evaluations(self) -> None:
+    def _aside(self, step: int) -> Path:
+        return self._run.path / ".kept" / f"step-{step:06d}"
+
+    def _show(self) -> None:
+        """Give the best policies their names, then let everybody see the evaluations."""
+        said = verdict(self._evaluations, self._job.config.stopping)
+        places = {"policy": said.best_by_reward, "policy-by-loss": said.best_by_loss}
+        for name, place in places.items():
+            kept = self._aside(self._evaluations[place].step)
+            if kept.is_dir():
+                with folder_beside(self._run.path / name) as beside:
+                    # Links: both may be the same gigabytes.
+                    shutil.copytree(kept, beside, copy_function=os.link, dirs_exist_ok=True)
+        shutil.rmtree(self._run.path / ".kept", ignore_errors=True)
         text = "".join(json.dumps(asdict(each)) + "\n" for each in self._evaluations)
         write_atomically(self._run.path / "evaluations.jsonl", text)
 
     def _checkpoint(self, step: int) -> None:
         target = self._run.path / "checkpoints" / f"step-{step:06d}"
         keep = self._job.config.run.keep_checkpoints
+        state = {"evaluations": [asdict(each) for each in self._evaluations]}
         with contextlib.ExitStack() as stack:
             if self._rank == 0:
-                stack.enter_context(self._run.new_checkpoint(step, {}, keep))
+                stack.enter_context(self._run.new_checkpoint(step, state, keep))
             torch.distributed.barrier()
             self.save_checkpoint(str(target.with_name(f".{target.name}.part")))
             torch.distributed.barrier()
@@ -236,12 +257,13 @@ class SFTWorker(TrainedPolicy):
         step = newest[1]["step"] if newest else 0
         if newest is not None:
             self.load_checkpoint(str(newest[0]))
-        seen = read_evaluations(self._run.path) if newest else []
-        self._evaluations = [each for each in seen if each.step <= step]
+            self._evaluations = [_evaluation(row) for row in newest[1]["evaluations"]]
         if self._rank == 0:
             metrics = self._run.path / "metrics.jsonl"
             kept = [row for row in _rows(metrics) if row["step"] < step]
             write_atomically(metrics, "".join(json.dumps(row) + "\n" for row in kept))
+            if self._evaluations:
+                self._show()
         torch.distributed.barrier()
         return int(step)
 
@@ -312,7 +334,7 @@ def _judged(
 
 
 def _require(results: Iterable[Any], kind: type) -> None:
-    """Every prompt was checked before training: one that fails now is no bad row but a bug."""
+    """Every prompt was checked before training: one that fails now is no bad row."""
     for result in results:
         if not isinstance(result, kind):
             raise result if isinstance(result, PavlovError) else RunError(str(result))

@@ -36,12 +36,15 @@ def write_atomically(path: Path, text: str) -> None:
 def folder_beside(target: Path) -> Iterator[Path]:
     """A new folder that takes the name `target` when the block ends without an error."""
     beside = target.with_name(f".{target.name}.part")
+    old = target.with_name(f".{target.name}.old")
+    if old.is_dir() and not target.exists():
+        # Killed between the two renames below.
+        old.rename(target)
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
         yield beside
         if target.exists():
-            old = target.with_name(f".{target.name}.old")
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
             beside.rename(target)

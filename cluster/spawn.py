@@ -104,6 +104,18 @@ def spawn(
     return handles
 
 
+def require_room(roles: Sequence[Role]) -> None:
+    """Refuse roles that a cluster of one node can never hold.
+
+    Raises:
+        ResourceError: names what is wanted and what is there.
+    """
+    import ray
+
+    if len(ray.nodes()) == 1 and (missing := _missing(roles, ray.cluster_resources())):
+        raise ResourceError(f"this machine is too small: {missing}")
+
+
 def _is_async(cls: type) -> bool:
     return any(asyncio.iscoroutinefunction(member) for member in vars(cls).values())
 

@@ -56,11 +56,12 @@ def examples_of(conversation: Conversation, tokenizer: ChatTokenizer) -> list[Ex
     return examples
 
 
-def rows_of(examples: Sequence[Example], *, packing: bool) -> list[Row]:
+def rows_of(examples: Sequence[Example], *, packing: bool, budget_tokens: int) -> list[Row]:
     """Rows for `models.packing`; `indices` are places among the examples.
 
-    Packed, whole examples stand in a row as replies to an empty prompt, so that each sees itself
-    alone. Else an example is a row: what stands before its first learnt token is the prompt.
+    Packed, whole examples stand in a row of at most `budget_tokens` as replies to an empty prompt,
+    so that each sees itself alone. Else an example is a row: what stands before its first learnt
+    token is the prompt.
     """
     if not packing:
         return [
@@ -69,11 +70,12 @@ def rows_of(examples: Sequence[Example], *, packing: bool) -> list[Row]:
             for start in [one.learnt.index(True)]
         ]
     rows: list[Row] = []
+    limit = min(MAX_ROW_TOKENS, budget_tokens)
     # Longest first fills rows well: the first that has room takes it.
     for place in sorted(range(len(examples)), key=lambda n: -len(examples[n].token_ids)):
         token_ids = examples[place].token_ids
         for at, row in enumerate(rows):
-            if row.length + len(token_ids) <= MAX_ROW_TOKENS:
+            if row.length + len(token_ids) <= limit:
                 rows[at] = Row((), (*row.replies, token_ids), (*row.indices, place))
                 break
         else:

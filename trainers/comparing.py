@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from actors.sft_worker import Judge, SFTJob
+from cluster.guard import Guard
 from cluster.session import hold_shared_memory
 from cluster.weights import WeightManifest, WeightSender, make_sender
 from cluster.weights.probe import PROBE_TEXT, Probe
@@ -27,7 +28,7 @@ def side_by_side(job: SFTJob, policies: Sequence[Path], folder: Path) -> list[Ev
     """What the ensemble says of each policy's answers to the job's prompts; the answers stand in
     ``folder/<place>/answers``. The loss is not measured."""
     memory = Path(f"{job.shared_memory}-side-by-side")
-    held = hold_shared_memory(memory)
+    guard, held = Guard(memory), hold_shared_memory(memory)
     sender = make_sender(job.config.cluster.weight_transport, memory)
     found = []
     try:
@@ -41,6 +42,7 @@ def side_by_side(job: SFTJob, policies: Sequence[Path], folder: Path) -> list[Ev
         sender.close()
         held.release()
         shutil.rmtree(memory, ignore_errors=True)
+        guard.close()
     return found
 
 

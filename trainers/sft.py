@@ -13,8 +13,10 @@ every answer in ``answers/``; ``baseline.json`` is the start policy with a syste
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import random
 import shutil
 import statistics
@@ -22,6 +24,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +36,11 @@ from rich.table import Table
 
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor
-from actors.sft_worker import SFTJob, read_evaluations, train_sft
+from actors.sft_worker import SFTJob, SFTWorker, read_evaluations, train_sft
 from cluster.files import RunFolder, resolve_run_folder, write_atomically
-from cluster.layout import actor_environment, choose_layout, usable_cores
+from cluster.layout import CpuLayout, actor_environment, choose_layout, usable_cores
 from cluster.session import ray_session, shared_memory_folder
-from cluster.spawn import Role, find_cause, first_line, spawn
+from cluster.spawn import Role, find_cause, first_line, require_room, spawn
 from models.chat import ChatTokenizer
 from models.conversations import Example, examples_of
 from models.data_files import short_name
@@ -44,14 +48,92 @@ from models.preferences import read_conversations, read_prompts
 from models.reward_model import RewardModel
 from models.sources import portable_name, resolve_model, resolve_reward_model
 from rlhf.config import SFTConfig, data_path
-from rlhf.errors import DataError, ModelError, PavlovError, RunError
+from rlhf.errors import DataError, ModelError, PavlovError, ResourceError, RunError, RunFolderError
 from rlhf.records import Conversation, Message, Prompt
 from rlhf.seeding import derive_seed
 from rlhf.statistics import paired_interval
 from rlhf.stopping import Evaluation, verdict
 from trainers.recording import Progressing
 
+EXAMPLES = ".examples.parquet"
 _LOOK_EVERY_S = 1.0
+_READ_CPUS = 0.01
+"""A whole CPU, Ray Data's default, is never free beside actors that hold parts of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a command has read and checked before it claims its folder.
+
+    `prompts` holds `answers.limit` prompts and behind them as many as were asked for; `prompted`
+    are the former with the baseline's prompting, none where a template refuses it.
+    """
+
+    model: str
+    reward: Path
+    reward_version: str
+    train: Sequence[Example]
+    held_out: Sequence[Example]
+    prompts: Sequence[Prompt]
+    prompted: Sequence[Prompt]
+    longest_prompt: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that must stay the same when a run is resumed."""
+        parts = [
+            self.model,
+            self.reward_version,
+            *(repr((e.token_ids, e.learnt)) for e in (*self.train, *self.held_out)),
+            *(repr(prompt) for prompt in (*self.prompts, *self.prompted)),
+        ]
+        return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:16]
+
+
+def prepare(config: SFTConfig, console: Console, *, more_prompts: int = 0) -> Prepared:
+    """Read the data and check it against policy and reward model; what is left out is said.
+
+    Raises:
+        DataError: too little is left.
+        ModelError: a model cannot be used.
+    """
+    model = portable_name(config.policy.model)
+    tokenizer = ChatTokenizer(resolve_model(model))
+    reward = resolve_reward_model(config.reward.model)
+    ensemble = RewardModel.load(reward)
+    train, held_out, shown, taught = teaching(config, tokenizer, console)
+    prompts = asked(config, tokenizer, ensemble, taught, console, more=more_prompts)
+    before = prompted(config, prompts[: config.answers.limit], shown)
+    try:
+        lengths = [len(tokenizer.prompt_ids(prompt.messages)) for prompt in (*prompts, *before)]
+        for prompt in before:
+            ensemble.tokenise((prompt.messages, "Yes.", True))
+    except ModelError as error:
+        console.print(f"no baseline by prompting: {error}")
+        before = []
+        lengths = [len(tokenizer.prompt_ids(prompt.messages)) for prompt in prompts]
+    return Prepared(
+        model, reward, ensemble.card.version, train, held_out, prompts, before, max(lengths)
+    )
+
+
+def claim(config: SFTConfig, path: Path, prepared: Prepared, *, resume: bool) -> RunFolder:
+    """Take the run's folder and leave the examples in it.
+
+    Raises:
+        RunFolderError: as `RunFolder.claim`, or it was started with other data.
+    """
+    folder = RunFolder.claim(path, config.model_dump(mode="json"), resume=resume)
+    mark = folder.path / ".data"
+    if resume and mark.is_file() and mark.read_text() != prepared.fingerprint:
+        folder.release()
+        raise RunFolderError(
+            f"{path} was started with other conversations, prompts or another reward model; resume "
+            "with the same or choose another run.dir"
+        )
+    write_examples(prepared.train, folder.path / EXAMPLES)
+    write_atomically(mark, prepared.fingerprint)
+    return folder
 
 
 def run_sft(
@@ -64,35 +146,13 @@ def run_sft(
     """
     started = time.monotonic()
     folder_path = resolve_run_folder(config.run.dir, config_path)
-    model = portable_name(config.policy.model)
-    tokenizer = ChatTokenizer(resolve_model(model))
-    reward = resolve_reward_model(config.reward.model)
-    RewardModel.load(reward)
-    train, held_out, shown, taught = teaching(config, tokenizer, console)
-    prompts = asked(config, tokenizer, taught, console)
-    folder = RunFolder.claim(folder_path, config.model_dump(mode="json"), resume=resume)
+    prepared = prepare(config, console)
+    folder = claim(config, folder_path, prepared, resume=resume)
     try:
-        data = folder.path / "examples.parquet"
-        write_examples(train, data)
-        steps = steps_of(config, len(train))
         with ray_session(folder.path.name, num_cpus=usable_cores()) as namespace:
             console.print(f"run {folder.path}  namespace {namespace}")
-            memory = shared_memory_folder(namespace)
-            engine, ensemble = start_judges(config, model, reward, namespace, memory, console)
-            job = SFTJob(
-                config,
-                model,
-                str(folder.path),
-                str(memory),
-                held_out,
-                prompts,
-                prompted(config, prompts, shown),
-                steps,
-                engine,
-                ensemble,
-                resume,
-            )
-            _train(job, data, console)
+            job = start_job(config, prepared, folder.path, namespace, console, resume=resume)
+            _train(job, folder.path / EXAMPLES, console)
         summary = summarise(folder.path, config, time.monotonic() - started)
         show(summary, folder.path, console)
     finally:
@@ -162,12 +222,14 @@ def teaching(
 def asked(
     config: SFTConfig,
     tokenizer: ChatTokenizer,
+    ensemble: RewardModel,
     taught: set[str],
     console: Console,
     *,
     more: int = 0,
 ) -> list[Prompt]:
-    """The prompts that are answered on the way: `answers.limit` of them, and `more` behind.
+    """The prompts that are answered on the way, from the files in turns: `answers.limit` of them,
+    and `more` behind.
 
     Raises:
         DataError: fewer than two are left, or less than `more` behind them.
@@ -176,22 +238,30 @@ def asked(
     found, reports = read_prompts([data_path(path) for path in settings.prompts])
     for report in reports:
         console.print(report.sentence())
-    kept: list[Prompt] = []
-    taught_too = 0
+    by_source: dict[str, list[Prompt]] = {}
     for prompt in found:
-        opening = next((m.content for m in prompt.messages if m.role == "user"), "")
-        try:
-            fits = len(tokenizer.prompt_ids(prompt.messages)) <= settings.max_prompt_tokens
-        except ModelError:
-            fits = False
-        if opening in taught:
-            taught_too += 1
-        elif fits:
-            kept.append(prompt)
+        by_source.setdefault(prompt.source, []).append(prompt)
+    turns = [p for each in zip_longest(*by_source.values()) for p in each if p is not None]
+    kept: list[Prompt] = []
+    why: Counter[str] = Counter()
+    for prompt in turns:
         if len(kept) == settings.limit + more:
             break
-    if taught_too:
-        console.print(f"left out: {taught_too} prompts that conversations to learn from open with")
+        opening = next((m.content for m in prompt.messages if m.role == "user"), "")
+        try:
+            length = len(tokenizer.prompt_ids(prompt.messages))
+            ensemble.tokenise((prompt.messages, "Yes.", True))
+        except ModelError as error:
+            why[str(error)] += 1
+            continue
+        if opening in taught:
+            why["conversations to learn from open with them"] += 1
+        elif length > settings.max_prompt_tokens:
+            why[f"longer than {settings.max_prompt_tokens} tokens"] += 1
+        else:
+            kept.append(prompt)
+    for reason, count in why.most_common(3):
+        console.print(f"left out: {count} prompts: {reason}")
     if len(kept) < 2 or (more and len(kept) < settings.limit + more):
         raise DataError(
             f"{len(kept)} of the {len(found)} prompts of answers.prompts can be answered: at least "
@@ -231,18 +301,71 @@ def write_examples(examples: Sequence[Example], path: Path) -> None:
     beside.rename(path)
 
 
-def start_judges(
-    config: SFTConfig, model: str, reward: Path, run: str, memory: Path, console: Console
-) -> tuple[Any, Any]:
+def start_job(
+    config: SFTConfig,
+    prepared: Prepared,
+    folder: Path,
+    namespace: str,
+    console: Console,
+    *,
+    resume: bool,
+    concurrent: int = 1,
+) -> SFTJob:
+    """A job with its engine and ensemble, once there is room for them and for the workers of so
+    many jobs at once. Inside a `ray_session`.
+
+    Raises:
+        ResourceError: there is not.
+    """
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    if len(nodes) > 1 and config.cluster.weight_transport == "shared_memory":
+        console.print("several nodes: weights travel by Ray's object store")
+        cluster = config.cluster.model_copy(update={"weight_transport": "object_store"})
+        config = config.model_copy(update={"cluster": cluster})
+    memory = shared_memory_folder(namespace)
+    judges = _judges(config, prepared, namespace, memory)
+    learner = config.cluster.learner
+    workers = learner.model_copy(update={"actors": learner.actors * concurrent})
+    require_room([*judges, Role("learner", SFTWorker, workers, lambda number: {})])
+    handles = spawn(
+        judges,
+        layout_of(config, concurrent),
+        timeout_s=config.cluster.start_timeout_s,
+        say=console.print,
+    )
+    return SFTJob(
+        config,
+        prepared.model,
+        str(folder),
+        str(memory),
+        prepared.held_out,
+        prepared.prompts[: config.answers.limit],
+        prepared.prompted,
+        steps_of(config, len(prepared.train)),
+        handles["rollout"][0],
+        handles["reward"][0],
+        resume,
+    )
+
+
+def layout_of(config: SFTConfig, concurrent: int) -> CpuLayout:
+    """A thread each where several compute at once, whoever takes turns with the engine."""
+    if config.cluster.learner.actors > 1 or concurrent > 1:
+        return "threads"
+    return choose_layout(config.cluster.cpu_layout)
+
+
+def _judges(config: SFTConfig, prepared: Prepared, run: str, memory: Path) -> list[Role]:
     """The engine that answers and the ensemble that scores."""
     answers, cluster = config.answers, config.cluster
-    shots = 4 * answers.max_prompt_tokens if config.baseline.shots else answers.max_prompt_tokens
 
     def engine(number: int) -> dict[str, Any]:
         return {
-            "model": model,
+            "model": prepared.model,
             "settings": config.rollout,
-            "max_prompt_tokens": shots,
+            "max_prompt_tokens": prepared.longest_prompt,
             "max_tokens": answers.max_tokens,
             "shared_memory": str(memory),
             "run": run,
@@ -253,25 +376,17 @@ def start_judges(
 
     def ensemble(number: int) -> dict[str, Any]:
         return {
-            "model": str(reward),
+            "model": str(prepared.reward),
             "disagreement_penalty": 0.0,
             "run": run,
             "name": f"reward-{number}",
             "gpus": cluster.reward.gpus,
         }
 
-    one = {"actors": 1}
-    roles = [
-        Role("rollout", RolloutActor, cluster.rollout.model_copy(update=one), engine),
-        Role("reward", RewardActor, cluster.reward.model_copy(update=one), ensemble),
+    return [
+        Role("rollout", RolloutActor, cluster.rollout, engine),
+        Role("reward", RewardActor, cluster.reward, ensemble),
     ]
-    handles = spawn(
-        roles,
-        choose_layout(cluster.cpu_layout),
-        timeout_s=cluster.start_timeout_s,
-        say=console.print,
-    )
-    return handles["rollout"][0], handles["reward"][0]
 
 
 def _train(job: SFTJob, data: Path, console: Console) -> None:
@@ -316,7 +431,7 @@ def _line(evaluations: Sequence[Evaluation], config: SFTConfig) -> str:
     )
 
 
-def fit(job: SFTJob, data: Path) -> None:
+def fit(job: SFTJob, data: Path, concurrent: int = 1) -> None:
     """Train by Ray Train on the examples in a file; the run folder has what came of it.
 
     Raises:
@@ -325,19 +440,18 @@ def fit(job: SFTJob, data: Path) -> None:
     """
     import ray.data
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
-    placement = job.config.cluster.learner
-    layout = choose_layout(job.config.cluster.cpu_layout)
-    if placement.actors > 1:
-        # Workers compute side by side, whoever takes turns with the engine.
-        layout = "threads"
+    cluster, placement = job.config.cluster, job.config.cluster.learner
     resources = {"CPU": placement.cpus} | ({"GPU": placement.gpus} if placement.gpus else {})
+    # Read by the controller, which would else try again for ever.
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_s)
     options = ray.data.ExecutionOptions(preserve_order=True)
     storage = Path(job.folder) / ".ray-train"
     # The annotations are those of Ray Train's first version.
     loop: Any = train_sft
     run_config: Any = RunConfig
+    failures: Any = FailureConfig
     trainer = TorchTrainer(
         loop,
         train_loop_config={"job": job},
@@ -349,10 +463,16 @@ def fit(job: SFTJob, data: Path) -> None:
         run_config=run_config(
             name="sft",
             storage_path=str(storage),
-            failure_config=FailureConfig(max_failures=0),
-            worker_runtime_env={"env_vars": actor_environment(layout, placement.gpus)},
+            failure_config=failures(max_failures=0, controller_failure_limit=0),
+            worker_runtime_env={
+                "env_vars": actor_environment(layout_of(job.config, concurrent), placement.gpus)
+            },
         ),
-        datasets={"train": ray.data.read_parquet(str(data))},
+        # Others wait while rank 0 has the engine answer and the ensemble score.
+        torch_config=TorchConfig(timeout_s=int(3 * cluster.call_timeout_s)),
+        datasets={
+            "train": ray.data.read_parquet(str(data), num_cpus=_READ_CPUS, override_num_blocks=1)
+        },
         # Every worker reads every batch, in one order, and takes its share of it.
         dataset_config=DataConfig(datasets_to_split=[], execution_options=options),
     )
@@ -365,6 +485,11 @@ def fit(job: SFTJob, data: Path) -> None:
 
 
 def _reason(error: Any) -> PavlovError:
+    if "WorkerGroupStartupTimeout" in repr(error) + str(error):
+        return ResourceError(
+            "the learner's workers could not be placed in time: set cluster.learner.cpus and gpus "
+            "to what is free, or wait with a larger cluster.start_timeout_s"
+        )
     for failure in getattr(error, "worker_failures", {}).values():
         cause = find_cause(failure)
         if isinstance(cause, PavlovError):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
 import statistics
@@ -27,22 +28,20 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.sft_worker import SFTJob, read_evaluations
-from cluster.files import RunFolder, folder_beside, resolve_run_folder, write_atomically
+from cluster.files import folder_beside, resolve_run_folder, write_atomically
 from cluster.layout import usable_cores
-from cluster.session import ray_session, shared_memory_folder
-from models.chat import ChatTokenizer
-from models.reward_model import RewardModel
-from models.sources import portable_name, resolve_model, resolve_reward_model
+from cluster.session import ray_session
 from rlhf.config import LoRASection, SFTConfig, TuneConfig
-from rlhf.errors import RunError
+from rlhf.errors import CheckpointError, RunError, WeightUpdateError
 from rlhf.seeding import derive_seed
 from rlhf.statistics import paired_interval
-from rlhf.stopping import Evaluation
+from rlhf.stopping import Evaluation, verdict
 from trainers.comparing import side_by_side
 from trainers.recording import Progressing
-from trainers.sft import asked, fit, start_judges, steps_of, teaching, write_examples
+from trainers.sft import EXAMPLES, claim, fit, prepare, start_job, steps_of
 
 _DONE = "finished.json"
+_FAILED = "failed.txt"
 _LOOK_EVERY_S = 0.5
 _TRIAL_CPUS = 0.05
 
@@ -90,42 +89,31 @@ def run_tune(
     """
     started = time.monotonic()
     folder_path = resolve_run_folder(config.run.dir, config_path)
-    model = portable_name(config.policy.model)
-    tokenizer = ChatTokenizer(resolve_model(model))
-    reward = resolve_reward_model(config.reward.model)
-    RewardModel.load(reward)
-    train, held_out, _, taught = teaching(config, tokenizer, console)
-    prompts = asked(config, tokenizer, taught, console, more=config.tune.final_prompts)
-    searched, unseen = prompts[: config.answers.limit], prompts[config.answers.limit :]
-    folder = RunFolder.claim(folder_path, config.model_dump(mode="json"), resume=resume)
+    prepared = prepare(config, console, more_prompts=config.tune.final_prompts)
+    folder = claim(config, folder_path, prepared, resume=resume)
     try:
-        data = folder.path / "examples.parquet"
-        write_examples(train, data)
         with ray_session(folder.path.name, num_cpus=usable_cores()) as namespace:
             console.print(f"run {folder.path}  namespace {namespace}")
             trials = drawn(config)
             left = [t for t in trials if not (_folder(folder.path, t) / _DONE).is_file()]
             if len(left) < len(trials):
                 console.print(f"{len(trials) - len(left)} trials are there already")
-            memory = shared_memory_folder(namespace)
-            engine, ensemble = start_judges(config, model, reward, namespace, memory, console)
-            shared = SFTJob(
+            shared = start_job(
                 config,
-                model,
-                str(folder.path),
-                str(memory),
-                held_out,
-                searched,
-                (),
-                0,
-                engine,
-                ensemble,
+                prepared,
+                folder.path,
+                namespace,
+                console,
                 resume=False,
+                concurrent=min(config.tune.concurrent, max(1, len(left))),
             )
+            shared = replace(shared, prompted=())
+            examples = len(prepared.train)
             if left:
-                _search(config, left, shared, data, len(train), console)
-            outcomes = [_outcome(folder.path, trial, config) for trial in trials]
-            summary = _final(config, replace(shared, prompts=unseen), outcomes, console)
+                _search(config, left, shared, examples, console)
+            outcomes = [_outcome(folder.path, trial) for trial in trials]
+            unseen = prepared.prompts[config.answers.limit :]
+            summary = _final(replace(shared, prompts=unseen), outcomes, console)
         summary["wall_s"] = round(time.monotonic() - started, 1)
         write_atomically(folder.path / "summary.json", json.dumps(summary, indent=2) + "\n")
         _show(outcomes, summary, folder.path, console)
@@ -159,10 +147,11 @@ def settings_of(config: TuneConfig, trial: Trial) -> SFTConfig:
     values = config.model_dump(exclude={"tune"})
     values["learner"]["learning_rate"] = trial.learning_rate
     values["sft"] |= {"epochs": trial.epochs, "batch_conversations": trial.batch_conversations}
+    values["policy"]["lora"] = None
     if trial.lora_rank:
-        alpha = 2 * trial.lora_rank
-        values["policy"]["lora"] = LoRASection(rank=trial.lora_rank, alpha=alpha).model_dump()
-    values["run"]["keep_checkpoints"] = 1
+        layers = config.policy.lora.layers if config.policy.lora else None
+        lora = LoRASection(rank=trial.lora_rank, alpha=2 * trial.lora_rank, layers=layers)
+        values["policy"]["lora"] = lora.model_dump()
     return SFTConfig.model_validate(values)
 
 
@@ -174,11 +163,16 @@ def _search(
     config: TuneConfig,
     trials: Sequence[Trial],
     shared: SFTJob,
-    data: Path,
     examples: int,
     console: Console,
 ) -> None:
-    """All trials that are left, by Ray Tune; each leaves a mark when it has come to its end."""
+    """All trials that are left, by Ray Tune; each leaves a mark when it has come to its end.
+
+    Raises:
+        RunError: a trial was lost with its engine or ensemble, or the search was interrupted.
+    """
+    # Ours ends the command; Tune's would let it go on with half a search.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
@@ -192,6 +186,8 @@ def _search(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         settings = settings_of(config, trial)
+        # As the job goes: the way of the weights may have been changed for several nodes.
+        settings = settings.model_copy(update={"cluster": shared.config.cluster})
         job = replace(
             shared,
             config=settings,
@@ -203,7 +199,7 @@ def _search(
 
         def train() -> None:
             try:
-                fit(job, data)
+                fit(job, run / EXAMPLES, config.tune.concurrent)
             except BaseException as error:
                 failures.append(error)
 
@@ -220,7 +216,10 @@ def _search(
             if over:
                 break
             thread.join(_LOOK_EVERY_S)
-        if failures:
+        if failures and isinstance(failures[0], WeightUpdateError | CheckpointError):
+            # Weights that no engine takes are what such a setting leads to, and would again.
+            (folder / _FAILED).write_text(str(failures[0]))
+        elif failures:
             raise failures[0]
 
     with Progressing(console, "trials", len(trials)) as progress:
@@ -242,20 +241,28 @@ def _search(
                 name="search",
                 storage_path=str(run / ".tune"),
                 verbose=0,
-                callbacks=[Marking(run, config, progress)],
+                callbacks=[Marking(run, config, examples, progress)],
             ),
         )
         results = tuner.fit()
     shutil.rmtree(run / ".tune", ignore_errors=True)
     if results.errors:
-        raise RunError(f"a trial failed: {str(results.errors[0]).strip().splitlines()[-1]}")
+        reason = str(results.errors[0]).strip().splitlines()[-1]
+        raise RunError(f"a trial was lost: {reason}; go on with --resume")
+    if not all((_folder(run, trial) / _DONE).is_file() for trial in trials):
+        raise RunError("the search was interrupted; go on with --resume")
+    for trial in trials:
+        # 2 GB a trial, and what an ended worker was just writing.
+        for path in _folder(run, trial).iterdir():
+            if path.is_dir() and path.name not in ("policy", "answers"):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 class Marking(Callback):
     """What Tune calls when a trial is over: it is marked, and said."""
 
-    def __init__(self, run: Path, config: TuneConfig, progress: Progressing) -> None:
-        self._run, self._config = run, config
+    def __init__(self, run: Path, config: TuneConfig, examples: int, progress: Progressing) -> None:
+        self._run, self._config, self._examples = run, config, examples
         self._progress: Progressing | None = progress
 
     def __getstate__(self) -> dict[str, Any]:
@@ -266,14 +273,32 @@ class Marking(Callback):
         """See `ray.tune.Callback`."""
         done: Trial = trial.config["trial"]
         folder = _folder(self._run, done)
-        outcome = _outcome(self._run, done, self._config)
-        mark = json.dumps({**asdict(done), "steps": outcome.steps})
-        write_atomically(folder / _DONE, mark + "\n")
-        # 2 GB a trial.
-        for large in ("checkpoints", "policy-by-loss"):
-            shutil.rmtree(folder / large, ignore_errors=True)
+        mark = _mark(folder, settings_of(self._config, done), self._examples)
+        write_atomically(folder / _DONE, json.dumps(mark) + "\n")
         if self._progress is not None:
-            self._progress.advance(note=f"{done.sentence}: objective {outcome.objective:+.3f}")
+            self._progress.advance(note=f"{done.sentence}: {mark['ended']}")
+
+
+def _mark(folder: Path, settings: SFTConfig, examples: int) -> dict[str, Any]:
+    """What came of a trial, from what it measured."""
+    evaluations = read_evaluations(folder)
+    if (folder / _FAILED).is_file() or not evaluations:
+        reason = (folder / _FAILED).read_text() if (folder / _FAILED).is_file() else "no evaluation"
+        return {"objective": None, "ended": f"failed: {reason}"}
+    objective, best = _best(evaluations, settings.stopping.disagreement_penalty)
+    steps = evaluations[-1].step
+    if verdict(evaluations, settings.stopping).stop:
+        ended = "no sure rise"
+    else:
+        ended = "all data" if steps == steps_of(settings, examples) else "fell behind"
+    return {
+        "objective": objective,
+        "best_step": best.step,
+        "reward": best.reward,
+        "disagreement": best.disagreement,
+        "steps": steps,
+        "ended": f"{ended} at step {steps}, objective {objective:+.3f}",
+    }
 
 
 def _best(evaluations: Sequence[Evaluation], penalty: float) -> tuple[float, Evaluation]:
@@ -282,31 +307,27 @@ def _best(evaluations: Sequence[Evaluation], penalty: float) -> tuple[float, Eva
     return max(means), evaluations[means.index(max(means))]
 
 
-def _outcome(run: Path, trial: Trial, config: TuneConfig) -> Outcome:
-    folder = _folder(run, trial)
-    evaluations = read_evaluations(folder)
-    if not evaluations:
-        raise RunError(f"trial {trial.number} left no evaluation in {folder}; resume to try again")
-    objective, best = _best(evaluations, config.stopping.disagreement_penalty)
-    steps = evaluations[-1].step
-    return Outcome(
-        trial,
-        objective,
-        best.step,
-        best.reward,
-        best.disagreement,
-        steps,
-        "behind or no rise" if steps % config.stopping.every == 0 else "at the end of the data",
-    )
+def _outcome(run: Path, trial: Trial) -> Outcome:
+    mark = json.loads((_folder(run, trial) / _DONE).read_text())
+    if mark["objective"] is None:
+        return Outcome(trial, -math.inf, 0, math.nan, math.nan, 0, mark["ended"])
+    return Outcome(trial, **mark)
 
 
-def _final(
-    config: TuneConfig, job: SFTJob, outcomes: Sequence[Outcome], console: Console
-) -> dict[str, Any]:
-    """The winner against the median trial on prompts that the search did not see."""
+def _final(job: SFTJob, outcomes: Sequence[Outcome], console: Console) -> dict[str, Any]:
+    """The winner against the median trial on prompts that the search did not see.
+
+    Raises:
+        RunError: fewer than two trials came to something.
+    """
     run = Path(job.folder)
     ranked = sorted(outcomes, key=lambda outcome: -outcome.objective)
-    winner, median = ranked[0], ranked[len(ranked) // 2]
+    good = [outcome for outcome in ranked if outcome.objective > -math.inf]
+    if len(good) < 2:
+        raise RunError(
+            f"{len(good)} of {len(outcomes)} trials came to something: {ranked[-1].ended}"
+        )
+    winner, median = good[0], good[len(good) // 2]
     console.print(
         f"trials {winner.trial.number} and {median.trial.number} answer {len(job.prompts)} prompts"
     )
@@ -315,7 +336,7 @@ def _final(
     pairs = zip(found[0].rewards_P, found[1].rewards_P, strict=True)
     mean, low, high = paired_interval([a - b for a, b in pairs])
     with folder_beside(run / "policy") as beside:
-        shutil.copytree(_folder(run, winner.trial) / "policy", beside, dirs_exist_ok=True)
+        shutil.copytree(policies[0], beside, dirs_exist_ok=True)
     return {
         "winner": asdict(winner),
         "median": asdict(median),
@@ -325,7 +346,10 @@ def _final(
         "difference": mean,
         "low": low,
         "high": high,
-        "trials": [asdict(outcome) for outcome in outcomes],
+        "trials": [
+            asdict(outcome) if outcome in good else {**asdict(outcome), "objective": None}
+            for outcome in outcomes
+        ],
     }
 
 
@@ -343,7 +367,7 @@ def _show(
             f"{outcome.reward:+.3f}",
             f"{outcome.disagreement:.3f}",
             f"step {outcome.best_step}",
-            f"step {outcome.steps}, {outcome.ended}",
+            outcome.ended,
         )
     console.print(table)
     console.print(
@@ -364,6 +388,8 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
 
     figure, axis = pyplot.subplots(figsize=(6, 4))
     for outcome in outcomes:
+        if outcome.objective == -math.inf:
+            continue
         axis.scatter(outcome.trial.learning_rate, outcome.objective, color="tab:blue")
         axis.annotate(
             str(outcome.trial.number),

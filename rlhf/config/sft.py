@@ -14,7 +14,6 @@ from pydantic import (
 )
 
 from rlhf.config.actors import ClusterSection, LearnerSection, PolicySection, RolloutSection
-from rlhf.config.runs import RunSection
 from rlhf.config.section import Section
 
 
@@ -87,12 +86,21 @@ class JudgeSection(Section):
     """A reward-model folder, from here or below PAVLOV_RUNS: `<run>/reward` of `pavlov reward`."""
 
 
+class SFTRunSection(Section):
+    """Where a run keeps its files."""
+
+    dir: str | None = None
+    """The run's folder, relative to PAVLOV_RUNS; default: the config's name."""
+    keep_checkpoints: PositiveInt = 1
+    """How many of the newest checkpoints stay on disk; every evaluation leaves one."""
+
+
 class SFTConfig(Section):
     """`pavlov sft`."""
 
     seed: NonNegativeInt = 0
     """Every random choice follows from it."""
-    run: RunSection = RunSection()
+    run: SFTRunSection = SFTRunSection()
     """The run's folder."""
     data: ConversationsSection
     """Conversations."""
@@ -114,6 +122,37 @@ class SFTConfig(Section):
     """The engine that answers."""
     cluster: ClusterSection = ClusterSection()
     """The placement; workers are `cluster.learner`."""
+
+    @model_validator(mode="after")
+    def _one_engine_answers(self) -> Self:
+        for role in ("rollout", "reward"):
+            actors = getattr(self.cluster, role).actors
+            if actors != 1:
+                raise ValueError(
+                    f"cluster.{role}.actors = {actors}: one engine answers and one ensemble "
+                    "scores; set it to 1"
+                )
+        gpus, wanted = self.cluster.rollout.gpus, self.rollout.tensor_parallel
+        if wanted > 1 and gpus != wanted:
+            raise ValueError(
+                f"rollout.tensor_parallel = {wanted} with cluster.rollout.gpus = {gpus:g}: an "
+                "engine needs one GPU a rank"
+            )
+        if self.rollout.keep_cache:
+            raise ValueError(
+                "rollout.keep_cache = true: answers are drawn with new weights and empty caches"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _side_by_side_with_a_thread_each(self) -> Self:
+        if self.cluster.learner.actors > 1 and self.cluster.cpu_layout == "turns":
+            raise ValueError(
+                f'cluster.cpu_layout = "turns" with cluster.learner.actors = '
+                f"{self.cluster.learner.actors}: workers compute side by side; set "
+                'cluster.cpu_layout = "threads", or leave it out'
+            )
+        return self
 
     @model_validator(mode="after")
     def _weights_go_by_file(self) -> Self:

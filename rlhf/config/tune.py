@@ -52,4 +52,14 @@ class TuneConfig(SFTConfig):
     """`pavlov tune`: supervised fine-tuning, and what is searched."""
 
     tune: TuneSection = TuneSection()
-    """The search."""
+    """The search; it sets `learner.learning_rate`, `sft.epochs`, `sft.batch_conversations` and
+    `policy.lora.rank`."""
+
+    @model_validator(mode="after")
+    def _trials_side_by_side_with_a_thread_each(self) -> Self:
+        if self.tune.concurrent > 1 and self.cluster.cpu_layout == "turns":
+            raise ValueError(
+                f'cluster.cpu_layout = "turns" with tune.concurrent = {self.tune.concurrent}: '
+                'trials compute side by side; set cluster.cpu_layout = "threads", or leave it out'
+            )
+        return self

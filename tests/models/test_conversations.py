@@ -93,7 +93,9 @@ def loss_and_gradient(
     size = BatchSize(len(examples), count, 1)
     module.zero_grad()
     total = 0.0
-    for rows in micro_batches(rows_of(examples, packing=packing), budget, aligned=not packing):
+    for rows in micro_batches(
+        rows_of(examples, packing=packing, budget_tokens=budget), budget, aligned=not packing
+    ):
         batch = collate(rows, 0, aligned=not packing)
         logprobs_NT = module(batch, 1.0)[0]
         loss = -reduce_tokens(logprobs_NT, learnt_mask(examples, batch), "token", size)
@@ -135,7 +137,7 @@ def test_a_row_of_packed_examples_is_no_longer_than_it_may_be():
     many = [
         Example(tuple(range(n)), (False,) * (n - 1) + (True,)) for n in (300, 400, 200, 700, 90)
     ]
-    rows = rows_of(many, packing=True)
+    rows = rows_of(many, packing=True, budget_tokens=2048)
     assert sorted(index for row in rows for index in row.indices) == list(range(5))
     # 700 is longer than a row and stands alone; 400 + 200 and 300 + 90 share one.
     assert [row.length for row in rows] == [700, 600, 390]
@@ -171,3 +173,9 @@ def test_conversations_of_every_form_are_read_and_bad_ones_are_named_by_line(tmp
         (8, "empty reply"),
         (9, "prompt that does not end in a user turn"),
     ]
+
+
+def test_a_row_of_packed_examples_keeps_to_the_tokens_that_a_pass_may_hold():
+    many = [Example(tuple(range(30)), (False,) * 29 + (True,)) for _ in range(6)]
+    rows = rows_of(many, packing=True, budget_tokens=64)
+    assert [row.length for row in rows] == [60, 60, 60]

@@ -7,22 +7,22 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from actors.sft_worker import SFTJob, read_evaluations
+from actors.sft_worker import read_evaluations
 from cluster.layout import usable_cores
-from cluster.session import ray_session, shared_memory_folder
-from models.chat import ChatTokenizer
+from cluster.session import ray_session
 from models.sources import resolve_model
 from rlhf.config import SFTConfig, load_config
 from rlhf.statistics import paired_interval
 from rlhf.stopping import verdict
 from tests.proofs.runner import ROOT, hold, pavlov, prove, rows, start, until
 from trainers.comparing import side_by_side
-from trainers.sft import asked, draw, start_judges, teaching
+from trainers.sft import draw, prepare, start_job
 
 CONFIG = "configs/sft_hh_cpu.toml"
 SEARCH = "configs/tune_hh_cpu.toml"
@@ -97,28 +97,11 @@ def curves(folder: Path) -> dict[str, Any]:
 def fresh(config: SFTConfig, policies: list[Path], folder: Path) -> list[Any]:
     """The policies side by side on prompts that the run did not see."""
     console = Console()
-    tokenizer = ChatTokenizer(resolve_model("embedded"))
-    _, held_out, _, taught = teaching(config, tokenizer, console)
-    prompts = asked(config, tokenizer, taught, console, more=FRESH)[config.answers.limit :]
+    prepared = prepare(config, console, more_prompts=FRESH)
     with ray_session("fresh", num_cpus=usable_cores()) as run:
-        memory = shared_memory_folder(run)
-        engine, ensemble = start_judges(
-            config, "embedded", Path(config.reward.model), run, memory, console
-        )
-        job = SFTJob(
-            config,
-            "embedded",
-            str(folder),
-            str(memory),
-            held_out,
-            prompts,
-            (),
-            0,
-            engine,
-            ensemble,
-            resume=False,
-        )
-        return side_by_side(job, policies, folder / "fresh")
+        job = start_job(config, prepared, folder, run, console, resume=False)
+        unseen = replace(job, prompts=prepared.prompts[config.answers.limit :])
+        return side_by_side(unseen, policies, folder / "fresh")
 
 
 def search(folder: Path) -> dict[str, Any]:
