@@ -521,6 +521,7 @@ def summarise(folder: Path, config: SFTConfig, wall_s: float) -> dict[str, Any]:
         "cost_low": low,
         "cost_high": high,
         "reward_start": evaluations[0].reward,
+        "loss_start": evaluations[0].loss,
         "stopped_by_reward": said.stop,
         "steps": evaluations[-1].step,
         "prompts": len(best.rewards_P),
@@ -578,7 +579,8 @@ def show(summary: dict[str, Any], folder: Path, console: Console) -> None:
     table = Table(title=f"{summary['prompts']} held-out prompts, {summary['steps']} steps")
     for column in ("", "step", "loss", "reward"):
         table.add_column(column, justify="right" if column else "left")
-    table.add_row("start policy", "0", "", f"{summary['reward_start']:+.2f}")
+    at_start = (f"{summary['loss_start']:.3f}", f"{summary['reward_start']:+.2f}")
+    table.add_row("start policy", "0", *at_start)
     if "reward_prompted" in summary:
         table.add_row("start policy, prompted", "0", "", f"{summary['reward_prompted']:+.2f}")
     for name, kind in (("best by loss", "loss"), ("best by reward", "reward")):
