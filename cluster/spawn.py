@@ -8,6 +8,7 @@ namespace, and start in parallel.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -52,18 +53,35 @@ def wanted_resources(roles: Sequence[Role]) -> dict[str, float]:
     }
 
 
+async def spawn_in_thread(*arguments: Any, **named: Any) -> dict[str, list[Any]]:
+    """`spawn`, while the event loop goes on. Who is cancelled ends the thread before he goes on:
+    one that still asked a Ray that has been shut down would never come back."""
+    stopped = threading.Event()
+    work = asyncio.ensure_future(asyncio.to_thread(spawn, *arguments, stopped=stopped, **named))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        stopped.set()
+        await asyncio.wait([work])
+        # Seen, so that nobody is told of it later.
+        work.exception()
+        raise
+
+
 def spawn(
     roles: Sequence[Role],
     layout: CpuLayout,
     *,
     timeout_s: float,
     say: Callable[[str], None],
+    stopped: threading.Event | None = None,
 ) -> dict[str, list[Any]]:
     """Start every actor of every role; returns handles by role name, once all are ready.
 
     Raises:
         ResourceError: the resources cannot be had, or were not free in time.
-        RunError: an actor failed to start; the first line of its reason is in the message.
+        RunError: an actor failed to start; the first line of its reason is in the message. Or
+            `stopped` was set meanwhile.
     """
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
@@ -79,7 +97,7 @@ def spawn(
         raise ResourceError("every role needs some CPU or GPU: set cluster.<role>.cpus above 0")
     group = placement_group(bundles, strategy="PACK")
     try:
-        _wait_for_placement(group, roles, timeout_s, say)
+        _wait_for_placement(group, roles, timeout_s, say, stopped)
         handles: dict[str, list[Any]] = {}
         bundle = 0
         for role in roles:
@@ -97,7 +115,7 @@ def spawn(
                 remote: Any = ray.remote(role.cls).options(**options)
                 handles[role.name].append(remote.remote(**role.arguments(number)))
                 bundle += 1
-        _wait_until_ready(handles, timeout_s, say)
+        _wait_until_ready(handles, timeout_s, say, stopped)
     except BaseException:
         remove_placement_group(group)
         raise
@@ -120,13 +138,23 @@ def _is_async(cls: type) -> bool:
     return any(asyncio.iscoroutinefunction(member) for member in vars(cls).values())
 
 
+def _require_wanted(stopped: threading.Event | None) -> None:
+    if stopped is not None and stopped.is_set():
+        raise RunError("stopped while its actors were starting")
+
+
 def _wait_for_placement(
-    group: Any, roles: Sequence[Role], timeout_s: float, say: Callable[[str], None]
+    group: Any,
+    roles: Sequence[Role],
+    timeout_s: float,
+    say: Callable[[str], None],
+    stopped: threading.Event | None,
 ) -> None:
     import ray
 
     started = time.monotonic()
     while not group.wait(timeout_seconds=min(_SAY_EVERY_S, 5.0)):
+        _require_wanted(stopped)
         free, total = ray.available_resources(), ray.cluster_resources()
         missing = _missing(roles, free)
         waited_s = time.monotonic() - started
@@ -149,7 +177,10 @@ def _missing(roles: Sequence[Role], have: dict[str, float]) -> str:
 
 
 def _wait_until_ready(
-    handles: dict[str, list[Any]], timeout_s: float, say: Callable[[str], None]
+    handles: dict[str, list[Any]],
+    timeout_s: float,
+    say: Callable[[str], None],
+    stopped: threading.Event | None,
 ) -> None:
     import ray
 
@@ -160,6 +191,7 @@ def _wait_until_ready(
     }
     started = said = time.monotonic()
     while pending:
+        _require_wanted(stopped)
         done, _ = ray.wait(list(pending), num_returns=1, timeout=2.0)
         for reference in done:
             name = pending.pop(reference)

@@ -18,7 +18,7 @@ from actors.reference import ReferenceActor
 from actors.reward import RewardActor
 from actors.rollout import GroupRequest, RolloutActor
 from cluster.layout import Turns, choose_layout
-from cluster.spawn import Role, call, spawn
+from cluster.spawn import Role, call, spawn_in_thread
 from cluster.weights import WeightManifest
 from cluster.weights.probe import Probe
 from rlhf.config import RLConfig
@@ -151,8 +151,7 @@ class Fleet:
         say: Callable[[str], None],
     ) -> Fleet:
         """Place and start every actor, and bring the learner's ranks together."""
-        handles = await asyncio.to_thread(
-            spawn,
+        handles = await spawn_in_thread(
             run_roles(config, models, run, shared_memory),
             choose_layout(config.cluster.cpu_layout),
             timeout_s=config.cluster.start_timeout_s,

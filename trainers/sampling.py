@@ -10,7 +10,7 @@ from typing import Any
 from actors.rollout import GroupRequest, RolloutActor
 from cluster.layout import choose_layout
 from cluster.session import shared_memory_folder
-from cluster.spawn import Role, call, spawn
+from cluster.spawn import Role, call, spawn_in_thread
 from rlhf.config import ClusterSection, RLSection, RolloutSection
 from rlhf.errors import PavlovError, RunError
 from rlhf.records import Completion, Prompt, RolloutGroup
@@ -84,9 +84,7 @@ async def sample_with_engine(
         },
     )
     layout = choose_layout(cluster.cpu_layout)
-    handles = await asyncio.to_thread(
-        spawn, [role], layout, timeout_s=cluster.start_timeout_s, say=say
-    )
+    handles = await spawn_in_thread([role], layout, timeout_s=cluster.start_timeout_s, say=say)
     engine = handles["rollout"][0]
 
     async def ask(reference: Any, timeout_s: float = cluster.call_timeout_s) -> Any:

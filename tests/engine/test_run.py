@@ -257,6 +257,21 @@ def test_a_reward_function_that_is_not_there_is_said_before_anything_starts(runs
     assert not (runs.folder / "nothing").exists()
 
 
+def test_a_run_that_is_interrupted_while_its_actors_start_ends_cleanly(runs: Runs) -> None:
+    before = shared_memory()
+    process = runs.start("early")
+    assert process.stdout is not None
+    while "namespace" not in (line := process.stdout.readline()):
+        assert line, process.stderr.read() if process.stderr else ""
+    # Placed, and none of them ready yet.
+    time.sleep(3)
+    started = below(process.pid)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert_nothing_left(started, before)
+
+
 def test_a_folder_that_holds_a_run_is_refused(runs: Runs, unbroken: str) -> None:
     process = runs.start(unbroken)
     _, errors = process.communicate(timeout=60)
