@@ -33,6 +33,7 @@ Config = Annotated[Path, typer.Argument(help="TOML file", metavar="CONFIG")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="dotted overrides, e.g. seed=1", metavar="[KEY=VALUE]...")
 ]
+Resume = Annotated[bool, typer.Option("--resume", help="go on where an earlier attempt ended")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 
 
@@ -111,9 +112,7 @@ def score(
 def sft(
     config: Config,
     overrides: Overrides = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="go on from the newest checkpoint")
-    ] = False,
+    resume: Resume = False,
 ) -> None:
     """Supervised fine-tuning, stopped by the reward of what the model says."""
     from rlhf.config import SFTConfig, load_config
@@ -129,9 +128,7 @@ def sft(
 def tune(
     config: Config,
     overrides: Overrides = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="go on with the trials that are left")
-    ] = False,
+    resume: Resume = False,
 ) -> None:
     """The settings of fine-tuning, chosen by reward."""
     from rlhf.config import TuneConfig, load_config
@@ -147,9 +144,7 @@ def tune(
 def rl(
     config: Config,
     overrides: Overrides = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="go on from the newest checkpoint")
-    ] = False,
+    resume: Resume = False,
 ) -> None:
     """Reinforcement learning against a reward model."""
     from rlhf.config import RLConfig, load_config

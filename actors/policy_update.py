@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from actors.engine import TrainingEngine
-from models.packing import Row, TokenIds, collate, micro_batches, pack
+from models.packing import Row, TokenIds, collate, micro_batches, pack, share_of
 from rlhf.algorithms import PPO, Algorithm, Share
 from rlhf.config import RLSection
 from rlhf.importance import effective_share, importance_weights
@@ -162,19 +162,14 @@ class PolicyUpdate:
                         found_3BT[place, list(packed.indices), : own_NT.shape[1]] = own_NT.cpu()
         return tuple(self._summed(found_3BT))
 
-    def _shares(self, sequences: Sequence[TrainingSequence]) -> list[tuple[list[Row], bool]]:
+    def _shares(self, sequences: Sequence[TrainingSequence]) -> list[tuple[list[Row], float]]:
         rows = pack(
             [s.prompt_token_ids for s in sequences], [s.completion_token_ids for s in sequences]
         )
         return self._spread(rows)
 
-    def _spread(self, rows: Sequence[Row]) -> list[tuple[list[Row], bool]]:
-        """This rank's micro-batches; each rank gets as many, the last ones without weight."""
-        chunks = micro_batches(rows, self._batch_tokens)
-        mine = [(chunk, True) for chunk in chunks[self._rank :: self._world_size]]
-        while len(mine) < -(-len(chunks) // self._world_size):
-            mine.append((chunks[-1], False))
-        return mine
+    def _spread(self, rows: Sequence[Row]) -> list[tuple[list[Row], float]]:
+        return share_of(micro_batches(rows, self._batch_tokens), self._rank, self._world_size)
 
     def _loss(
         self,
@@ -182,7 +177,7 @@ class PolicyUpdate:
         known: Known,
         size: BatchSize,
         rows: list[Row],
-        live: bool,
+        live: float,
         first: bool,
         totals: Totals,
     ) -> Callable[[], Tensor]:
@@ -192,7 +187,7 @@ class PolicyUpdate:
             packed = collate(rows, self._pad_id, self._engine.device)
             width = packed.reply_ids_NT.shape[1]
             ours = known.of(list(packed.indices)).to(width, self._engine.device)
-            mask_NT = packed.reply_mask_NT * float(live)
+            mask_NT = packed.reply_mask_NT * live
             rl, coefficient = self._rl, batch.entropy_coefficient
             normalisation = rl.algorithm.normalisation
             logprobs_NT, entropy_NT, values_NT = self._engine.run(

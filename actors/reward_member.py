@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from actors.engine import TrainingEngine
-from models.packing import PackedBatch, Row, micro_batches
+from models.packing import PackedBatch, Row, micro_batches, share_of
 from models.precision import resolve_dtype
 from models.sources import resolve_model
 from models.top_layers import TopLayers, write_layers
@@ -175,10 +175,7 @@ class MemberTraining:
         ]
         budget = self._job.settings.learner.micro_batch_tokens
         chunks = micro_batches(rows, budget, aligned=False)
-        mine = [(chunk, 1.0) for chunk in chunks[self._rank :: self._world_size]]
-        # Every rank takes as many steps back; the last ones may have no weight.
-        while len(mine) < -(-len(chunks) // self._world_size):
-            mine.append((chunks[-1], 0.0))
+        mine = share_of(chunks, self._rank, self._world_size)
         total = sum(pair.weight for pair in batch)
         self._losses.append(0.0)
         return self._engine.step(

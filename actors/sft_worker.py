@@ -30,7 +30,7 @@ from cluster.spawn import call
 from cluster.weights import WeightManifest
 from cluster.weights.probe import Probe
 from models.conversations import Example, learnt_mask, rows_of
-from models.packing import Row, collate, micro_batches
+from models.packing import Row, collate, micro_batches, share_of
 from rlhf.config import SFTConfig
 from rlhf.errors import PavlovError, RunError
 from rlhf.losses import BatchSize, reduce_tokens
@@ -159,15 +159,11 @@ class SFTWorker(TrainedPolicy):
                 file.write(json.dumps(row) + "\n")
 
     def _shares(self, batch: Sequence[Example]) -> list[tuple[list[Row], float]]:
-        """This rank's micro-batches; each rank gets as many, the last ones without weight."""
         packing = self._job.config.sft.packing
         budget = self._settings.micro_batch_tokens
         rows = rows_of(batch, packing=packing, budget_tokens=budget)
         chunks = micro_batches(rows, budget, aligned=not packing)
-        mine = [(chunk, 1.0) for chunk in chunks[self._rank :: self._world_size]]
-        while len(mine) < -(-len(chunks) // self._world_size):
-            mine.append((chunks[-1], 0.0))
-        return mine
+        return share_of(chunks, self._rank, self._world_size)
 
     def _loss(
         self, batch: Sequence[Example], rows: list[Row], live: float, totals: list[float]

@@ -104,6 +104,17 @@ def micro_batches(
     return batches
 
 
+def share_of(
+    batches: Sequence[list[Row]], rank: int, world_size: int
+) -> list[tuple[list[Row], float]]:
+    """A rank's micro-batches, each with its weight. Every rank gets as many, since all must take as
+    many passes; where they do not come out even, the last ones count nothing."""
+    mine = [(batch, 1.0) for batch in batches[rank::world_size]]
+    while len(mine) < -(-len(batches) // world_size):
+        mine.append((batches[-1], 0.0))
+    return mine
+
+
 def padded_tokens(rows: Sequence[Row], *, aligned: bool = True) -> int:
     """Tokens of a batch with its padding."""
     return _columns(rows, aligned) * len(rows)

@@ -38,7 +38,8 @@ from rlhf.statistics import paired_interval
 from rlhf.stopping import Evaluation, verdict
 from trainers.comparing import side_by_side
 from trainers.recording import Progressing
-from trainers.sft import EXAMPLES, claim, fit, prepare, start_job, steps_of
+from trainers.sft import EXAMPLES, claim, fit, start_job, steps_of
+from trainers.sft_data import prepare
 
 _DONE = "finished.json"
 _FAILED = "failed.txt"
@@ -252,7 +253,7 @@ def _search(
     if not all((_folder(run, trial) / _DONE).is_file() for trial in trials):
         raise RunError("the search was interrupted; go on with --resume")
     for trial in trials:
-        # 2 GB a trial, and what an ended worker was just writing.
+        # Large, and what an ended worker was just writing.
         for path in _folder(run, trial).iterdir():
             if path.is_dir() and path.name not in ("policy", "answers"):
                 shutil.rmtree(path, ignore_errors=True)

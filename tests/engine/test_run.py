@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
+from tests.commands import Commands
 from tests.leftovers import assert_nothing_left, below, shared_memory
 
 pytestmark = pytest.mark.engine
@@ -44,12 +43,11 @@ REQUIRED_METRICS = [
 ]
 
 
-class Runs:
+class Runs(Commands):
     """Starts `pavlov rl` on the tiny model, in a folder of its own."""
 
     def __init__(self, folder: Path, model: Path, reward: Path) -> None:
-        self.folder = folder
-        self.started: list[subprocess.Popen[str]] = []
+        super().__init__(folder)
         prompts = folder / "prompts.jsonl"
         words = ["bread", "rice", "nets", "school", "river", "town", "hill", "pasta"]
         rows = [{"id": word, "prompt": f"Tell me about {word}."} for word in words]
@@ -70,24 +68,10 @@ rollout = {{ dtype = "float32", max_sequences = 8 }}
         )
 
     def start(self, name: str, *arguments: str) -> subprocess.Popen[str]:
-        script = str(ROOT / "pavlov.py")
-        command = [sys.executable, script, "rl", str(self.config), f"run.dir={name}"]
-        process = subprocess.Popen(
-            [*command, *arguments],
-            cwd=self.folder,
-            env={**os.environ, "PAVLOV_RUNS": str(self.folder)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.started.append(process)
-        return process
+        return self.command("rl", str(self.config), f"run.dir={name}", *arguments)
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
-        path = self.folder / name / "metrics.jsonl"
-        return (
-            [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-        )
+        return self.rows(name, "metrics.jsonl")
 
     def rollouts(self, name: str) -> list[dict[str, Any]]:
         paths = sorted((self.folder / name / "rollouts").glob("*.parquet"))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.commands import Commands
 from tests.leftovers import assert_nothing_left, below, shared_memory
 
 pytestmark = pytest.mark.engine
@@ -24,12 +23,11 @@ ROOT = Path(__file__).parents[2]
 WORDS = ["bread", "rice", "nets", "school", "river", "town", "hill", "pasta", "tea", "boat"]
 
 
-class Runs:
+class Runs(Commands):
     """Starts `pavlov sft` on the tiny model, in a folder of its own."""
 
     def __init__(self, folder: Path, model: Path, reward: Path) -> None:
-        self.folder = folder
-        self.started: list[subprocess.Popen[str]] = []
+        super().__init__(folder)
         talk, prompts = folder / "talk.jsonl", folder / "prompts.jsonl"
         rows: list[dict[str, Any]] = [
             {"prompt": f"What is {word} number {n}?", "completion": f"It is {word} for {n} people."}
@@ -59,25 +57,7 @@ rollout = {{ dtype = "float32", max_sequences = 8 }}
         )
 
     def start(self, name: str, *arguments: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "pavlov.py", "sft", str(self.config), f"run.dir={name}"),
-                *arguments,
-            ],
-            cwd=ROOT,
-            env={**os.environ, "PAVLOV_RUNS": str(self.folder)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.started.append(process)
-        return process
-
-    def rows(self, name: str, file: str) -> list[dict[str, Any]]:
-        path = self.folder / name / file
-        return (
-            [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-        )
+        return self.command("sft", str(self.config), f"run.dir={name}", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +99,6 @@ def test_a_run_says_what_it_left_out_learns_and_keeps_the_best(
     assert summary["loss_at_best"] == min(row["loss"] for row in evaluations)
     assert summary["reward_start"] == pytest.approx(means[0])
     assert (folder / "curves.png").stat().st_size > 5000
-    # Nobody was asked the same twice with another answer before the first step.
     answers = runs.rows(unbroken, "answers/step-000000.jsonl")
     assert [row["id"] for row in answers] == WORDS[:6]
     prompted = runs.rows(unbroken, "answers/baseline.jsonl")
@@ -195,25 +174,14 @@ def test_what_cannot_be_is_one_sentence_and_leaves_nothing(
 @pytest.mark.slow
 def test_a_search_that_is_killed_goes_on_without_repeating_what_is_finished(runs: Runs) -> None:
     search = (
+        *("tune", str(runs.config)),
         *("tune.trials=3", "tune.batch_conversations=[8]", "tune.lora_rank=[0, 2]"),
         *("tune.learning_rate=[1e-4, 1e-2]", "tune.final_prompts=2", "answers.limit=4"),
         *("stopping.every=2", "tune.grace=1", "run.dir=search"),
     )
 
-    def start(*more: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "pavlov.py", "tune", str(runs.config), *search, *more],
-            cwd=ROOT,
-            env={**os.environ, "PAVLOV_RUNS": str(runs.folder)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        runs.started.append(process)
-        return process
-
     before = shared_memory()
-    process = start()
+    process = runs.command(*search)
     trials = runs.folder / "search" / "trials"
     deadline = time.monotonic() + 300
     while not list(trials.glob("*/finished.json")):
@@ -225,7 +193,7 @@ def test_a_search_that_is_killed_goes_on_without_repeating_what_is_finished(runs
     process.wait()
     assert_nothing_left(started, before)
     done = {path: path.stat().st_mtime_ns for path in trials.glob("*/finished.json")}
-    process = start("--resume")
+    process = runs.command(*search, "--resume")
     printed, errors = process.communicate(timeout=500)
     assert process.returncode == 0, errors
     assert f"{len(done)} trials are there already" in printed

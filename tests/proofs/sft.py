@@ -22,7 +22,9 @@ from rlhf.statistics import paired_interval
 from rlhf.stopping import verdict
 from tests.proofs.runner import ROOT, hold, pavlov, prove, rows, start, until
 from trainers.comparing import side_by_side
-from trainers.sft import draw, prepare, start_job
+from trainers.sft import start_job
+from trainers.sft_data import prepare
+from trainers.sft_report import draw
 
 CONFIG = "configs/sft_hh_cpu.toml"
 SEARCH = "configs/tune_hh_cpu.toml"
