@@ -1,0 +1,80 @@
+"""What passes between the store, quality control, aggregation and files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rlhf.records import Message
+
+Verdict = Literal["a", "b", "tie", "bad"]
+"""Answer a is better, answer b is, they are equally good, both are bad."""
+
+Kind = Literal["person", "simulated", "model"]
+"""What an assessor is. Verdicts of different kinds are never counted together."""
+
+VERDICTS: tuple[Verdict, ...] = ("a", "b", "tie", "bad")
+CRITERIA = ("helpful", "honest", "harmless")
+"""What is asked beside `rlhf.records.OVERALL` where a project does not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A reply and who gave it: a model, and the checkpoint or weight version it had."""
+
+    text: str
+    model: str = ""
+    checkpoint: str = ""
+    finished: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Honeypot:
+    """The known verdict on a pair, and why: written by an expert, shown to those who miss it."""
+
+    verdict: Verdict
+    explanation: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A pair to be judged. `priority` is higher for what training has flagged."""
+
+    prompt: tuple[Message, ...]
+    a: Answer
+    b: Answer
+    source: str = ""
+    priority: float = 0.0
+    honeypot: Honeypot | None = None
+
+    def __post_init__(self) -> None:
+        if not self.a.text.strip() or not self.b.text.strip():
+            raise ValueError("empty reply")
+        if self.a.text.strip() == self.b.text.strip():
+            raise ValueError("equal replies")
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """One assessor's verdicts on a pair, and how they came about.
+
+    `verdicts` has `rlhf.records.OVERALL` and any criteria that were asked. `first` is the answer
+    that was shown first ("" where it is not known), `seconds` the time taken (nan where it is not
+    known), `at` when it was given (seconds since 1970). `truth` is the known overall verdict where
+    the pair is a honeypot. `repeat`: the assessor had judged the pair before, in the other order.
+    `doubt` says why it is not counted ("" where it is).
+    """
+
+    pair: str
+    assessor: str
+    verdicts: dict[str, Verdict]
+    first: Literal["a", "b", ""] = ""
+    seconds: float = float("nan")
+    at: float = 0.0
+    kind: Kind = "person"
+    truth: Verdict | None = None
+    repeat: bool = False
+    words: tuple[int, int] = (0, 0)
+    comment: str = ""
+    doubt: str = ""
+    work: Work | None = field(default=None, repr=False)
