@@ -11,7 +11,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -111,7 +111,7 @@ def count_rows(path: Path) -> int:
 
 
 def _checked_suffix(path: Path) -> str:
-    _check_is_file(path)
+    check_is_file(path)
     if suffix := _suffix(path):
         return suffix
     raise DataError(
@@ -120,7 +120,12 @@ def _checked_suffix(path: Path) -> str:
     )
 
 
-def _check_is_file(path: Path) -> None:
+def check_is_file(path: Path) -> None:
+    """Refuse what is missing or no file.
+
+    Raises:
+        DataError: it says why, and what to do.
+    """
     try:
         if path.is_file():
             return
@@ -184,6 +189,26 @@ def _reading_parquet(path: Path) -> Iterator[None]:
 def _suffix(path: Path) -> str:
     """Which of `SUFFIXES` the file has, empty if none."""
     return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), "")
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes the name `path` when the block ends without an error: a
+    reader sees the old one or the whole new one.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def short_name(path: Path) -> str:

@@ -16,7 +16,16 @@ from typing import Generic, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from models.data_files import BadRow, ReadReport, Row, Tally, iter_rows, short_name, source_of
+from models.data_files import (
+    BadRow,
+    ReadReport,
+    Row,
+    Tally,
+    iter_rows,
+    short_name,
+    source_of,
+    written_beside,
+)
 from models.row_forms import (
     DistinctPrompts,
     SingleCompletion,
@@ -149,10 +158,13 @@ def folds_by_first_user_turn(pairs: Sequence[PreferencePair], folds: int, seed: 
     return [fold_of[pair.first_user_turn] for pair in pairs]
 
 
-def write_pairs(pairs: Sequence[PreferencePair], path: Path) -> None:
+def write_pairs(
+    pairs: Sequence[PreferencePair], path: Path, further: pa.Table | None = None
+) -> None:
     """Write pairs as Parquet in the conversational format, `PAIR_SCHEMA`, for `read_pairs`.
 
-    The file is written beside and renamed: a reader sees the old one or the whole new one.
+    `further` has columns to stand after these, a row for each pair; `read_pairs` ignores them. The
+    file is written beside and renamed: a reader sees the old one or the whole new one.
 
     Raises:
         DataError: `path` does not end in ``.parquet`` or cannot be written.
@@ -160,13 +172,11 @@ def write_pairs(pairs: Sequence[PreferencePair], path: Path) -> None:
     if path.suffix.lower() != ".parquet":
         raise DataError(f"pairs are written as Parquet: name the file *.parquet, not {path}")
     table = pa.Table.from_pylist([conversational(pair) for pair in pairs], schema=PAIR_SCHEMA)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, partial)
-        partial.replace(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror or error}") from None
+    if further is not None:
+        for column in further.schema:
+            table = table.append_column(column, further[column.name])
+    with written_beside(path) as beside:
+        pq.write_table(table, beside)
 
 
 def _parsed_rows(

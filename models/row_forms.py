@@ -49,13 +49,13 @@ def pair_of(row: Row, source: str, line: int) -> PreferencePair:
         _checked_prompt(prompt),
         chosen,
         rejected,
-        label=_number(row, "label", default=1.0),
-        weight=_number(row, "weight", default=1.0),
-        margin=_number(row, "margin", default=0.0),
-        source=_optional_text(row, "source", source),
+        label=number(row, "label", default=1.0),
+        weight=number(row, "weight", default=1.0),
+        margin=number(row, "margin", default=0.0),
+        source=optional_text(row, "source", source),
         criterion=_criterion(row),
-        chosen_finished=_flag(row, "chosen_finished", default=True),
-        rejected_finished=_flag(row, "rejected_finished", default=True),
+        chosen_finished=flag(row, "chosen_finished", default=True),
+        rejected_finished=flag(row, "rejected_finished", default=True),
     )
 
 
@@ -67,8 +67,13 @@ def scoring_row_of(row: Row, source: str, line: int) -> PreferencePair | SingleC
     if not completion.strip():
         raise ValueError("empty reply")
     prompt = _checked_prompt(_one_prompt(row, turns))
-    finished = _flag(row, "finished", default=row.get("finish_reason") != "length")
-    return SingleCompletion(prompt, completion, _optional_text(row, "source", source), finished)
+    finished = flag(row, "finished", default=row.get("finish_reason") != "length")
+    return SingleCompletion(prompt, completion, optional_text(row, "source", source), finished)
+
+
+def prompt_of(value: object) -> tuple[Message, ...]:
+    """A prompt given by itself: text, a raw HH-RLHF transcript, or a list of messages."""
+    return _checked_prompt(_conversation(value))
 
 
 def conversation_of(row: Row, source: str, line: int) -> Conversation:
@@ -86,7 +91,7 @@ def conversation_of(row: Row, source: str, line: int) -> Conversation:
     if not reply.strip():
         raise ValueError("empty reply")
     whole = (*_checked_prompt(prompt), Message("assistant", reply))
-    return Conversation(whole, _optional_text(row, "source", source))
+    return Conversation(whole, optional_text(row, "source", source))
 
 
 class DistinctPrompts:
@@ -98,9 +103,9 @@ class DistinctPrompts:
 
     def __call__(self, row: Row, source: str, line: int) -> Prompt | None:
         messages = _checked_prompt(_prompt_of_any_form(row))
-        source = _optional_text(row, "source", source)
+        source = optional_text(row, "source", source)
         own_id = row.get("id")
-        wanted = str(own_id) if isinstance(own_id, int) else _optional_text(row, "id")
+        wanted = str(own_id) if isinstance(own_id, int) else optional_text(row, "id")
         if messages in self._conversations:
             return None
         self._conversations.add(messages)
@@ -122,13 +127,13 @@ def _prompt_of_any_form(row: Row) -> tuple[Message, ...]:
         turns = row["turns"]
         if not isinstance(turns, list) or not turns:
             raise ValueError("turns that are not a list of texts")
-        return (Message("user", _text(turns[0], "turns")),)
+        return (Message("user", checked_text(turns[0], "turns")),)
     if row.get("question") is not None:
-        return (Message("user", _text(row["question"], "question")),)
+        return (Message("user", checked_text(row["question"], "question")),)
     if row.get("instruction") is not None:
         return (Message("user", _instruction(row)),)
     if row.get("input") is not None:
-        return (Message("user", _text(row["input"], "input")),)
+        return (Message("user", checked_text(row["input"], "input")),)
     if row.get("chosen") is not None:
         return _prompt_and_replies(row)[0]
     raise ValueError("no prompt")
@@ -136,12 +141,12 @@ def _prompt_of_any_form(row: Row) -> tuple[Message, ...]:
 
 def _instruction(row: Row) -> str:
     """The instruction and, below it, the (first) input that it speaks of."""
-    instruction = _text(row["instruction"], "instruction")
+    instruction = checked_text(row["instruction"], "instruction")
     given = row.get("input")
     match row.get("instances"):
         case [{"input": first}, *_] if given is None:
             given = first
-    if given is None or not _text(given, "input").strip():
+    if given is None or not checked_text(given, "input").strip():
         return instruction
     return f"{instruction}\n\n{given}"
 
@@ -160,7 +165,7 @@ def _reply(row: Row, name: str) -> tuple[tuple[Message, ...], str]:
     if value is None:
         raise ValueError(f"no {name}")
     if isinstance(value, str):
-        text = _text(value, name)
+        text = checked_text(value, name)
         return split_reply(text) if is_transcript(text) else ((), text)
     messages = _messages(value, name)
     if not messages or messages[-1].role != "assistant":
@@ -182,7 +187,7 @@ def _one_prompt(row: Row, turns: tuple[Message, ...]) -> tuple[Message, ...]:
 
 def _conversation(value: object) -> tuple[Message, ...]:
     if isinstance(value, str):
-        text = _text(value, "prompt")
+        text = checked_text(value, "prompt")
         return parse_prompt(text) if is_transcript(text) else (Message("user", text),)
     return _messages(value, "prompt")
 
@@ -196,7 +201,7 @@ def _messages(value: object, name: str) -> tuple[Message, ...]:
 def _message(value: object, name: str) -> Message:
     match value:
         case {"role": "system" | "user" | "assistant" as role, "content": str() as content}:
-            return Message(role, _text(content, name))
+            return Message(role, checked_text(content, name))
         case {"role": str() as role, "content": str()}:
             raise ValueError(f"unknown role {role[:20]!r}")
     raise ValueError(f"{name} with a message that lacks a role or content in text")
@@ -210,7 +215,8 @@ def _checked_prompt(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     return messages
 
 
-def _text(value: object, name: str) -> str:
+def checked_text(value: object, name: str) -> str:
+    """A field that is text, and valid Unicode."""
     if not isinstance(value, str):
         raise ValueError(f"{name} that is not text")
     try:
@@ -220,12 +226,13 @@ def _text(value: object, name: str) -> str:
     return value
 
 
-def _optional_text(row: Row, name: str, default: str = "") -> str:
-    return default if row.get(name) is None else _text(row[name], name)
+def optional_text(row: Row, name: str, default: str = "") -> str:
+    """A field that is text where it is given."""
+    return default if row.get(name) is None else checked_text(row[name], name)
 
 
-def _number(row: Row, name: str, default: float) -> float:
-    """A number; whether it is in range is for `PreferencePair` to say."""
+def number(row: Row, name: str, default: float) -> float:
+    """A number where it is given; whether it is in range is for the record to say."""
     value = row.get(name)
     if value is None:
         return default
@@ -237,7 +244,8 @@ def _number(row: Row, name: str, default: float) -> float:
         raise ValueError(f"{name} that is too large") from None
 
 
-def _flag(row: Row, name: str, default: bool) -> bool:
+def flag(row: Row, name: str, default: bool) -> bool:
+    """True or false where it is given."""
     value = row.get(name)
     if value is None:
         return default
@@ -250,8 +258,8 @@ def _criterion(row: Row) -> str:
     """`criterion`, or `criteria`: one name, or a list of names."""
     criteria = row.get("criteria")
     if row.get("criterion") is not None or not isinstance(criteria, list):
-        return _optional_text(row, "criterion", _optional_text(row, "criteria"))
-    return ", ".join(_text(name, "criteria") for name in criteria)
+        return optional_text(row, "criterion", optional_text(row, "criteria"))
+    return ", ".join(checked_text(name, "criteria") for name in criteria)
 
 
 def conversational(pair: PreferencePair) -> Row:
