@@ -62,7 +62,9 @@ class Judgement:
     that was shown first ("" where it is not known), `seconds` the time taken (nan where it is not
     known), `at` when it was given (seconds since 1970). `truth` is the known overall verdict where
     the pair is a honeypot. `repeat`: the assessor had judged the pair before, in the other order.
-    `doubt` says why it is not counted ("" where it is).
+    `doubt` says why it is not counted ("" where it is). `models` gave answers a and b ("" where it
+    is not known): those of `work` where there is work, so that verdicts without texts compare
+    models too.
     """
 
     pair: str
@@ -75,6 +77,25 @@ class Judgement:
     truth: Verdict | None = None
     repeat: bool = False
     words: tuple[int, int] = (0, 0)
+    models: tuple[str, str] = ("", "")
     comment: str = ""
     doubt: str = ""
     work: Work | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.work is not None:
+            object.__setattr__(self, "models", (self.work.a.model, self.work.b.model))
+
+
+@dataclass(frozen=True, slots=True)
+class SoftLabel:
+    """What all judges of a pair say together: the probability that answer a is the better one, the
+    pair's share of a loss, and how many judges that rests on."""
+
+    a_better: float
+    weight: float = 1.0
+    judges: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.a_better <= 1:
+            raise ValueError(f"probability {self.a_better} outside 0 to 1")
