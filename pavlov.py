@@ -13,12 +13,14 @@ import signal
 import sys
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from rlhf.config import LabelConfig
 
 app = typer.Typer(
     name="pavlov",
@@ -154,6 +156,158 @@ def rl(
 
     folder = run_rl(settings, config, _console(), resume=resume)
     print(f"done: {folder / 'policy'}")
+
+
+label = typer.Typer(help="Human judgement: what to compare, who compares it, what came of it.")
+app.add_typer(label, name="label", no_args_is_help=True)
+ProjectName = Annotated[str, typer.Option("--project", help="whose work it is", metavar="NAME")]
+Kind = Annotated[Literal["person", "simulated", "model"], typer.Option(help="of assessor")]
+_EXAMPLE, _OF = "Example: pavlov label", "configs/label.toml --project x"
+
+
+@label.command("import", epilog=f"{_EXAMPLE} import {_OF} --pairs p.jsonl")
+def label_import(
+    config: Config,
+    project: ProjectName,
+    overrides: Overrides = None,
+    pairs: Annotated[Path | None, typer.Option(help="pairs to judge")] = None,
+    honeypots: Annotated[
+        bool, typer.Option("--honeypots", help="pairs whose better answer is known test assessors")
+    ] = False,
+    judgements: Annotated[Path | None, typer.Option(help="verdicts given elsewhere")] = None,
+    form: Annotated[
+        Literal["pavlov", "mt-bench", "label-studio"],
+        typer.Option("--format", help="of the verdicts"),
+    ] = "pavlov",
+) -> None:
+    """Take in pairs to judge, or verdicts that were given elsewhere."""
+    settings = _label_config(config, overrides)
+    from rlhf.errors import ConfigError
+    from serving.label_commands import import_judgements, import_work
+
+    if (pairs is None) == (judgements is None):
+        raise ConfigError("give --pairs FILE, or --judgements FILE with its --format")
+    if pairs is not None:
+        import_work(settings, project, pairs, _console(), honeypots=honeypots)
+    if judgements is not None:
+        import_judgements(settings, project, judgements, form, _console())
+
+
+@label.command("invite", epilog=f"{_EXAMPLE} invite {_OF} --name ann")
+def label_invite(
+    config: Config,
+    project: ProjectName,
+    name: Annotated[str, typer.Option(help="the assessor's name in the project")],
+    overrides: Overrides = None,
+    role: Annotated[
+        Literal["assessor", "expert", "owner"],
+        typer.Option(help="experts write honeypots too, owners see everybody's figures too"),
+    ] = "assessor",
+    kind: Kind = "person",
+) -> None:
+    """A new assessor: prints the token that signs them in, once."""
+    settings = _label_config(config, overrides)
+    from serving.label_commands import invite
+
+    print(invite(settings, project, name, kind, role))
+
+
+@label.command("serve", epilog=f"{_EXAMPLE} serve configs/label.toml label.port=0")
+def label_serve(
+    config: Config,
+    overrides: Overrides = None,
+    project: Annotated[
+        str | None, typer.Option(help="let this project's assessors in alone", metavar="NAME")
+    ] = None,
+) -> None:
+    """The page on which assessors judge, until SIGTERM or SIGINT."""
+    settings = _label_config(config, overrides)
+    from serving.label_server import serve_labels
+
+    serve_labels(settings, _console(), project)
+
+
+@label.command(
+    "judge",
+    epilog=f"{_EXAMPLE} judge {_OF} simulated.assessors=3",
+)
+def label_judge(
+    config: Config,
+    project: ProjectName,
+    overrides: Overrides = None,
+    url: Annotated[str | None, typer.Option(help="of the service; default: as configured")] = None,
+    reward: Annotated[
+        str | None, typer.Option(help="judge by this reward model; default: simulated assessors")
+    ] = None,
+    truth: Annotated[
+        list[Path] | None, typer.Option(help="pairs whose better answer is the simulated truth")
+    ] = None,
+) -> None:
+    """Judges that are no people, over the service's HTTP interface; never counted as people."""
+    settings = _label_config(config, overrides)
+    from serving.label_commands import judge
+
+    judge(settings, project, url, _console(), reward=reward, truth=truth or [])
+
+
+@label.command(
+    "export",
+    epilog=f"{_EXAMPLE} export {_OF} --out pairs.parquet",
+)
+def label_export(
+    config: Config,
+    project: ProjectName,
+    out: Annotated[Path, typer.Option(help="*.parquet; judgements also *.jsonl, *.json")],
+    overrides: Overrides = None,
+    judgements: Annotated[
+        bool, typer.Option("--judgements", help="the verdicts themselves, not labels made of them")
+    ] = False,
+    kind: Kind = "person",
+    criterion: Annotated[str, typer.Option(help="helpful, honest, … or overall")] = "overall",
+    method: Annotated[
+        Literal["dawid-skene", "majority", "bradley-terry"],
+        typer.Option(help="how one label is made of several verdicts"),
+    ] = "dawid-skene",
+) -> None:
+    """Write soft labels for `pavlov reward`, or the judgements themselves."""
+    settings = _label_config(config, overrides)
+    from serving.label_commands import export
+
+    export(
+        settings,
+        project,
+        out,
+        _console(),
+        judgements=judgements,
+        kind=kind,
+        criterion=criterion,
+        method=method,
+    )
+
+
+@label.command("report", epilog=f"{_EXAMPLE} report {_OF} --json")
+def label_report(
+    config: Config,
+    project: ProjectName,
+    overrides: Overrides = None,
+    kind: Kind = "person",
+    as_json: AsJson = False,
+) -> None:
+    """How good the labels are, who gave them, and which model is preferred."""
+    settings = _label_config(config, overrides)
+    from serving.label_commands import as_lines, show_report
+
+    found = show_report(settings, project, kind)
+    if as_json:
+        _print_json(found)
+    else:
+        print("\n".join(as_lines(found)))
+
+
+def _label_config(config: Path, overrides: list[str] | None) -> LabelConfig:
+    from rlhf.config import LabelConfig, load_config
+
+    return load_config(LabelConfig, config, overrides or [])
 
 
 def _console(*, to_stderr: bool = False) -> Console:

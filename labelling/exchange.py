@@ -36,6 +36,7 @@ Form = Literal["pavlov", "mt-bench", "label-studio"]
 
 JUDGEMENT_SCHEMA = pa.schema(
     [
+        ("id", pa.string()),
         ("pair", pa.string()),
         ("assessor", pa.string()),
         ("kind", pa.string()),

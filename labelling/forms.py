@@ -92,13 +92,12 @@ def work_row(work: Work) -> Row:
 
 def judgement_of(row: Row, source: str) -> Judgement:
     """A judgement in the Pavlov form, as `judgement_row` writes it."""
-    seconds = row.get("seconds")
-    given = {} if seconds is None else {"seconds": number(row, "seconds", default=math.nan)}
     return Judgement(
         pair=_id(row, "pair"),
         assessor=_id(row, "assessor"),
         verdicts=_verdicts(row.get("verdicts")),
         first=cast(Literal["a", "b", ""], _one_of(row, "first", ("a", "b", ""), "")),
+        seconds=number(row, "seconds", default=math.nan),
         at=number(row, "at", default=0.0),
         kind=cast(Kind, _one_of(row, "kind", get_args(Kind), "person")),
         truth=verdict_of(row["truth"], "truth") if row.get("truth") is not None else None,
@@ -108,7 +107,7 @@ def judgement_of(row: Row, source: str) -> Judgement:
         comment=optional_text(row, "comment"),
         doubt=optional_text(row, "doubt"),
         work=work_of(row, source) if row.get("answer_a") is not None else None,
-        **given,
+        id=optional_text(row, "id"),
     )
 
 
@@ -117,6 +116,7 @@ def judgement_row(judgement: Judgement) -> Row:
     seconds = judgement.seconds
     texts = work_row(judgement.work) if judgement.work else {}
     return {
+        "id": judgement.id,
         "pair": judgement.pair,
         "assessor": judgement.assessor,
         "kind": judgement.kind,

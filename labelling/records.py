@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -64,14 +65,14 @@ class Judgement:
     the pair is a honeypot. `repeat`: the assessor had judged the pair before, in the other order.
     `doubt` says why it is not counted ("" where it is). `models` gave answers a and b ("" where it
     is not known): those of `work` where there is work, so that verdicts without texts compare
-    models too.
+    models too. `id` is the assignment's in the store.
     """
 
     pair: str
     assessor: str
     verdicts: dict[str, Verdict]
     first: Literal["a", "b", ""] = ""
-    seconds: float = float("nan")
+    seconds: float = math.nan
     at: float = 0.0
     kind: Kind = "person"
     truth: Verdict | None = None
@@ -81,6 +82,7 @@ class Judgement:
     comment: str = ""
     doubt: str = ""
     work: Work | None = field(default=None, repr=False)
+    id: str = ""
 
     def __post_init__(self) -> None:
         if self.work is not None:

@@ -52,6 +52,7 @@ from rlhf.config.ensemble import (
     TopMembers,
     TrainedMembers,
 )
+from rlhf.config.label import AttentionSection, LabelConfig, LabelSection, SimulatedSection
 from rlhf.config.reading import data_path, known_keys, load_config, parse_config, runs_path
 from rlhf.config.runs import (
     AssessorSection,
@@ -80,6 +81,7 @@ __all__ = [
     "AlgorithmSettings",
     "AnswersSection",
     "AssessorSection",
+    "AttentionSection",
     "BaselineSection",
     "CEMSection",
     "ClippedSection",
@@ -98,6 +100,8 @@ __all__ = [
     "Gpus",
     "JudgeSection",
     "KLSection",
+    "LabelConfig",
+    "LabelSection",
     "LearnerSection",
     "LoRASection",
     "LoopConfig",
@@ -125,6 +129,7 @@ __all__ = [
     "SFTSection",
     "Section",
     "ShapingSection",
+    "SimulatedSection",
     "SteeredSection",
     "StoppingSection",
     "TopMembers",

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from rlhf.config import DemoConfig, load_config
 from rlhf.statistics import paired_interval
-from tests.proofs.runner import ROOT, hold, pavlov, prove, rows
+from tests.proofs.runner import PICTURES, ROOT, hold, pavlov, prove, rows
 
 CONFIG = ROOT / "configs" / "demo.toml"
 # As many samples for each: 16 steps of 36 completions.
@@ -229,9 +229,7 @@ def _draw(curves: dict[str, list[dict[str, Any]]], panels: dict[str, str], name:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    path = ROOT / "docs" / "pictures" / name
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(PICTURES / name, dpi=110)
     pyplot.close(figure)
 
 

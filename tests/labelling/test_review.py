@@ -1,0 +1,98 @@
+from labelling.labels import soft_labels
+from labelling.queue import Queue
+from labelling.records import Answer, Honeypot, Judgement, Work
+from labelling.report import report
+from labelling.review import PAUSED, let_go_on, review
+from labelling.store import TIRED, Store
+from labelling.worlds import SimulatedPerson, World, play
+from rlhf.config import AttentionSection, LabelConfig, LabelSection
+from rlhf.records import OVERALL, Message
+
+SETTINGS = AttentionSection()
+
+
+def stored(store: Store, people: list[SimulatedPerson], each: int = 120):
+    """A project that has been judged in a world with planted truths."""
+    played = play(World(tuple(people), each=each, judges=3), seed=1)
+    project = store.make_project("world", [])
+    works = {
+        name: Work(
+            (Message("user", name),),
+            Answer(f"{name} good", "tuned"),
+            Answer(f"{name} bad", "base"),
+            honeypot=Honeypot(truth) if name.startswith("honeypot") else None,
+        )
+        for name, truth in played.truths.items()
+    }
+    given = [
+        Judgement(**{**{f: getattr(j, f) for f in j.__slots__}, "work": works[j.pair]})
+        for j in played.judgements
+    ]
+    store.add_judgements(project, given)
+    return project, played
+
+
+def test_who_does_not_read_is_paused_and_what_they_said_is_judged_again(store):
+    people = [SimulatedPerson(f"honest-{n}") for n in range(5)]
+    people.append(SimulatedPerson("spammer", spam="random"))
+    project, _ = stored(store, people)
+    found = review(store, project, SETTINGS)
+    assert found.paused.keys() == {"spammer"}
+    by_name = {each.name: each for each in store.assessors(project)}
+    assert by_name["spammer"].state == "paused" and "nats" in by_name["spammer"].reason
+    judgements = store.judgements(project)
+    assert {j.assessor for j in judgements if j.doubt == PAUSED} == {"spammer"}
+    # A second review has nothing to change.
+    again = review(store, project, SETTINGS)
+    assert not again.paused and not again.tired
+
+    let_go_on(store, by_name["spammer"], "owner")
+    assert not [j for j in store.judgements(project) if j.doubt == PAUSED]
+    # An owner has vouched for them: the old judgements are no longer held against them.
+    assert not review(store, project, SETTINGS).paused
+
+
+def test_judgements_from_the_onset_of_fatigue_are_in_doubt_and_the_person_is_told(store):
+    people = [SimulatedPerson(f"honest-{n}") for n in range(5)]
+    people.append(SimulatedPerson("tired", fatigue_onset=90))
+    project, _ = stored(store, people, each=160)
+    review(store, project, SETTINGS)
+    doubted = [j for j in store.judgements(project) if j.doubt == TIRED]
+    assert {j.assessor for j in doubted} == {"tired"}
+    assert 40 <= len(doubted) <= 90
+    by_name = {each.name: each for each in store.assessors(project)}
+    assert store.tired(by_name["tired"]) and not store.tired(by_name["honest-0"])
+
+
+def test_verdicts_of_different_kinds_are_never_counted_together(store):
+    project = store.make_project("kinds", [])
+    work = Work((Message("user", "q"),), Answer("one", "m1"), Answer("other", "m2"))
+    store.add_work(project, [work], 1)
+    desk = Queue(store, LabelSection(attention=AttentionSection(honeypot_share=0, repeat_share=0)))
+    for kind, verdict in (("person", "tie"), ("model", "first")):
+        who = store.signed_in(store.invite(project, kind, kind))
+        desk.judge(who, desk.next(who).id, {OVERALL: verdict})
+    judgements = store.judgements(project, with_work=True)
+    people = soft_labels(judgements, "majority", judges_wanted=1)
+    [label] = people.values()
+    assert label.a_better == 0.5
+    models = soft_labels(judgements, "majority", judges_wanted=1, kind="model")
+    assert next(iter(models.values())).a_better in (0.0, 1.0)
+    found = report(store, project, LabelConfig(), "model")
+    assert [each["id"] for each in found["assessors"]] == ["model"]
+    assert found["judgements"] == 1
+
+
+def test_labels_weigh_less_where_judges_are_missing_or_both_answers_are_bad():
+    def judged(pair: str, *verdicts: str) -> list[Judgement]:
+        return [Judgement(pair, f"p{n}", {OVERALL: v}) for n, v in enumerate(verdicts)]
+
+    found = soft_labels(
+        [*judged("full", "a", "a", "b"), *judged("one", "a"), *judged("bad", "bad", "bad", "a")],
+        "majority",
+        judges_wanted=3,
+    )
+    assert found["full"].a_better == 2 / 3 and found["full"].weight == 1
+    assert found["one"].weight == 1 / 3
+    assert abs(found["bad"].weight - 1 / 3) < 1e-9
+    assert abs(found["bad"].a_better - 2 / 3) < 1e-9
