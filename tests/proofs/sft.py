@@ -43,8 +43,8 @@ def judge(folder: Path) -> Path:
 
 def curves(folder: Path) -> dict[str, Any]:
     """Fine-tuned on few chosen replies of HH (helpful) at a large step (1e-4) to the end of four
-    epochs, whatever the verdict: where the loss and where the reward is best, and what either checkpoint's answers to
-    prompts that chose nothing are worth. Reported, not judged. The curves:
+    epochs, whatever the verdict: where the loss and where the reward is best, and what either
+    checkpoint's answers to prompts that chose nothing are worth. Reported, not judged. The curves:
     docs/pictures/sft_hh.png."""
     reward = judge(folder)
     # Few conversations, seen often: if the loss is to turn up anywhere, it does here.

@@ -1,0 +1,187 @@
+"""`pavlov label`, from files in to labels and figures out."""
+
+import gzip
+import json
+import os
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from rich.console import Console
+
+from cluster.session import free_port
+from models.preferences import read_pairs
+from rlhf.config import LabelConfig, parse_config
+from rlhf.errors import DataError
+from serving.label_commands import (
+    as_lines,
+    export,
+    import_judgements,
+    import_work,
+    invite,
+    judge,
+    open_store,
+    show_report,
+)
+from serving.labelling import labelling_app
+
+VOTES = Path(os.environ.get("PAVLOV_DATA", "../shared/data")) / "mt_bench_votes/votes.jsonl.gz"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> LabelConfig:
+    label = {"database": f"sqlite:///{tmp_path}/labels.db", "requests_per_minute": 100_000}
+    return parse_config(LabelConfig, {"label": {**label, "criteria": ["helpful"]}}, "test")
+
+
+@pytest.fixture
+def address(config: LabelConfig) -> Iterator[str]:
+    port = free_port()
+    server = uvicorn.Server(
+        uvicorn.Config(labelling_app(config), host="127.0.0.1", port=port, log_level="error")
+    )
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()
+
+
+def pairs(path: Path, count: int, honeypots: int = 0) -> Path:
+    rows = [
+        {
+            "prompt": f"question {n}",
+            "chosen": f"a good answer to {n}",
+            "rejected": f"no {n}",
+            "chosen_model": "tuned",
+            "rejected_model": "base",
+        }
+        for n in range(count)
+    ]
+    rows += [
+        {
+            "prompt": f"known {n}",
+            "answer_a": f"right {n}",
+            "answer_b": f"wrong {n}",
+            "honeypot": "a",
+            "explanation": "It is right.",
+        }
+        for n in range(honeypots)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_simulated_judges_turn_pairs_into_labels_that_a_reward_model_reads(
+    config, address, tmp_path
+):
+    console = Console(quiet=True)
+    file = pairs(tmp_path / "pairs.jsonl", 60, honeypots=30)
+    import_work(config, "chat", file, console)
+    judge(config, "chat", address, console, reward=None, truth=[file])
+    found = show_report(config, "chat", "simulated")
+    print(as_lines(found))
+    assert found["progress"] == {"pairs": 60, "wanted": 180, "taken": 180}
+    assert {each["state"] for each in found["assessors"]} == {"active"}
+    assert found["win_matrix"]["tuned"]["base"]["share"] > 0.6
+    assert all(each["honeypot_accuracy"] > 0.6 for each in found["assessors"])
+    assert show_report(config, "chat", "person")["judgements"] == 0
+
+    out = tmp_path / "labels.parquet"
+    with pytest.raises(DataError, match="no judgements by people"):
+        export(config, "chat", out, console)
+    export(config, "chat", out, console, kind="simulated")
+    labelled, _ = read_pairs([out])
+    assert len(labelled) == 60
+    assert {pair.weight for pair in labelled} != {1.0}
+    right = sum(pair.chosen.startswith("a good") for pair in labelled)
+    assert right > 48
+    assert len(as_lines(found)) > 6
+
+
+def test_judgements_come_out_as_they_went_in_and_count_once(config, address, tmp_path):
+    console = Console(quiet=True)
+    file = pairs(tmp_path / "pairs.jsonl", 12)
+    import_work(config, "chat", file, console)
+    judge(config, "chat", address, console, reward=None, truth=[file])
+    for name in ("judgements.jsonl", "judgements.parquet"):
+        out = tmp_path / name
+        export(config, "chat", out, console, judgements=True)
+        import_judgements(config, f"again {name}", out, "pavlov", console)
+        import_judgements(config, f"again {name}", out, "pavlov", console)
+        store = open_store(config)
+        old, new = (
+            [
+                (each.pair, each.assessor, each.verdicts, each.first, each.seconds, each.kind)
+                for each in store.judgements(store.project(project))
+            ]
+            for project in ("chat", f"again {name}")
+        )
+        assert old == new and len(old) >= 36
+
+
+@pytest.mark.skipif(not VOTES.is_file(), reason="no MT-Bench votes below PAVLOV_DATA")
+def test_the_report_on_mt_bench_says_what_the_votes_say(config):
+    import_judgements(config, "mt", VOTES, "mt-bench", Console(quiet=True))
+    found = show_report(config, "mt", "person")
+    with gzip.open(VOTES, "rt") as file:
+        votes = [json.loads(line) for line in file]
+    said: dict[tuple[object, ...], dict[str, str]] = defaultdict(dict)
+    for vote in votes:
+        models = sorted((vote["model_a"], vote["model_b"]))
+        won = {"model_a": vote["model_a"], "model_b": vote["model_b"]}.get(vote["winner"], "tie")
+        said[(vote["question_id"], vote["turn"], *models)].setdefault(vote["judge"], won)
+    assert found["judgements"] == sum(map(len, said.values()))
+    agreed = [
+        one == other for each in said.values() for one, other in combinations(each.values(), 2)
+    ]
+    assert found["agreement"] == pytest.approx(sum(agreed) / len(agreed))
+    wins = Counter((*key[2:], won) for key, each in said.items() for won in each.values())
+    row = found["win_matrix"]["claude-v1"]["gpt-4"]
+    assert row["wins"] == wins["claude-v1", "gpt-4", "claude-v1"]
+    assert row["losses"] == wins["claude-v1", "gpt-4", "gpt-4"]
+    assert row["ties"] == wins["claude-v1", "gpt-4", "tie"]
+    assert found["condorcet_winner"] == "gpt-4" and found["cycles"] == []
+
+
+def test_a_server_that_is_away_is_waited_for(config, address, tmp_path):
+    from labelling.judges import judge_over_http
+
+    import_work(config, "chat", pairs(tmp_path / "p.jsonl", 3), Console(quiet=True))
+    token = invite(config, "chat", "ann", "simulated", "assessor")
+    answer = httpx.get(f"{address}/health")
+    assert answer.status_code == 200
+    seen: list[str] = []
+
+    def decide(task, number):
+        seen.append(task["id"])
+        return dict.fromkeys(task["criteria"], "first"), 3.0
+
+    assert judge_over_http(address, token, decide) == len(seen) == 3
+    with pytest.raises(Exception, match="did not take /api/next"):
+        judge_over_http("http://127.0.0.1:9", token, decide, patience_s=0.6)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ('{"prompt": "q", "chosen": "same", "rejected": "same"}\n', "no usable pairs"),
+        ("not json\n", "no usable pairs"),
+        ("", "no usable pairs"),
+    ],
+)
+def test_a_file_without_work_is_refused_and_makes_no_project(config, tmp_path, rows, message):
+    file = tmp_path / "bad.jsonl"
+    file.write_text(rows)
+    with pytest.raises(DataError, match=message):
+        import_work(config, "chat", file, Console(quiet=True))
+    with pytest.raises(DataError, match="no project chat"):
+        open_store(config).project("chat")
