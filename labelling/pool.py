@@ -186,7 +186,8 @@ def fit(data: Columns, *, uncounted: Collection[str] = (), spread: float = SPREA
     share_C, class_AC = prior_C, np.tile(prior_C, (size, 1))
 
     known_N, again_N = data.truth_N >= 0, data.repeat_N
-    pair_n, pot_n = np.flatnonzero(~known_N & ~again_N), np.flatnonzero(known_N & ~again_N)
+    known = _rows(data)
+    pair_n, pot_n = known.plain, known.pots
     twice_n = np.flatnonzero(~known_N & again_N)
     once_n = data.first_N[twice_n]
     who_p, at_p, code_p = data.who_N[pair_n], data.pair_N[pair_n], code_N[pair_n]
@@ -213,10 +214,14 @@ def fit(data: Columns, *, uncounted: Collection[str] = (), spread: float = SPREA
         score_AC = np.stack([np.bincount(data.who_N, column, size) for column in log_nC.T], axis=1)
         before, class_AC = class_AC, _softmax(score_AC + np.log(share_C))
         weight_A = class_AC[:, :attentive].sum(axis=1) * counted_A
-        rates = _rates(data, weight_A, tables, a_N, code_N, rates)
+        rates = _rates(data, known, weight_A, tables, a_N, code_N)
         seen_C = prior_C * _PRIOR_SHARES + counted_A @ class_AC
+        seen_C[:attentive] = seen_C[:attentive].sum() * share_Z
         share_C = seen_C / seen_C.sum()
-        if np.abs(class_AC - before).max() < 1e-3:
+        # Which attentive one somebody is settles slowly and changes little.
+        moved_AC = class_AC - before
+        read_A = np.abs(moved_AC[:, :attentive].sum(axis=1)).max()
+        if max(read_A, np.abs(moved_AC[:, attentive:]).max()) < 2e-3:
             break
     return Pool(rates, tables_of(rates, node_Z), class_AC, a_N, says_N2, code_N, share_Z)
 
@@ -325,37 +330,60 @@ def _softmax(score_AC: Floats) -> Floats:
     return weight_AC
 
 
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Which rows tell which rate: all honeypots; those judged wrongly where one answer is the
+    better; other pairs; those decided; decided second looks at a decided first one."""
+
+    pots: Ints
+    wrong: Ints
+    plain: Ints
+    told: Ints
+    twice: Ints
+
+
+def _rows(data: Columns) -> _Rows:
+    known_N, again_N = data.truth_N >= 0, data.repeat_N
+    decided_N = data.verdict_N < _DECIDED
+    missed_N = (data.truth_N < _DECIDED) & (data.verdict_N != data.truth_N)
+    return _Rows(
+        np.flatnonzero(known_N & ~again_N),
+        np.flatnonzero(known_N & ~again_N & missed_N),
+        np.flatnonzero(~known_N & ~again_N),
+        np.flatnonzero(~known_N & ~again_N & decided_N),
+        np.flatnonzero(~known_N & again_N & decided_N & decided_N[data.first_N]),
+    )
+
+
 def _rates(
-    data: Columns, weight_A: Floats, tables: Tables, a_N: Floats, code_N: Ints, old: Rates
+    data: Columns, rows: _Rows, weight_A: Floats, tables: Tables, a_N: Floats, code_N: Ints
 ) -> Rates:
     """The rates of attentive assessors, each weighed by the probability that they are."""
     weight_N = weight_A[data.who_N]
-    once_N, known_N = ~data.repeat_N, data.truth_N >= 0
-    pots = once_N & known_N
-    hit = float(weight_N[pots] @ (data.verdict_N[pots] == data.truth_N[pots]))
+    verdict_N, pots, wrong = data.verdict_N, rows.pots, rows.wrong
+    hit = float(weight_N[pots[verdict_N[pots] == data.truth_N[pots]]].sum())
     honeypot = (hit + _PRIOR_HONEYPOT[0]) / (weight_N[pots].sum() + sum(_PRIOR_HONEYPOT))
-    wrong = pots & (data.truth_N < _DECIDED) & (data.verdict_N != data.truth_N)
-    undecided = (weight_N[wrong] @ (data.verdict_N[wrong] >= _DECIDED) + 1) / (
-        weight_N[wrong].sum() + 10
-    )
+    undecided = weight_N[wrong[verdict_N[wrong] >= _DECIDED]].sum() + 1
+    undecided /= weight_N[wrong].sum() + 10
 
-    plain = once_N & ~known_N
-    said = np.bincount(data.verdict_N[plain], weight_N[plain], len(VERDICTS))
+    said = np.bincount(verdict_N[rows.plain], weight_N[rows.plain], len(VERDICTS))
     tie, bad = (
         float(said[at] + prior) / float(said.sum() + 20) for at, prior in ((2, 1), (3, 0.4))
     )
-    told = plain & (data.verdict_N < _DECIDED)
-    w_n, v_n, s_n = weight_N[told], data.verdict_N[told], data.side_N[told]
-    middle = (tables.pair_V2C.shape[2] - len(WAYS)) // 2
-    like_n2 = tables.pair_V2C[code_N[told], :, middle] * np.stack([a_N[told], 1 - a_N[told]], 1)
-    true_n = like_n2[np.arange(len(v_n)), v_n] / like_n2.sum(axis=1)
-    pair = float((w_n @ true_n + _PRIOR_PAIR[0]) / (w_n.sum() + sum(_PRIOR_PAIR)))
-    sided = s_n < 2
-    lean = float(w_n[sided] @ ((v_n == s_n)[sided] - 0.5)) / float(w_n[sided].sum() + 50)
+    weight_n, verdict_n = weight_N[rows.told], verdict_N[rows.told]
+    code_n, a_n = code_N[rows.told], a_N[rows.told]
+    middle_V2 = tables.pair_V2C[:, :, (tables.pair_V2C.shape[2] - len(WAYS)) // 2]
+    a_n = (
+        a_n * middle_V2[code_n, 0] / (a_n * middle_V2[code_n, 0] + (1 - a_n) * middle_V2[code_n, 1])
+    )
+    true = float((weight_n * np.where(verdict_n == 0, a_n, 1 - a_n)).sum())
+    pair = (true + _PRIOR_PAIR[0]) / (float(weight_n.sum()) + sum(_PRIOR_PAIR))
+    side_n = data.side_N[rows.told]
+    sided_n = weight_n * (side_n < 2)
+    lean = float((sided_n * ((verdict_n == side_n) - 0.5)).sum() / (sided_n.sum() + 50))
 
-    twice = np.flatnonzero(~once_N & ~known_N & (data.verdict_N < _DECIDED))
-    twice = twice[data.verdict_N[data.first_N[twice]] < _DECIDED]
-    same = float(weight_N[twice] @ (data.verdict_N[twice] == data.verdict_N[data.first_N[twice]]))
+    twice = rows.twice
+    same = float(weight_N[twice[verdict_N[twice] == verdict_N[data.first_N[twice]]]].sum())
     alone = pair**2 + (1 - pair) ** 2
     agreed = (same + 10 * alone) / (float(weight_N[twice].sum()) + 10)
     return Rates(

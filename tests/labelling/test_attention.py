@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from labelling.attention import attention, decide
+from labelling.attention import _events, attention, decide
 from labelling.pool import WAYS, Pool, Rates, columns, fit, tables_of
 from labelling.records import VERDICTS, Judgement
 from labelling.worlds import SimulatedPerson, World, play, polluted
@@ -81,8 +81,6 @@ def test_evidence_has_mean_one_for_an_attentive_assessor_however_the_others_judg
             )
             data = columns(rows)
             pool = known_pool(data, rates)
-            from labelling.attention import _events
-
             who, _, evidence = _events(data, pool)
             course = evidence[who == 0].sum(axis=0)
             e = np.exp(course[1:] - course[0]) @ np.array(list(WAYS.values()))

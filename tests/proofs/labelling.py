@@ -23,8 +23,8 @@ from rlhf.statistics import paired_interval, wilson_interval
 from tests.proofs.runner import ROOT, hold, prove
 
 _WITHIN = 160
-_LOOK_EVERY = 2000
-_FIRST_SEED = 100  # of worlds that nothing was chosen by
+_LOOK_EVERY = 1000
+_FIRST_SEED = 200  # of worlds that nothing was chosen by
 _RATES = (0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002)
 
 
@@ -66,7 +66,7 @@ def pausing_three(folder: Path) -> dict[str, Any]:
     first-shown, longest answer, half the time random), ten of them among the 25 who are there from
     the beginning, the others join one every two minutes; 10 % honeypots, 5 % repeats, judged anew.
     Honest ones judge 300 times. At least 95 % of spammers are paused within 160 judgements of their
-    own and at most 3 % of honest ones ever, looked at every 2000 judgements of the pool."""
+    own and at most 3 % of honest ones ever, looked at every 1000 judgements of the pool."""
     return _pausing(folder, 3, 10, picture=True)
 
 
