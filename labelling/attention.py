@@ -14,6 +14,9 @@ at most `rate` (Ville, 1939; Ramdas et al. (2023), Game-Theoretic Statistics and
 Inference, section 2). Its whole course is rebuilt here from the times of the judgements, verdict
 for verdict, and its maximum decides: nothing need be kept between calls.
 
+An assessor is paused whose evidence has reached that, unless by now they are more probably
+attentive after all: what others said since may have taken it back.
+
 That holds exactly where the pool's rates are known; they are estimated (`labelling.pool.fit`), and
 proofs measure what it comes to. "Attentive" means as good as the pool's attentive assessors:
 whoever is as little right as one who reads half of the time looks like one in the end. `spread`
@@ -115,7 +118,7 @@ def decide(data: Columns, pool: Pool, false_pause_rate: float) -> dict[str, Atte
         over = np.flatnonzero(log_e_E[mine] >= threshold)
         found[name] = Attention(
             name,
-            "paused" if len(over) else "working",
+            "paused" if len(over) and attentive_A[at] < 0.5 else "working",
             float(log_e_E[mine][top]),
             list(WAYS)[int(np.argmax(ways_EK[mine][top]))],
             int(count_E[end - 1]) - before,
@@ -165,7 +168,7 @@ def _events(data: Columns, pool: Pool) -> tuple[Floats, Floats, Floats]:
         u = u[u + lag <= last_u[u]]
         if not len(u):
             break
-        others_u = total_u[u + lag + 1] - total_u[start_u[u]] - odds_u[u]
+        others_u = total_u[u + lag + 1] - total_u[start_u[u]] - odds_u[u] + pool.prior_N[plain[u]]
         a_u = 1 / (1 + np.exp(-np.clip(others_u, -50, 50)))
         now_uC = pair_evidence(pool.tables, a_u, pool.code_N[plain[u]])
         rows.append(plain[u])

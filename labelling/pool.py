@@ -6,7 +6,8 @@ model of Dawid & Skene, 1979), lean towards the first answer by as much as the p
 tie or bad as often as the pool. Those who do not read say what their way says, whatever the truth.
 Expectation maximisation finds the truths, the ways and p0, q0 together. Honeypots and the ways'
 marks (always the first, the longest) tell who reads before anybody's agreement does; that is what
-holds the estimate while two in five do not read.
+holds the estimate while two in five do not read. Better answers are often the longer ones: how
+often is found too, lest who prefers them for being better looks like one who does not read.
 
 A pair's truth is answer a or b; ties are taken to say nothing of it.
 
@@ -17,7 +18,7 @@ Shapes: N judgements that are no repeats, A assessors, P pairs, C classes (the a
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -125,7 +126,8 @@ def columns(judgements: Sequence[Judgement]) -> Columns:
 class Rates:
     """How attentive assessors judge: right on honeypots and on pairs, `lean` above one half that
     the first answer is chosen, shares of tie and bad, share of undecided among what is wrong on
-    honeypots, chance that a second look repeats the first beyond what the truth makes it."""
+    honeypots, chance that a second look repeats the first beyond what the truth makes it; and the
+    share of pairs whose better answer is the longer one."""
 
     honeypot: float = 0.9
     pair: float = 0.75
@@ -134,6 +136,7 @@ class Rates:
     bad: float = 0.01
     undecided: float = 0.1
     persistence: float = 0.0
+    longer: float = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +150,15 @@ class Tables:
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """The fitted pool. `class_AC` are probabilities of what each assessor is; `a_N` the probability
-    that answer a is the better by the others' verdicts alone; `says_N2` the log-likelihood of
+    """The fitted pool. `class_AC` are probabilities of what each assessor is; `prior_N` the
+    log-odds that answer a is the better before anything was said (longer ones often are); `a_N` the
+    probability that it is by that and the others' verdicts; `says_N2` the log-likelihood of
     what was said if a is, and if b is (0 where it does not count)."""
 
     rates: Rates
     tables: Tables
     class_AC: Floats
+    prior_N: Floats
     a_N: Floats
     says_N2: Floats
     code_N: Ints
@@ -192,7 +197,7 @@ def fit(data: Columns, *, uncounted: Collection[str] = (), spread: float = SPREA
     once_n = data.first_N[twice_n]
     who_p, at_p, code_p = data.who_N[pair_n], data.pair_N[pair_n], code_N[pair_n]
     rates = Rates()
-    a_N = np.full(len(code_N), 0.5)
+    a_N, prior_N = np.full(len(code_N), 0.5), np.zeros(len(code_N))
     says_N2 = np.zeros((len(code_N), 2))
     for _ in range(_ROUNDS):
         tables = tables_of(rates, node_Z)
@@ -200,8 +205,9 @@ def fit(data: Columns, *, uncounted: Collection[str] = (), spread: float = SPREA
         say_AV2 = np.log(np.einsum("ac,vtc->avt", class_AC, tables.pair_V2C))
         says_p2 = say_AV2[who_p, code_p] * counted_A[who_p, None]
         odds_p = says_p2[:, 0] - says_p2[:, 1]
-        total_P = np.bincount(at_p, odds_p, data.pairs)
-        a_p = 1 / (1 + np.exp(-np.clip(total_P[at_p] - odds_p, -50, 50)))
+        prior_N = _toward_a(data, rates.longer)
+        total_p = np.bincount(at_p, odds_p, data.pairs)[at_p] + prior_N[pair_n]
+        a_p = _sigmoid(total_p - odds_p)
         a_N[pair_n], says_N2[pair_n] = a_p, says_p2
         a_N[twice_n] = a_N[once_n]
         log_nC = np.empty((len(code_N), len(prior_C)))
@@ -214,7 +220,10 @@ def fit(data: Columns, *, uncounted: Collection[str] = (), spread: float = SPREA
         score_AC = np.stack([np.bincount(data.who_N, column, size) for column in log_nC.T], axis=1)
         before, class_AC = class_AC, _softmax(score_AC + np.log(share_C))
         weight_A = class_AC[:, :attentive].sum(axis=1) * counted_A
-        rates = _rates(data, known, weight_A, tables, a_N, code_N)
+        rates = replace(
+            _rates(data, known, weight_A, tables, a_N, code_N),
+            longer=_longer(data, pair_n, _sigmoid(total_p)),
+        )
         seen_C = prior_C * _PRIOR_SHARES + counted_A @ class_AC
         seen_C[:attentive] = seen_C[:attentive].sum() * share_Z
         share_C = seen_C / seen_C.sum()
@@ -223,7 +232,29 @@ def fit(data: Columns, *, uncounted: Collection[str] = (), spread: float = SPREA
         read_A = np.abs(moved_AC[:, :attentive].sum(axis=1)).max()
         if max(read_A, np.abs(moved_AC[:, attentive:]).max()) < 2e-3:
             break
-    return Pool(rates, tables_of(rates, node_Z), class_AC, a_N, says_N2, code_N, share_Z)
+    tables = tables_of(rates, node_Z)
+    return Pool(rates, tables, class_AC, prior_N, a_N, says_N2, code_N, share_Z)
+
+
+def _sigmoid(odds_n: Floats) -> Floats:
+    chance_n: Floats = 1 / (1 + np.exp(-np.clip(odds_n, -50, 50)))
+    return chance_n
+
+
+def _toward_a(data: Columns, longer: float) -> Floats:
+    """Log-odds that a is the better, where the longer answer is with the chance `longer`."""
+    odds = np.log(longer / (1 - longer))
+    toward_N: Floats = np.array([odds, -odds, 0.0])[data.longer_N]
+    return toward_N
+
+
+def _longer(data: Columns, pair_n: Ints, a_n: Floats) -> float:
+    """The share of pairs whose better answer is the longer one; a verdict stands for its pair, so
+    that those judged more often count more."""
+    told = data.longer_N[pair_n] < 2
+    is_longer_n = np.where(data.longer_N[pair_n] == 0, a_n, 1 - a_n)[told]
+    share = (float(is_longer_n.sum()) + _PRIOR_SHARES / 2) / (told.sum() + _PRIOR_SHARES)
+    return float(np.clip(share, 0.05, 0.95))
 
 
 def pair_evidence(tables: Tables, a_n: Floats, code_n: Ints) -> Floats:

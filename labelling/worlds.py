@@ -108,7 +108,8 @@ class World:
     Person n joins after `joins_s[n]` seconds (0 where there are none) and judges `each` times
     without a break. Pairs are handed out in order until `judges` judgements of each are counted;
     honeypots are drawn from as many as `honeypots`, none twice for anybody. Either answer is the
-    better one, the longer one and the first one with equal chance, independently.
+    better one and the first one with equal chance, independently; the better one is the longer one
+    with the chance `longer`.
     """
 
     people: tuple[SimulatedPerson, ...]
@@ -119,6 +120,7 @@ class World:
     repeat_share: float = 0.05
     honeypots: int = 500
     log_words: tuple[float, float] = (4.6, 0.6)
+    longer: float = 0.5
     pairs: int | None = None
     """Pairs there are; None as many as are asked for."""
 
@@ -171,7 +173,13 @@ def play(
 
     def made(name: str) -> str:
         words = [max(1, round(math.exp(draw.gauss(*world.log_words)))) for _ in range(2)]
-        shown[name] = (_side(draw), (words[0], words[1]))
+        truth = _side(draw)
+        # With an even chance lengths are as they come.
+        if world.longer != 0.5:
+            longer_is_better = (words[0] > words[1]) == (truth == "a")
+            if longer_is_better != (draw.random() < world.longer):
+                words.reverse()
+        shown[name] = (truth, (words[0], words[1]))
         return name
 
     def plain(desk: _Desk) -> str | None:

@@ -34,7 +34,8 @@ def known_pool(data, rates):
     class_AC[:, 0] = 1
     code_N = (data.verdict_N * 3 + data.side_N) * 3 + data.longer_N
     says_N2 = np.log(tables.pair_V2C[code_N, :, 0])
-    return Pool(rates, tables, class_AC, np.full(len(code_N), 0.5), says_N2, code_N, np.ones(1))
+    even_N, half_N = np.zeros(len(code_N)), np.full(len(code_N), 0.5)
+    return Pool(rates, tables, class_AC, even_N, half_N, says_N2, code_N, np.ones(1))
 
 
 def test_the_evidence_of_one_honeypot_and_of_one_pair_by_hand():
@@ -184,3 +185,12 @@ def test_two_hundred_assessors_of_two_hundred_judgements_take_about_a_second():
     started = time.process_time()
     attention(many)
     assert time.process_time() - started < 4
+
+
+def test_who_prefers_longer_answers_where_they_are_better_is_not_taken_for_a_spammer():
+    people = [SimulatedPerson(f"honest-{n}") for n in range(20)]
+    people.append(SimulatedPerson("spammer", spam="longest"))
+    played = play(World(tuple(people), each=120, longer=0.95), seed=3)
+    assert fit(columns(played.judgements)).rates.longer > 0.85
+    found = attention(played.judgements)
+    assert [name for name, each in found.items() if each.state == "paused"] == ["spammer"]
