@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from sqlalchemy import Connection, and_, case, func, insert, or_, select, update
+from sqlalchemy import Connection, and_, case, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from labelling.database import Database
@@ -494,10 +494,11 @@ def _take(db: Connection, into: Project, given: Judgement, found: _Put, assessor
         assignment.c.pair_id == found.id,
         assignment.c.task == "repeat" if given.repeat else assignment.c.task != "repeat",
     )
-    if db.execute(select(assignment.c.id).where(or_(seen, assignment.c.id == given.id))).first():
+    if db.execute(select(assignment.c.id).where(seen)).first():
         return True
     first: str = flipped(given.first) if found.swapped and given.first else given.first
-    key = given.id or secrets.token_urlsafe(12)
+    taken = db.execute(select(assignment.c.id).where(assignment.c.id == given.id)).first()
+    key = secrets.token_urlsafe(12) if taken or not given.id else given.id
     common = {"project_id": into.id}
     db.execute(
         insert(assignment).values(
