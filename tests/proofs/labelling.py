@@ -1,4 +1,5 @@
-"""Quality control of assessors, on planted truths. Everybody here is simulated."""
+"""Quality control of assessors, on planted truths; and the service itself, on real servers
+(`tests/proofs/label_server.py`). Everybody here is simulated."""
 
 from __future__ import annotations
 
@@ -20,7 +21,13 @@ from labelling.records import Judgement
 from labelling.worlds import SPAM, SimulatedPerson, Spam, World, play, polluted
 from rlhf.records import OVERALL
 from rlhf.statistics import paired_interval, wilson_interval
-from tests.proofs.runner import ROOT, hold, prove
+from tests.proofs.label_server import (
+    five_hundred_pairs,
+    killed_on_postgresql,
+    killed_on_sqlite,
+    pages,
+)
+from tests.proofs.runner import PICTURES, hold, prove
 
 _WITHIN = 160
 _LOOK_EVERY = 1000
@@ -167,7 +174,7 @@ def _draw(folder: Path) -> None:
     axes.set_title("Thresholds from 1 / 0.2 to 1 / 0.002; dotted: what is asked", fontsize=10)
     axes.legend()
     figure.tight_layout()
-    picture = ROOT / "docs" / "pictures" / "label_pausing.png"
+    picture = PICTURES / "label_pausing.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=120)
     pyplot.close(figure)
@@ -283,7 +290,10 @@ def _quantiles(values: Sequence[int]) -> list[int]:
     return [ordered[int(share * len(ordered))] for share in (0.1, 0.25, 0.5, 0.75, 0.9)]
 
 
-PROOFS = [position, tired, aggregated, pausing_three, pausing_five]
+PROOFS = [
+    *(position, tired, aggregated, pausing_three, pausing_five),
+    *(pages, five_hundred_pairs, killed_on_sqlite, killed_on_postgresql),
+]
 
 
 if __name__ == "__main__":
