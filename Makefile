@@ -25,6 +25,7 @@ setup:  ## make .venv/ from requirements/cpu.txt, or bring it up to date
 # A finished environment of another lock is brought up to date; anything else (interrupted, moved,
 # its Python gone) is made anew.
 environment:
+	@test ! -L .venv || { echo ".venv is a link: its own environment would be overwritten; remove it"; exit 1; }
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 with its venv module is needed"; exit 1; }
 	@if $(python) -m pip --version >/dev/null 2>&1 && grep -qsxF "$(CURDIR)" .venv/.complete; \
 	then echo "setup: bringing .venv/ up to date"; rm .venv/.complete; \

@@ -74,7 +74,9 @@ def _inattentive(
     told = [each for each in judgements if each.at >= everybody[each.assessor].vouched]
     if not told:
         return {}
-    found = attention(told, false_pause_rate=settings.false_pause_rate, uncounted=out)
+    found = attention(
+        told, false_pause_rate=settings.false_pause_rate, uncounted=out, spread=settings.spread
+    )
     return {
         name: f"{each.way} (evidence {each.log_evidence:.1f} nats, "
         f"{1 - each.attentive:.0%} probable)"

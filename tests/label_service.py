@@ -95,6 +95,7 @@ def works(count: int, honeypots: Sequence[int] = (), hostile: bool = True) -> li
 def sign_in(page: Any, address: str, token: str) -> None:
     """By keyboard: the field has the focus."""
     page.goto(address)
+    page.locator("input[name=token]:focus").wait_for()
     page.keyboard.type(token)
     page.keyboard.press("Enter")
     page.wait_for_url("**/task")
