@@ -158,6 +158,17 @@ def rl(
     print(f"done: {folder / 'policy'}")
 
 
+@app.command(epilog="Example: pavlov serve configs/serve.toml policy.model=demo/policy")
+def serve(config: Config, overrides: Overrides = None) -> None:
+    """The assistant over HTTP: OpenAI's chat interface, best-of-N by the ensemble."""
+    from rlhf.config import ServeConfig, load_config
+
+    settings = load_config(ServeConfig, config, overrides or [])
+    from serving.chat_server import serve_chat
+
+    serve_chat(settings, _console())
+
+
 label = typer.Typer(help="Human judgement: what to compare, who compares it, what came of it.")
 app.add_typer(label, name="label", no_args_is_help=True)
 ProjectName = Annotated[str, typer.Option("--project", help="whose work it is", metavar="NAME")]

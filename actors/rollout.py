@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.gauges import Gauges, in_ray_actor
+from actors.vllm_engine import start_engine
 from cluster.guard import Guard
 from cluster.session import hold_shared_memory
 from cluster.weights.base import WeightManifest, fetch
@@ -86,8 +87,13 @@ class RolloutActor:
         self._updating = asyncio.Lock()
         self._answering = asyncio.Lock()
         self._updated = asyncio.Event()
-        self._engine = self._start_engine(
-            str(folder), max_prompt_tokens + max_tokens, gpus, weight_transport, worker_extension
+        self._engine = start_engine(
+            folder,
+            settings,
+            max_prompt_tokens + max_tokens,
+            gpus=gpus,
+            transport=weight_transport,
+            extension=worker_extension,
         )
         self._guard.watch()
         self._closing = False
@@ -104,40 +110,6 @@ class RolloutActor:
             if self._engine.errored:
                 os._exit(1)
             time.sleep(_LOOK_EVERY_S)
-
-    def _start_engine(
-        self, model: str, max_length: int, gpus: float, transport: str, extension: str
-    ) -> Any:
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
-
-        settings = self._settings
-        arguments: dict[str, Any] = {
-            "model": model,
-            "dtype": self._dtype,
-            "seed": 0,
-            "max_model_len": max_length,
-            "max_num_seqs": settings.max_sequences,
-            "enforce_eager": settings.enforce_eager,
-            "tensor_parallel_size": settings.tensor_parallel,
-            # Logprobs of what is sampled from: after temperature, not of the raw distribution.
-            "logprobs_mode": "processed_logprobs",
-            "worker_extension_cls": extension,
-            "disable_log_stats": True,
-        }
-        if gpus:
-            arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
-        else:
-            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(settings.kv_cache_gib)))
-            # With its prompt split over steps a seeded request fails on CPU ("CPU Generator does
-            # not use offset", vLLM 0.32): prompts are read whole.
-            arguments["enable_chunked_prefill"] = False
-            arguments["max_num_batched_tokens"] = max(4096, max_length)
-        if settings.tensor_parallel > 1:
-            arguments["distributed_executor_backend"] = "mp"
-        if transport == "nccl":
-            arguments["weight_transfer_config"] = {"backend": "nccl"}
-        return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
 
     async def generate(
         self, requests: Sequence[GroupRequest], version: int, *, together: bool = False

@@ -77,7 +77,9 @@ def _ask(
             if answer.status_code == 403:
                 return None
             reason = f"{answer.status_code}: {answer.text[:200]}"
-            if answer.status_code not in (429, 500, 502, 503, 504):
+            # Ray Serve's own 404, in plain text, is of a service that is only starting.
+            starting = answer.status_code == 404 and "json" not in answer.headers["content-type"]
+            if answer.status_code not in (429, 500, 502, 503, 504) and not starting:
                 raise RunError(f"{client.base_url} refused {path} ({reason})")
             wait = min(float(answer.headers.get("retry-after", 0.5)), 60.0)
         if time.monotonic() + wait > deadline:

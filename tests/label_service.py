@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from labelling.records import Answer, Honeypot, Work
 from rlhf.records import Message
-from tests.conftest import ROOT
+from tests import servers
+from tests.servers import Server
 
 CONFIG = "configs/label.toml"
 HOSTILE = (
@@ -25,51 +20,18 @@ HOSTILE = (
 )
 
 
-class Service:
-    """A running service; `address` is where it answers."""
-
-    def __init__(self, process: subprocess.Popen[str], address: str) -> None:
-        self.process, self.address = process, address
-
-    def stop(self, number: int = signal.SIGTERM, seconds: float = 60) -> int:
-        """End it; returns its exit code."""
-        self.process.send_signal(number)
-        return self.process.wait(timeout=seconds)
-
-
-def start(database: str, *overrides: str, runs: Path, seconds: float = 120) -> Service:
+def start(database: str, *overrides: str, runs: Path) -> Server:
     """Start the service on a port that the system hands out, and wait until it answers."""
-    command = ["label", "serve", CONFIG, f"label.database={database}", "label.port=0", *overrides]
-    process = subprocess.Popen(
-        [sys.executable, "pavlov.py", *command],
-        cwd=ROOT,
-        env={**os.environ, "PAVLOV_RUNS": str(runs), "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert process.stdout is not None
-    said = []
-    deadline = time.monotonic() + seconds
-    for line in process.stdout:
-        said.append(line)
-        if found := re.search(r"labelling: (http://\S+)/", line):
-            return Service(process, found.group(1))
-        if time.monotonic() > deadline:
-            break
-    process.kill()
-    raise AssertionError(f"the service did not start: {''.join(said)[-2000:]}")
+    return servers.start(*_command(database, *overrides), runs=runs)
 
 
-@contextlib.contextmanager
-def service(database: str, *overrides: str, runs: Path) -> Iterator[Service]:
+def service(database: str, *overrides: str, runs: Path) -> AbstractContextManager[Server]:
     """A service that ends with the block."""
-    running = start(database, *overrides, runs=runs)
-    try:
-        yield running
-    finally:
-        if running.process.poll() is None:
-            running.stop()
+    return servers.running(*_command(database, *overrides), runs=runs)
+
+
+def _command(database: str, *overrides: str) -> list[str]:
+    return ["label", "serve", CONFIG, f"label.database={database}", "label.port=0", *overrides]
 
 
 def works(count: int, honeypots: Sequence[int] = (), hostile: bool = True) -> list[Work]:

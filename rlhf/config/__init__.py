@@ -66,6 +66,7 @@ from rlhf.config.runs import (
     RunSection,
 )
 from rlhf.config.section import DType, Fraction, Gpus, Section
+from rlhf.config.serve import AssistantSection, ReplicasSection, ServeConfig, ServeSection
 from rlhf.config.sft import (
     AnswersSection,
     BaselineSection,
@@ -81,6 +82,7 @@ __all__ = [
     "AlgorithmSettings",
     "AnswersSection",
     "AssessorSection",
+    "AssistantSection",
     "AttentionSection",
     "BaselineSection",
     "CEMSection",
@@ -119,6 +121,7 @@ __all__ = [
     "RLSection",
     "ReferenceSection",
     "ReinforcePPSection",
+    "ReplicasSection",
     "RewardConfig",
     "RewardFunction",
     "RewardSection",
@@ -128,6 +131,8 @@ __all__ = [
     "SFTConfig",
     "SFTSection",
     "Section",
+    "ServeConfig",
+    "ServeSection",
     "ShapingSection",
     "SimulatedSection",
     "SteeredSection",

@@ -91,6 +91,7 @@ def _killed(database: str, folder: Path) -> dict[str, Any]:
         "stored": stored.total(),
         "acknowledged at each kill": at_kill,
         "seconds, restarts included": round(seconds),
+        "clients that failed": [str(each)[:200] for each in failures],
     }
     bars = {
         "no client failed": not failures,

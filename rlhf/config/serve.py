@@ -1,0 +1,135 @@
+"""`pavlov serve`: which assistant answers, how its answers are chosen, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from rlhf.config.actors import RolloutSection
+from rlhf.config.section import Gpus, Section
+
+
+class ReplicasSection(Section):
+    """How many replicas a deployment has, and what each takes."""
+
+    least: PositiveInt = 1
+    """Replicas that are always there."""
+    most: PositiveInt = 1
+    """Replicas at the height of load."""
+    cpus: NonNegativeFloat = 0.25
+    """CPUs each reserves from Ray."""
+    gpus: Gpus = 0
+    """GPUs each reserves."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.least > self.most:
+            raise ValueError(f"least = {self.least} replicas are more than most = {self.most}")
+        return self
+
+
+class ServeSection(Section):
+    """The chat endpoint."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all."""
+    port: NonNegativeInt = 8000
+    """Port to listen on; 0: one that the system hands out."""
+    name: str = "pavlov"
+    """What the model is called in /v1/models."""
+    system: str | None = None
+    """A system turn before conversations that have none."""
+    max_prompt_tokens: PositiveInt = 1024
+    """Longest conversation."""
+    max_tokens: PositiveInt = 512
+    """Longest answer, and its length where a request does not say."""
+    best_of: PositiveInt = 1
+    """Candidates drawn where a request does not say."""
+    best_of_limit: PositiveInt = 8
+    """Most candidates a request may ask for."""
+    disagreement_penalty: NonNegativeFloat = 1.0
+    """Standard deviations over members taken from a candidate's mean reward: the lower bound that
+    candidates are ranked by."""
+    domain_shift: Literal["answer", "notice", "decline"] = "answer"
+    """What follows where the ensemble does not know the chosen answer's kind: nothing but the mark,
+    `notice_text` below it, or `decline_text` in its place."""
+    notice_text: str = "(I am less sure of this answer than of most.)"
+    """Stands below an answer out of the ensemble's domain."""
+    decline_text: str = "I am sorry, but I am not able to give a good answer to this."
+    """Stands in the place of an answer out of the ensemble's domain."""
+    keys: list[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = Field(default_factory=list)
+    """SHA-256 hashes of the API keys that are let in; none: everybody on loopback is."""
+    requests_per_minute: PositiveInt = 600
+    """Requests of one key or address within a minute."""
+    at_once: PositiveInt = 32
+    """Requests that are answered at once."""
+    waiting: NonNegativeInt = 32
+    """Requests that wait; one more is refused with 429."""
+    timeout_s: PositiveFloat = 300.0
+    """Seconds after which an answer is given up."""
+    ingress: ReplicasSection = ReplicasSection(cpus=0)
+    """Where requests arrive."""
+    engine: ReplicasSection = ReplicasSection()
+    """vLLM engines."""
+    scorer: ReplicasSection = ReplicasSection()
+    """Copies of the ensemble."""
+
+    @model_validator(mode="after")
+    def _best_of_within_its_limit(self) -> Self:
+        if self.best_of > self.best_of_limit:
+            raise ValueError(
+                f"serve.best_of = {self.best_of} with serve.best_of_limit = {self.best_of_limit}: "
+                "no request may ask for more than the limit"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keys_where_others_can_ask(self) -> Self:
+        if not self.keys and self.host not in ("127.0.0.1", "localhost", "::1"):
+            raise ValueError(
+                f"serve.host = {self.host!r} without serve.keys: everybody in reach could ask; "
+                "list the SHA-256 of your keys, or listen on 127.0.0.1"
+            )
+        return self
+
+
+class AssistantSection(Section):
+    """Who answers."""
+
+    model: str = "embedded"
+    """`embedded`, a Hugging Face folder such as `<run>/policy`, or a hub id."""
+
+
+class ServeConfig(Section):
+    """`pavlov serve`."""
+
+    policy: AssistantSection = AssistantSection()
+    """The assistant."""
+    reward: str | None = None
+    """A reward-model folder; without one there is no best-of-N."""
+    engine: RolloutSection = RolloutSection()
+    """The vLLM engine."""
+    serve: ServeSection = ServeSection()
+    """The endpoint."""
+
+    @model_validator(mode="after")
+    def _best_of_needs_a_judge(self) -> Self:
+        if self.reward is None and self.serve.best_of > 1:
+            raise ValueError(
+                f"serve.best_of = {self.serve.best_of} without reward: the ensemble chooses; set "
+                "reward to a reward-model folder"
+            )
+        if self.reward is None and self.serve.domain_shift != "answer":
+            raise ValueError(
+                f'serve.domain_shift = "{self.serve.domain_shift}" without reward: the ensemble '
+                "tells it; set reward to a reward-model folder"
+            )
+        return self

@@ -1,0 +1,573 @@
+"""The assistant over HTTP: OpenAI's chat interface, with best-of-N and the ensemble's doubt.
+
+| path                 | does                                      |
+|----------------------|-------------------------------------------|
+| /v1/chat/completions | an answer, whole or as server-sent events |
+| /v1/models           | the one model that is served              |
+| /health              | 200 when engine and ensemble answer       |
+| /metrics             | this replica's counters for Prometheus    |
+
+::
+
+    request ─► admitted? ─► one conversation, N candidates ─► scored as each ends ─► the best n
+                429           read once, written together      (overlapped)          answer
+
+What is chosen among is held until it is chosen; a single candidate is sent as it is written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+from uuid import uuid4
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from limits import RateLimitItemPerMinute
+from limits.storage import MemoryStorage
+from limits.strategies import MovingWindowRateLimiter
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.exceptions import HTTPException
+
+from actors.chat_engine import Piece, Sampling, TokenLogprob
+from actors.chat_scorer import Verdict
+from models.chat import ChatTokenizer
+from rlhf.config.serve import ServeConfig
+from rlhf.errors import ModelError
+from rlhf.records import Message
+from serving.openai_form import ChatRequest, RefusedError
+
+BODY_LIMIT_BYTES = 1 << 20
+Chunks = AsyncGenerator[dict[str, Any], None]
+_log = logging.getLogger(__name__)
+
+
+class Engine(Protocol):
+    """What writes candidates: `actors.chat_engine.ChatEngine`, here or elsewhere."""
+
+    def write(self, prompt_ids: Sequence[int], sampling: Sampling) -> AsyncGenerator[Piece, None]:
+        """See `ChatEngine.write`."""
+
+    async def version(self) -> str:
+        """See `ChatEngine.version`."""
+
+
+class Scorer(Protocol):
+    """What judges them: `actors.chat_scorer.ChatScorer`."""
+
+    async def judge(self, messages: Sequence[Message], text: str, finished: bool) -> Verdict:
+        """See `ChatScorer.judge`."""
+
+    async def version(self) -> str:
+        """See `ChatScorer.version`."""
+
+
+@dataclass(slots=True)
+class Candidate:
+    """One answer as it grows."""
+
+    index: int
+    text: str = ""
+    tokens: int = 0
+    ended: str | None = None
+    chosen_T: list[TokenLogprob] = field(default_factory=list)
+    alternatives_T: list[Sequence[TokenLogprob]] = field(default_factory=list)
+    verdict: Verdict | None = None
+
+    def add(self, piece: Piece) -> None:
+        """Take in what was written."""
+        self.text += piece.text
+        self.tokens += piece.tokens
+        self.ended = piece.ended or self.ended
+        self.chosen_T += piece.chosen_T
+        self.alternatives_T += piece.alternatives_T
+
+
+def chat_app(
+    config: ServeConfig, tokenizer: ChatTokenizer, engine: Engine, scorer: Scorer | None
+) -> FastAPI:
+    """The application; `scorer` is None where there is no reward model."""
+    return _Chat(config, tokenizer, engine, scorer).app
+
+
+class _Chat:
+    def __init__(
+        self, config: ServeConfig, tokenizer: ChatTokenizer, engine: Engine, scorer: Scorer | None
+    ) -> None:
+        self.settings, self.tokenizer = config.serve, tokenizer
+        self.engine, self.scorer = engine, scorer
+        self.started = int(time.time())
+        self.limit = RateLimitItemPerMinute(self.settings.requests_per_minute)
+        self.limiter = MovingWindowRateLimiter(MemoryStorage())
+        self.turns = asyncio.Semaphore(self.settings.at_once)
+        self.inside = 0
+        self.metrics = _Metrics()
+        self.app = self._app()
+
+    def _app(self) -> FastAPI:
+        app = FastAPI(title="Pavlov", docs_url=None, redoc_url=None)
+        app.exception_handler(RefusedError)(_refused)
+        app.exception_handler(RequestValidationError)(_invalid)
+        app.exception_handler(HTTPException)(_other)
+        app.exception_handler(Exception)(_failed)
+        app.middleware("http")(self._guard)
+
+        @app.get("/health")
+        async def health() -> Response:
+            await asyncio.wait_for(self._versions(), 10)
+            return JSONResponse({"status": "ok"})
+
+        @app.get("/metrics")
+        def metrics() -> Response:
+            return PlainTextResponse(generate_latest(self.metrics.registry))
+
+        @app.get("/v1/models")
+        async def models() -> dict[str, Any]:
+            weights, reward = await self._versions()
+            model = {"id": self.settings.name, "object": "model", "created": self.started}
+            model |= {"owned_by": "pavlov", "weight_version": weights, "reward_version": reward}
+            return {"object": "list", "data": [model]}
+
+        @app.post("/v1/chat/completions")
+        async def completions(body: ChatRequest) -> Response:
+            return await self.complete(body)
+
+        return app
+
+    async def _guard(
+        self, request: Request, go_on: Callable[[Request], Awaitable[Response]]
+    ) -> Response:
+        if request.url.path in ("/health", "/metrics"):
+            return await go_on(request)
+        try:
+            self._admit(request)
+        except RefusedError as error:
+            wait = {"Retry-After": "5"} if error.status == 429 else None
+            return error.response(wait)
+        return await go_on(request)
+
+    def _admit(self, request: Request) -> None:
+        """Who may ask, how often, and how much."""
+        length = request.headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > BODY_LIMIT_BYTES:
+            raise RefusedError(413, f"a request has at most {BODY_LIMIT_BYTES} bytes")
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        key = key.strip() if scheme.lower() == "bearer" else ""
+        whose = f"address {request.client.host if request.client else ''}"
+        if self.settings.keys:
+            whose = hashlib.sha256(key.encode(errors="replace")).hexdigest()
+            if whose not in self.settings.keys:
+                raise RefusedError(401, "no such API key", code="invalid_api_key")
+        if not self.limiter.hit(self.limit, whose):
+            raise RefusedError(429, "too many requests", code="rate_limit_exceeded")
+
+    async def _versions(self) -> tuple[str, str | None]:
+        weights = await self.engine.version()
+        return weights, None if self.scorer is None else await self.scorer.version()
+
+    # One request
+
+    async def complete(self, body: ChatRequest) -> Response:
+        """Answer a request.
+
+        Raises:
+            RefusedError: it asks for what there is not, or there is no room.
+        """
+        messages = body.conversation(self.settings.system)
+        plan = self._plan(body, messages)
+        if self.inside >= self.settings.at_once + self.settings.waiting:
+            self.metrics.refused.inc()
+            error = RefusedError(429, "all places are taken", code="overloaded")
+            return error.response({"Retry-After": "2"})
+        if body.stream:
+            return StreamingResponse(
+                self._events(body, plan), media_type="text/event-stream", headers=_UNBUFFERED
+            )
+        async with self._turn():
+            async with asyncio.timeout(self.settings.timeout_s):
+                drawn = await self._draw(plan)
+                said = await self._said(body, plan, drawn)
+        return JSONResponse(said)
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """A place among those that are answered."""
+        self.inside += 1
+        self.metrics.inside.set(self.inside)
+        began = time.monotonic()
+        try:
+            async with self.turns:
+                yield
+        finally:
+            self.inside -= 1
+            self.metrics.inside.set(self.inside)
+            self.metrics.seconds.observe(time.monotonic() - began)
+
+    def _plan(self, body: ChatRequest, messages: tuple[Message, ...]) -> _Plan:
+        settings = self.settings
+        if body.model not in ("", settings.name):
+            raise RefusedError(
+                404,
+                f"there is no model {body.model[:80]!r}; this one is {settings.name}",
+                param="model",
+                code="model_not_found",
+            )
+        n = body.n or 1
+        best_of = body.best_of or max(n, settings.best_of)
+        if best_of < n:
+            raise RefusedError(400, f"best_of = {best_of} is less than n = {n}", param="best_of")
+        if best_of > settings.best_of_limit:
+            raise RefusedError(
+                400,
+                f"{best_of} candidates are more than {settings.best_of_limit}",
+                param="best_of" if body.best_of else "n",
+            )
+        if self.scorer is None and (best_of > n or body.score):
+            raise RefusedError(
+                400, "there is no reward model here to choose or to score by", param="best_of"
+            )
+        longest = body.max_completion_tokens or body.max_tokens or settings.max_tokens
+        if longest > settings.max_tokens:
+            raise RefusedError(
+                400, f"{longest} tokens are more than {settings.max_tokens}", param="max_tokens"
+            )
+        if body.top_logprobs is not None and not body.logprobs:
+            raise RefusedError(400, "top_logprobs without logprobs", param="top_logprobs")
+        try:
+            prompt_ids = self.tokenizer.prompt_ids(messages)
+        except ModelError as error:
+            raise RefusedError(400, str(error), param="messages") from None
+        if len(prompt_ids) > settings.max_prompt_tokens:
+            raise RefusedError(
+                400,
+                f"the conversation has {len(prompt_ids)} tokens; at most "
+                f"{settings.max_prompt_tokens} are read",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        seed = None if body.seed is None else body.seed % 2**63
+        sampling = Sampling(
+            candidates=best_of,
+            max_tokens=longest,
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_p=body.top_p or 1.0,
+            stop=body.stops,
+            seed=seed,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        )
+        judged = self.scorer is not None and (
+            best_of > n or bool(body.score) or settings.domain_shift != "answer"
+        )
+        held = best_of > n or (judged and settings.domain_shift == "decline")
+        name = f"chatcmpl-{uuid4().hex}"
+        return _Plan(name, messages, prompt_ids, sampling, n, judged, held, int(time.time()))
+
+    async def _draw(self, plan: _Plan) -> list[Candidate]:
+        """All candidates, whole; each is scored while others are still written."""
+        drawn = [Candidate(at) for at in range(plan.sampling.candidates)]
+        async with asyncio.TaskGroup() as scoring, aclosing(self._pieces(plan)) as pieces:
+            async for piece in pieces:
+                candidate = drawn[piece.candidate]
+                candidate.add(piece)
+                if piece.ended and plan.judged:
+                    scoring.create_task(self._judge(plan, candidate))
+        return drawn
+
+    async def _pieces(self, plan: _Plan) -> AsyncGenerator[Piece, None]:
+        async with aclosing(self.engine.write(plan.prompt_ids, plan.sampling)) as pieces:
+            async for piece in pieces:
+                self.metrics.tokens.inc(piece.tokens)
+                yield piece
+
+    async def _judge(self, plan: _Plan, candidate: Candidate) -> None:
+        assert self.scorer is not None
+        finished = candidate.ended == "stop"
+        candidate.verdict = await self.scorer.judge(plan.messages, candidate.text, finished)
+
+    def _chosen(self, plan: _Plan, drawn: Sequence[Candidate]) -> list[Candidate]:
+        """The n that are sent: with the highest lower bound, or those there are."""
+        if plan.sampling.candidates == plan.n:
+            return list(drawn)
+        penalty = self.settings.disagreement_penalty
+
+        def bound(candidate: Candidate) -> float:
+            assert candidate.verdict is not None
+            return candidate.verdict.lower_bound(penalty)
+
+        return sorted(drawn, key=bound, reverse=True)[: plan.n]
+
+    def _shown(self, candidate: Candidate) -> str:
+        """Its text, or what stands for it where the ensemble does not know its kind."""
+        if candidate.verdict is None or not candidate.verdict.domain_shift:
+            return candidate.text
+        if self.settings.domain_shift == "decline":
+            return self.settings.decline_text
+        return candidate.text + self._notice(candidate)
+
+    def _notice(self, candidate: Candidate) -> str:
+        shifted = candidate.verdict is not None and candidate.verdict.domain_shift
+        if self.settings.domain_shift != "notice" or not shifted:
+            return ""
+        return f"\n\n{self.settings.notice_text}"
+
+    # Its form
+
+    async def _said(
+        self, body: ChatRequest, plan: _Plan, drawn: Sequence[Candidate]
+    ) -> dict[str, Any]:
+        chosen = self._chosen(plan, drawn)
+        choices = [
+            {
+                "index": place,
+                "message": {
+                    "role": "assistant",
+                    "content": self._shown(candidate),
+                    "refusal": None,
+                },
+                "logprobs": _logprobs(plan, candidate.chosen_T, candidate.alternatives_T),
+                "finish_reason": candidate.ended,
+            }
+            for place, candidate in enumerate(chosen)
+        ]
+        return {
+            "id": plan.name,
+            "object": "chat.completion",
+            "created": plan.created,
+            "model": self.settings.name,
+            "choices": choices,
+            "usage": plan.usage(drawn),
+            "pavlov": await self._own(body, plan, chosen, drawn),
+        }
+
+    async def _own(
+        self,
+        body: ChatRequest,
+        plan: _Plan,
+        chosen: Sequence[Candidate],
+        drawn: Sequence[Candidate],
+    ) -> dict[str, Any]:
+        """What only Pavlov says of an answer."""
+        weights, reward = await self._versions()
+        best = chosen[0].verdict
+        own: dict[str, Any] = {
+            "weight_version": weights,
+            "reward_version": reward,
+            "reward": best and best.reward,
+            "disagreement": best and best.disagreement,
+            "domain_shift": best and best.domain_shift,
+            "choices": [_told(candidate) for candidate in chosen],
+        }
+        if body.candidates:
+            own["candidates"] = [{"text": each.text, **_told(each)} for each in drawn]
+        return own
+
+    async def _events(self, body: ChatRequest, plan: _Plan) -> AsyncIterator[str]:
+        """Server-sent events. An error once they have begun is an event of its own."""
+        try:
+            async with self._turn(), asyncio.timeout(self.settings.timeout_s):
+                events = self._held(body, plan) if plan.held else self._flowing(body, plan)
+                async with aclosing(events):
+                    async for chunk in events:
+                        yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+            yield "data: [DONE]\n\n"
+        except Exception as error:
+            refused = _as_refused(error)
+            yield f"data: {bytes(refused.response().body).decode()}\n\n"
+
+    async def _flowing(self, body: ChatRequest, plan: _Plan) -> Chunks:
+        """Pieces as they are written."""
+        drawn = [Candidate(at) for at in range(plan.sampling.candidates)]
+        for candidate in drawn:
+            yield self._chunk(plan, candidate.index, {"role": "assistant", "content": ""})
+        async with aclosing(self._pieces(plan)) as pieces:
+            async for piece in pieces:
+                candidate = drawn[piece.candidate]
+                candidate.add(piece)
+                said = _logprobs(plan, piece.chosen_T, piece.alternatives_T)
+                if piece.text or said:
+                    delta = {"content": piece.text}
+                    yield self._chunk(plan, candidate.index, delta, logprobs=said)
+                if piece.ended:
+                    if plan.judged:
+                        await self._judge(plan, candidate)
+                    if notice := self._notice(candidate):
+                        yield self._chunk(plan, candidate.index, {"content": notice})
+                    yield self._chunk(plan, candidate.index, {}, ended=piece.ended)
+        yield await self._last(body, plan, drawn, drawn)
+
+    async def _held(self, body: ChatRequest, plan: _Plan) -> Chunks:
+        """The chosen ones, once they are chosen."""
+        drawn = await self._draw(plan)
+        chosen = self._chosen(plan, drawn)
+        for place, candidate in enumerate(chosen):
+            yield self._chunk(plan, place, {"role": "assistant", "content": ""})
+            said = _logprobs(plan, candidate.chosen_T, candidate.alternatives_T)
+            delta = {"content": self._shown(candidate)}
+            yield self._chunk(plan, place, delta, logprobs=said)
+            yield self._chunk(plan, place, {}, ended=candidate.ended)
+        yield await self._last(body, plan, chosen, drawn)
+
+    async def _last(
+        self,
+        body: ChatRequest,
+        plan: _Plan,
+        chosen: Sequence[Candidate],
+        drawn: Sequence[Candidate],
+    ) -> dict[str, Any]:
+        chunk = self._chunk(plan, None, {})
+        chunk["pavlov"] = await self._own(body, plan, chosen, drawn)
+        if body.stream_options is not None and body.stream_options.include_usage:
+            chunk["usage"] = plan.usage(drawn)
+        return chunk
+
+    def _chunk(
+        self,
+        plan: _Plan,
+        choice: int | None,
+        delta: dict[str, str],
+        *,
+        ended: str | None = None,
+        logprobs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        choices = []
+        if choice is not None:
+            choices.append(
+                {
+                    "index": choice,
+                    "delta": delta,
+                    "logprobs": logprobs,
+                    "finish_reason": ended,
+                }
+            )
+        return {
+            "id": plan.name,
+            "object": "chat.completion.chunk",
+            "created": plan.created,
+            "model": self.settings.name,
+            "choices": choices,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a request comes to: `judged` where candidates are scored, `held` where nothing is sent
+    before the choice."""
+
+    name: str
+    messages: tuple[Message, ...]
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    n: int
+    judged: bool
+    held: bool
+    created: int
+
+    def usage(self, drawn: Sequence[Candidate]) -> dict[str, int]:
+        """Tokens read, and tokens written for all candidates."""
+        written = sum(candidate.tokens for candidate in drawn)
+        read = len(self.prompt_ids)
+        return {
+            "prompt_tokens": read,
+            "completion_tokens": written,
+            "total_tokens": read + written,
+        }
+
+
+class _Metrics:
+    """This replica's counters."""
+
+    def __init__(self) -> None:
+        self.registry = own = CollectorRegistry()
+        self.inside = Gauge("pavlov_chat_requests_inside", "answered or waiting", registry=own)
+        self.refused = Counter("pavlov_chat_refused", "for lack of room", registry=own)
+        self.tokens = Counter("pavlov_chat_tokens", "written, of all candidates", registry=own)
+        self.seconds = Histogram("pavlov_chat_seconds", "admission to end", registry=own)
+
+
+_UNBUFFERED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+
+
+def _told(candidate: Candidate) -> dict[str, Any]:
+    verdict = candidate.verdict
+    if verdict is None:
+        return {"reward": None, "rewards": None, "disagreement": None, "domain_shift": None}
+    return {
+        "reward": verdict.reward,
+        "rewards": list(verdict.rewards_K),
+        "disagreement": verdict.disagreement,
+        "domain_shift": verdict.domain_shift,
+    }
+
+
+def _logprobs(
+    plan: _Plan, chosen_T: Sequence[TokenLogprob], alternatives_T: Sequence[Sequence[TokenLogprob]]
+) -> dict[str, Any] | None:
+    if plan.sampling.logprobs is None:
+        return None
+
+    def told(token: TokenLogprob) -> dict[str, Any]:
+        return {
+            "token": token.text,
+            "logprob": token.logprob,
+            "bytes": list(token.text.encode()),
+        }
+
+    content = [
+        {**told(token), "top_logprobs": [told(other) for other in others]}
+        for token, others in zip(chosen_T, alternatives_T, strict=True)
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _as_refused(error: BaseException) -> RefusedError:
+    """What a client is told of a failure: never more than its kind."""
+    if isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, RefusedError):
+        return error
+    if isinstance(error, TimeoutError):
+        return RefusedError(504, "no answer within the time there is", code="timeout")
+    if isinstance(error, ModelError):
+        return RefusedError(400, str(error), param="messages")
+    _log.error("a request failed", exc_info=error)
+    return RefusedError(503, "the assistant is away for a moment; ask again", code="unavailable")
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RefusedError)
+    return error.response()
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    refused = _as_refused(error)
+    return refused.response({"Retry-After": "2"} if refused.status == 503 else None)
+
+
+async def _other(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return RefusedError(error.status_code, str(error.detail)).response(
+        dict(error.headers) if error.headers else None
+    )
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    if first["type"] == "extra_forbidden":
+        message = f"{place} is not supported"
+    elif first["type"] == "json_invalid":
+        message, place = "the body is not JSON", ""
+    elif not place:
+        message = "the body is no JSON object"
+    else:
+        message = f"{place}: {first['msg']}"
+    return RefusedError(400, message, param=place or None).response()

@@ -1,0 +1,141 @@
+"""`pavlov serve` as users start it, asked by OpenAI's own client."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from tests.servers import Server, running
+
+pytestmark = pytest.mark.engine
+ASK = [{"role": "user", "content": "What is a good name for a cat?"}]
+
+
+@pytest.fixture(scope="module")
+def server(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_reward_model: Path
+) -> Iterator[Server]:
+    command = (
+        *("serve", "configs/serve.toml", "serve.port=0", f"policy.model={tiny_model}"),
+        *(f"reward={tiny_reward_model}", "serve.max_prompt_tokens=200", "serve.max_tokens=500"),
+        *("engine.dtype=float32", "serve.at_once=8", "serve.waiting=8"),
+    )
+    with running(*command, runs=tmp_path_factory.mktemp("serve")) as found:
+        yield found
+        # What it had accepted it has finished; then it ends of itself.
+        assert found.stop(signal.SIGTERM) == 0
+
+
+@pytest.fixture
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0)
+
+
+def ask(client: openai.OpenAI, **more):
+    options = {"model": "pavlov", "messages": ASK, "max_tokens": 16, **more}
+    return client.chat.completions.create(**options)
+
+
+def test_the_official_client_chats_streams_and_repeats_with_a_seed(client):
+    whole = ask(client, seed=7, n=2, logprobs=True, top_logprobs=2)
+    assert len(whole.choices) == 2
+    assert whole.choices[0].finish_reason in ("stop", "length")
+    assert whole.usage.completion_tokens <= 32
+    tokens = whole.choices[0].logprobs.content
+    assert tokens and all(token.logprob <= 0 for token in tokens)
+    assert len(tokens[0].top_logprobs) == 2
+    again = ask(client, seed=7, n=2)
+    said = [choice.message.content for choice in whole.choices]
+    assert [choice.message.content for choice in again.choices] == said
+    assert said[0] != said[1]
+
+    streamed = ["", ""]
+    for chunk in ask(client, seed=7, n=2, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert streamed == said
+    assert whole.model_extra["pavlov"]["weight_version"]
+    assert [model.id for model in client.models.list()] == ["pavlov"]
+
+
+def test_stop_ends_an_answer_before_the_text(client):
+    said = ask(client, seed=7, max_tokens=40).choices[0].message.content
+    stop = said[len(said) // 2 : len(said) // 2 + 3]
+    cut = ask(client, seed=7, max_tokens=40, stop=stop).choices[0]
+    assert cut.message.content == said[: said.index(stop)]
+    assert cut.finish_reason == "stop"
+
+
+def test_best_of_takes_the_highest_lower_bound_by_the_ensemble(client):
+    found = ask(client, seed=3, extra_body={"best_of": 6, "candidates": True})
+    own = found.model_extra["pavlov"]
+    assert len(own["candidates"]) == 6
+    bounds = [each["reward"] - each["disagreement"] for each in own["candidates"]]
+    best = own["candidates"][bounds.index(max(bounds))]
+    assert found.choices[0].message.content == best["text"]
+    assert own["reward"] == best["reward"] and len(best["rewards"]) == 4
+    *_, last = ask(client, seed=3, stream=True, extra_body={"best_of": 6})
+    assert last.model_extra["pavlov"]["reward"] == pytest.approx(best["reward"], abs=1e-4)
+
+
+def test_mistakes_come_as_the_clients_own_errors(client):
+    with pytest.raises(openai.BadRequestError, match="tokens; at most"):
+        ask(client, messages=[{"role": "user", "content": "word " * 400}])
+    with pytest.raises(openai.NotFoundError, match="no model"):
+        ask(client, model="other")
+    with pytest.raises(openai.BadRequestError, match="tools is not supported"):
+        ask(client, tools=[])
+
+
+def test_each_of_many_gets_its_own_answer_and_a_crowd_is_told_to_come_back(client):
+    alone = {
+        number: ask(client, seed=number, temperature=1.0).choices[0].message.content
+        for number in range(4)
+    }
+    found: dict[int, str] = {}
+    refused = []
+
+    def one(number: int) -> None:
+        try:
+            found[number] = ask(client, seed=number % 4).choices[0].message.content
+        except openai.RateLimitError as error:
+            refused.append(error.response.headers["retry-after"])
+
+    threads = [threading.Thread(target=one, args=(n,)) for n in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) + len(refused) == 40 and len(found) >= 8
+    # Sampled together with others sums may round differently; nearly all say the same.
+    same = sum(text == alone[number % 4] for number, text in found.items())
+    assert same >= 0.7 * len(found)
+    assert ask(client).choices
+
+
+def test_who_leaves_stops_the_writing(server, client):
+    def written() -> float:
+        text = httpx.get(f"{server.address}/metrics").text
+        line = next(x for x in text.splitlines() if x.startswith("pavlov_chat_tokens_total"))
+        return float(line.split()[1])
+
+    body = {"messages": ASK, "max_tokens": 500, "stream": True, "n": 8, "temperature": 2.0}
+    before = written()
+    for _ in range(3):
+        with httpx.stream("POST", f"{server.address}/v1/chat/completions", json=body) as answer:
+            next(answer.iter_lines())
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        inside = httpx.get(f"{server.address}/metrics").text
+        if "pavlov_chat_requests_inside 0.0" in inside:
+            break
+        time.sleep(0.2)
+    assert "pavlov_chat_requests_inside 0.0" in inside
+    settled = written()
+    time.sleep(1)
+    assert written() == settled < before + 3 * 8 * 500
