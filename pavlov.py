@@ -215,12 +215,15 @@ def label_invite(
         typer.Option(help="experts write honeypots too, owners see everybody's figures too"),
     ] = "assessor",
     kind: Kind = "person",
+    again: Annotated[
+        bool, typer.Option("--again", help="a new token for one who is there; the old one is void")
+    ] = False,
 ) -> None:
     """A new assessor: prints the token that signs them in, once."""
     settings = _label_config(config, overrides)
     from serving.label_commands import invite
 
-    print(invite(settings, project, name, kind, role))
+    print(invite(settings, project, name, kind, role, again=again))
 
 
 @label.command("serve", epilog=f"{_EXAMPLE} serve configs/label.toml label.port=0")

@@ -9,9 +9,10 @@ say nothing.
 from __future__ import annotations
 
 import math
-import random
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+
+import numpy as np
 
 Distance = Callable[[Hashable, Hashable], float]
 
@@ -48,17 +49,38 @@ def alpha(units: Sequence[Sequence[Hashable]], distance: Distance = nominal) -> 
 
 
 def alpha_interval(
-    units: Sequence[Sequence[Hashable]], seed: int, draws: int = 1000, level: float = 0.95
+    units: Sequence[Sequence[Hashable]],
+    seed: int,
+    draws: int = 1000,
+    level: float = 0.95,
+    distance: Distance = nominal,
 ) -> tuple[float, float, float]:
-    """Alpha and the quantiles of its bootstrap over units: (alpha, low, high)."""
-    draw = random.Random(seed)
-    found = sorted(
-        value
-        for _ in range(draws)
-        if not math.isnan(value := alpha(draw.choices(units, k=len(units))))
+    """Alpha and the quantiles of its bootstrap over units: (alpha, low, high).
+
+    Shapes: U units with two verdicts or more, V values, D draws.
+    """
+    found = alpha(units, distance)
+    paired = [Counter(verdicts) for verdicts in units if len(verdicts) > 1]
+    values = sorted({value for counts in paired for value in counts}, key=str)
+    if math.isnan(found):
+        return found, math.nan, math.nan
+    far_VV = np.array([[distance(one, other) for other in values] for one in values])
+    counts_UV = np.array([[counts[value] for value in values] for counts in paired], dtype=float)
+    # Judges of one unit are paired with each other, not with themselves.
+    observed_U = np.einsum("uv,vw,uw->u", counts_UV, far_VV, counts_UV)
+    observed_U -= counts_UV @ np.diag(far_VV)
+    observed_U /= counts_UV.sum(axis=1) - 1
+    draw = np.random.default_rng(seed)
+    size = len(paired)
+    drawn_DU = draw.multinomial(size, np.full(size, 1 / size), size=draws)
+    counts_DV = drawn_DU @ counts_UV
+    expected_D = np.einsum("dv,vw,dw->d", counts_DV, far_VV, counts_DV)
+    there = expected_D > 0
+    alphas = (
+        1 - (counts_DV.sum(axis=1) - 1)[there] * (drawn_DU @ observed_U)[there] / expected_D[there]
     )
-    if not found:
-        return alpha(units), math.nan, math.nan
+    if not len(alphas):
+        return found, math.nan, math.nan
     tail = (1 - level) / 2
-    low, high = (found[min(len(found) - 1, int(q * len(found)))] for q in (tail, 1 - tail))
-    return alpha(units), low, high
+    low, high = np.quantile(alphas, [tail, 1 - tail])
+    return found, float(low), float(high)

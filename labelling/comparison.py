@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from rlhf.statistics import wilson_interval
+from rlhf.statistics import sign_test, wilson_interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +55,7 @@ class Record:
     @property
     def p(self) -> float:
         """Two-sided exact sign test that neither is better (Dixon & Mood, 1946)."""
-        decided, least = self.wins + self.losses, min(self.wins, self.losses)
-        tail = sum(math.comb(decided, k) for k in range(least + 1)) / (1 << decided)
-        return min(1.0, 2 * tail)
+        return sign_test(self.wins, self.wins + self.losses)
 
     @property
     def reversed(self) -> Record:

@@ -47,7 +47,12 @@ class Database:
                 f"label.database = {_hidden(url)!r} is no URL of SQLite (sqlite:///labels.db) or "
                 "PostgreSQL (postgresql://user:password@host/name)"
             ) from None
-        if self.sqlite and self.file is not None:
+        if self.sqlite and self.file is None:
+            raise DataError(
+                f"label.database = {url!r} would be gone with the process; name a file: "
+                "sqlite:///labels.db"
+            )
+        if self.file is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
         # Threads that wait here do so in turn; those that wait for SQLite's lock look and sleep.
         self._turn = threading.Lock() if self.sqlite else contextlib.nullcontext()
@@ -71,7 +76,7 @@ class Database:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A transaction that sees one state of the database and changes nothing."""
+        """A transaction that changes nothing."""
         with self._engine.connect() as connection, connection.begin():
             yield connection
 
@@ -120,6 +125,8 @@ def _engine(url: str, *, sqlite: bool) -> Engine:
             "journal_mode=WAL",
             "synchronous=FULL",
             "foreign_keys=ON",
+            # A row that is replaced is one that is deleted: triggers are to see it.
+            "recursive_triggers=ON",
         ):
             connection.execute(f"PRAGMA {pragma}")
 

@@ -29,6 +29,7 @@ from labelling.records import (
     Kind,
     Verdict,
     Work,
+    flipped,
 )
 from models.data_files import Row
 from models.row_forms import checked_text, flag, number, optional_text, pair_of, prompt_of
@@ -42,7 +43,6 @@ _WINNERS: dict[str, Verdict] = {
     "tie (bothbad)": "bad",
     "bothbad": "bad",
 }
-_TURNED: dict[Verdict, Verdict] = {"a": "b", "b": "a", "tie": "tie", "bad": "bad"}
 
 
 def work_of(row: Row, source: str, *, honeypots: bool = False) -> Work:
@@ -151,7 +151,7 @@ def vote_of(row: Row, source: str) -> Judgement:
     verdict = _WINNERS[winner]
     if models[0] > models[1]:
         models.reverse()
-        verdict = _TURNED[verdict]
+        verdict = flipped(verdict)
     question, turn = _id(row, "question_id"), _whole(row, "turn", default=1)
     return Judgement(
         pair="/".join([source, question, str(turn), *models]),

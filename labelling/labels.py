@@ -19,12 +19,11 @@ from typing import Literal
 
 from labelling.aggregation import Vote, dawid_skene, majority
 from labelling.ranking import Comparison, crowd_bradley_terry
-from labelling.records import VERDICTS, Judgement, Kind, SoftLabel
+from labelling.records import PREFERS_A, VERDICTS, Judgement, Kind, SoftLabel
 from rlhf.records import OVERALL
 
 Method = Literal["dawid-skene", "majority", "bradley-terry"]
 METHODS: tuple[Method, ...] = ("dawid-skene", "majority", "bradley-terry")
-_PREFERS_A = {"a": 1.0, "b": 0.0, "tie": 0.5, "bad": 0.5}
 
 
 def counted(
@@ -67,7 +66,7 @@ def soft_labels(
         preferred = _by_scores(given, criterion)
     else:
         preferred = {
-            pair: sum(p * _PREFERS_A[name] for p, name in zip(shares[pair], VERDICTS, strict=True))
+            pair: sum(p * PREFERS_A[name] for p, name in zip(shares[pair], VERDICTS, strict=True))
             for pair in counts
         }
     bad = VERDICTS.index("bad")
@@ -95,7 +94,7 @@ def _by_scores(judgements: Sequence[Judgement], criterion: str) -> dict[str, flo
             )
     ranking = crowd_bradley_terry(
         [
-            Comparison(each.assessor, *items[each.pair], _PREFERS_A[each.verdicts[criterion]])
+            Comparison(each.assessor, *items[each.pair], PREFERS_A[each.verdicts[criterion]])
             for each in judgements
         ]
     )

@@ -12,11 +12,9 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from labelling.records import Judgement, Verdict
 from rlhf.records import OVERALL
-from rlhf.statistics import wilson_interval
+from rlhf.statistics import sign_test, wilson_interval
 
 Interval = tuple[float, float, float]
 """Value, low, high."""
@@ -61,16 +59,6 @@ def position_bias(judgements: Sequence[Judgement]) -> PositionBias:
     chosen = sum(first == verdict for first, verdict in decided)
     share = wilson_interval(chosen, len(decided))
     return PositionBias(chosen, len(decided), share, sign_test(chosen, len(decided)))
-
-
-def sign_test(successes: int, trials: int) -> float:
-    """Exact two-sided p that successes and failures are equally likely (Dixon & Mood, 1946)."""
-    least = min(successes, trials - successes)
-    ups = np.arange(1, least + 1)
-    # log C(n, k) by its ratios: the binomials themselves overflow.
-    log_counts = np.concatenate([[0.0], np.cumsum(np.log((trials - ups + 1) / ups))])
-    tail = float(np.exp(log_counts - trials * math.log(2)).sum())
-    return min(1.0, 2 * tail)
 
 
 def median_interval(values: Sequence[float], level: float = 0.95) -> Interval:

@@ -10,6 +10,7 @@ open for too long, return to the queue.
 from __future__ import annotations
 
 import random
+import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -19,9 +20,20 @@ from typing import Any, Literal
 from sqlalchemy import Connection, and_, case, exists, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from labelling.records import Verdict
-from labelling.store import Assessor, Store, flipped, record, take
-from labelling.tables import answer, assignment, demand, feedback, honeypot, judgement, pair, prompt
+from labelling.records import Verdict, flipped
+from labelling.rows import is_honeypot, record, take
+from labelling.store import PAUSED, Assessor, Store
+from labelling.tables import (
+    answer,
+    assessor,
+    assignment,
+    demand,
+    feedback,
+    honeypot,
+    judgement,
+    pair,
+    prompt,
+)
 from rlhf.config.label import LabelSection
 from rlhf.errors import DataError
 from rlhf.records import OVERALL, Message
@@ -111,6 +123,8 @@ class Queue:
             raise DataError(f"project {who.project.name} does not ask about {strange[0]!r}")
         if wrong := [each for each in verdicts.values() if each not in SHOWN]:
             raise DataError(f"{wrong[0]!r} is no verdict: {', '.join(SHOWN)}")
+        comment = comment.replace("\r\n", "\n").replace("\x00", "\ufffd")
+        comment = comment.encode(errors="replace").decode()
         if len(comment) > COMMENT_LIMIT:
             raise DataError(f"a comment of {len(comment)} characters; at most {COMMENT_LIMIT}")
         now = self._clock()
@@ -129,14 +143,20 @@ class Queue:
                     name: names.get(shown, shown) for name, shown in verdicts.items()
                 }
                 values = {"project_id": who.project.id, "verdicts": truly, "seconds": seconds}
+                # Somebody whom quality control has paused meanwhile loses nothing by sending it.
+                doubted = db.execute(
+                    select(assessor.c.doubted).where(assessor.c.id == who.id)
+                ).scalar_one()
+                doubt = PAUSED if doubted else ""
                 db.execute(
                     insert(judgement).values(
-                        assignment_id=task, comment=comment, at=now, doubt="", **values
+                        assignment_id=task, comment=comment, at=now, doubt=doubt, **values
                     )
                 )
                 db.execute(update(assignment).where(assignment.c.id == task).values(state="done"))
-                if row.state == "expired" and row.task == "work":
-                    take(db, row.pair_id, who.kind, 1)
+                change = (row.state == "expired") - bool(doubt)
+                if change and row.task == "work":
+                    take(db, row.pair_id, who.kind, change)
                 missed = self._missed(db, row, truly[OVERALL], now)
                 details = {"task": task, "of": row.task}
                 record(db, who.project, who.name, "judgement", details)
@@ -165,6 +185,11 @@ class Queue:
         with self._store.database.reading() as db:
             return _judged(db, who)
 
+    def unknown(self, who: Assessor, task: str) -> bool:
+        """Whether the verdict on a task of theirs is not known: an expert may make it so."""
+        with self._store.database.reading() as db:
+            return not is_honeypot(db, self._theirs(db, who, task).pair_id)
+
     def task(self, who: Assessor, task: str) -> tuple[Task, str, str | None]:
         """A task of theirs, its state, and what was said where it was a honeypot and missed.
 
@@ -184,6 +209,8 @@ class Queue:
         rows = db.execute(
             select(assignment.c.id, assignment.c.pair_id, assignment.c.task, _kind_of())
             .where(late)
+            # In the order in which all who change several demands take them.
+            .order_by(assignment.c.pair_id)
             .with_for_update(skip_locked=True, of=assignment)
         ).all()
         for row in rows:
@@ -198,9 +225,11 @@ class Queue:
 
     def _theirs(self, db: Connection, who: Assessor, task: str) -> Any:
         mine = and_(assignment.c.id == task, assignment.c.assessor_id == who.id)
-        row = db.execute(select(assignment).where(mine).with_for_update()).one_or_none()
+        row = None
+        if re.fullmatch(r"[\w-]{1,24}", task, re.ASCII):
+            row = db.execute(select(assignment).where(mine).with_for_update()).one_or_none()
         if row is None:
-            raise DataError(f"{who.name} has no task {task[:24]!r}")
+            raise DataError(f"{who.name} has no task {task[:24]!a}")
         return row
 
     def _draw_task(self, db: Connection, who: Assessor) -> Any:
@@ -215,7 +244,8 @@ class Queue:
         ):
             pair_id, first, kind = repeat.pair_id, flipped(repeat.first), "repeat"
         if pair_id is None:
-            pair_id, kind = self._work(db, who), "work"
+            # The second time those are waited for that others are just being given.
+            pair_id, kind = self._work(db, who) or self._work(db, who, wait=True), "work"
         if pair_id is None:
             return None
         now = self._clock()
@@ -234,7 +264,7 @@ class Queue:
         db.execute(insert(assignment).values(values))
         return self._theirs(db, who, str(values["id"]))
 
-    def _work(self, db: Connection, who: Assessor) -> int | None:
+    def _work(self, db: Connection, who: Assessor, *, wait: bool = False) -> int | None:
         """A pair that wants judges, taken for them: flagged ones first, then begun ones."""
         wanting = (
             select(demand.c.pair_id)
@@ -246,7 +276,7 @@ class Queue:
             )
             .order_by(demand.c.priority.desc(), demand.c.taken.desc(), demand.c.shuffle)
             .limit(1)
-            .with_for_update(skip_locked=True)
+            .with_for_update(skip_locked=not wait)
         )
         pair_id = db.execute(wanting).scalar_one_or_none()
         if pair_id is not None:
@@ -270,16 +300,25 @@ class Queue:
         ).scalar_one_or_none()
 
     def _repeat(self, db: Connection, who: Assessor) -> Any:
-        """The work that they judged longest ago, not repeated yet, with its old order."""
+        """The work that they judged longest ago, not repeated yet, with its old order; None where
+        too few judgements have been given since."""
         again = assignment.alias()
-        if _judged(db, who) < self._settings.attention.repeat_after:
+        mine = and_(assignment.c.assessor_id == who.id, assignment.c.state == "done")
+        since = db.execute(
+            select(assignment.c.created)
+            .where(mine)
+            .order_by(assignment.c.created.desc())
+            .offset(self._settings.attention.repeat_after - 1)
+            .limit(1)
+        ).scalar_one_or_none()
+        if since is None:
             return None
         return db.execute(
             select(assignment.c.pair_id, assignment.c.first)
             .where(
-                assignment.c.assessor_id == who.id,
+                mine,
                 assignment.c.task == "work",
-                assignment.c.state == "done",
+                assignment.c.created < since,
                 assignment.c.first != "",
                 ~exists().where(
                     again.c.assessor_id == who.id,
@@ -316,8 +355,6 @@ def _seen(who: Assessor, pair_id: Any) -> Any:
 
 
 def _kind_of() -> Any:
-    from labelling.tables import assessor
-
     return (
         select(assessor.c.kind)
         .where(assessor.c.id == assignment.c.assessor_id)

@@ -19,6 +19,16 @@ CRITERIA = ("helpful", "honest", "harmless")
 """What is asked beside `rlhf.records.OVERALL` where a project does not say."""
 
 
+PREFERS_A: dict[Verdict, float] = {"a": 1.0, "b": 0.0, "tie": 0.5, "bad": 0.5}
+"""How much of a win for answer a a verdict is."""
+
+
+def flipped(verdict: Verdict) -> Verdict:
+    """The verdict with the two answers in the other order."""
+    turned: dict[Verdict, Verdict] = {"a": "b", "b": "a"}
+    return turned.get(verdict, verdict)
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A reply and who gave it: a model, and the checkpoint or weight version it had."""
@@ -53,6 +63,10 @@ class Work:
             raise ValueError("empty reply")
         if self.a.text.strip() == self.b.text.strip():
             raise ValueError("equal replies")
+        texts = (*(turn.content for turn in self.prompt), self.a.text, self.b.text)
+        # PostgreSQL keeps no such text.
+        if any("\x00" in text for text in texts):
+            raise ValueError("text with a NUL character")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +99,8 @@ class Judgement:
     id: str = ""
 
     def __post_init__(self) -> None:
+        if any("\x00" in text for text in (self.pair, self.assessor, self.comment, self.doubt)):
+            raise ValueError("text with a NUL character")
         if self.work is not None:
             object.__setattr__(self, "models", (self.work.a.model, self.work.b.model))
 

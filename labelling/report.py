@@ -16,12 +16,11 @@ from labelling.comparison import Judgement as Compared
 from labelling.comparison import WinMatrix, holm
 from labelling.labels import counted
 from labelling.quality import AssessorQuality, Interval, assessor_quality, position_bias
-from labelling.records import Judgement, Kind
+from labelling.records import PREFERS_A, Judgement, Kind
 from labelling.store import Assessor, Project, Store
 from rlhf.config.label import LabelConfig
 from rlhf.records import OVERALL
 
-_OUTCOME = {"a": 1.0, "b": 0.0, "tie": 0.5, "bad": 0.5}
 _ASK = 10
 
 
@@ -78,6 +77,7 @@ def _figures(
     honeypot = found.honeypots if found else nothing
     return {
         "id": who.name,
+        "key": who.id,
         "kind": who.kind,
         "state": who.state,
         "reason": who.reason,
@@ -112,11 +112,18 @@ def _interval(found: Interval) -> dict[str, float | None]:
 
 
 def compared(judgements: Sequence[Judgement]) -> dict[str, Any]:
-    """Models by direct comparison: the matrix, the winner or the cycles, what to ask next."""
+    """Models by direct comparison: the matrix, the winner or the cycles, what to ask next.
+
+    Judges of one pair are not independent of each other: a pair counts once, by its majority.
+    """
+    said: dict[str, list[float]] = defaultdict(list)
+    models: dict[str, tuple[str, str]] = {}
+    for each in judgements:
+        if all(each.models) and each.models[0] != each.models[1]:
+            said[each.pair].append(PREFERS_A[each.verdicts[OVERALL]])
+            models[each.pair] = each.models
     matrix = WinMatrix(
-        Compared(*each.models, _OUTCOME[each.verdicts[OVERALL]])
-        for each in judgements
-        if all(each.models) and each.models[0] != each.models[1]
+        Compared(*models[pair], _majority(outcomes)) for pair, outcomes in said.items()
     )
     records = {
         (one, other): matrix.record(one, other)
@@ -124,7 +131,9 @@ def compared(judgements: Sequence[Judgement]) -> dict[str, Any]:
         for other in matrix.models
         if one != other and matrix.record(one, other).count
     }
-    adjusted = holm({pair: record.p for pair, record in records.items() if pair[0] < pair[1]})
+    decided = {pair: each.p for pair, each in records.items() if each.wins + each.losses}
+    adjusted = holm({pair: p for pair, p in decided.items() if pair[0] < pair[1]})
+    sure = matrix.surely_beats()
     table: dict[str, dict[str, Any]] = {model: {} for model in matrix.models}
     for (one, other), record in records.items():
         share, low, high = record.share
@@ -135,11 +144,20 @@ def compared(judgements: Sequence[Judgement]) -> dict[str, Any]:
             "share": share,
             "low": low,
             "high": high,
-            "p": adjusted[min(one, other), max(one, other)],
+            "p": adjusted.get((min(one, other), max(one, other))),
         }
     return {
         "win_matrix": table,
         "condorcet_winner": matrix.condorcet_winner() if len(matrix.models) > 1 else None,
+        "sure_winner": next(
+            (
+                model
+                for model in matrix.models
+                if all((model, other) in sure for other in matrix.models if other != model)
+                and len(matrix.models) > 1
+            ),
+            None,
+        ),
         "smith_set": matrix.smith_set() if len(matrix.models) > 1 else [],
         "cycles": matrix.cycles(),
         "sure_cycles": matrix.cycles(sure=True),
@@ -147,3 +165,8 @@ def compared(judgements: Sequence[Judgement]) -> dict[str, Any]:
             {"one": one, "other": other, "bits": bits} for bits, one, other in matrix.ask_next()
         ][:_ASK],
     }
+
+
+def _majority(outcomes: Sequence[float]) -> float:
+    mean = math.fsum(outcomes) / len(outcomes)
+    return 1.0 if mean > 0.5 else 0.0 if mean < 0.5 else 0.5

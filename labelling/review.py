@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 from labelling.attention import attention
 from labelling.fatigue import FatigueSettings, fatigue
 from labelling.records import Judgement
-from labelling.store import TIRED, Assessor, Project, Store
+from labelling.store import PAUSED, TIRED, Assessor, Project, Store
 from rlhf.config.label import AttentionSection
 
-PAUSED = "their assessor is paused"
 _ENOUGH = 10
 """Judgements below which nobody is told anything about."""
 _turn = threading.Lock()
@@ -24,10 +23,10 @@ _turn = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class Review:
-    """What a review has changed: who was paused and why, judgements in doubt for fatigue."""
+    """What a review has changed: who was paused and why, how many judgements are newly in doubt."""
 
     paused: dict[str, str]
-    tired: int
+    doubted: int
 
 
 def review(store: Store, of: Project, settings: AttentionSection) -> Review:
@@ -46,9 +45,16 @@ def review(store: Store, of: Project, settings: AttentionSection) -> Review:
             paused |= _inattentive(mine, everybody, out, settings)
             doubts |= _tired(mine, out | paused.keys(), settings)
         for name, reason in paused.items():
-            store.set_state(everybody[name], "paused", reason, "quality control")
-            doubts |= {each.id: PAUSED for each in found if each.assessor == name}
-        return Review(paused, store.doubt(of, doubts) if doubts else 0)
+            store.set_state(everybody[name], "paused", reason, "quality control", doubted=True)
+        # Theirs who were paused before too: they may have sent another one since, and a review that
+        # was cut short is made good.
+        inattentive = {name for name, each in everybody.items() if each.doubted} | paused.keys()
+        doubts |= {
+            each.id: PAUSED for each in found if each.assessor in inattentive and not each.doubt
+        }
+        changed = store.doubt(of, doubts) if doubts else 0
+        store.reviewed(of, len(found))
+        return Review(paused, changed)
 
 
 def let_go_on(store: Store, who: Assessor, actor: str) -> None:

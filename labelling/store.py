@@ -6,20 +6,29 @@ What an assessor does next and its recording: `labelling/queue.py`.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal, TypeVar
 
 from sqlalchemy import Connection, and_, case, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from labelling.database import Database
-from labelling.records import Answer, Honeypot, Judgement, Kind, Verdict, Work
+from labelling.records import Answer, Honeypot, Judgement, Kind, Work
+from labelling.rows import (
+    is_honeypot,
+    put_judged,
+    put_work,
+    record,
+    set_honeypot,
+    take,
+    take_judgement,
+)
 from labelling.tables import (
     answer,
     assessor,
@@ -35,12 +44,18 @@ from labelling.tables import (
 from rlhf.errors import DataError
 from rlhf.records import OVERALL, Message
 
+Item = TypeVar("Item")
 Role = Literal["assessor", "expert", "owner"]
 """Who judges; who also writes honeypots; who also sees everybody's figures."""
 
 State = Literal["active", "paused", "revoked"]
+BREAK_S = 1800.0
+"""A pause of so many seconds ends a shift."""
+
+_PART = 200
+PAUSED = "their assessor is paused"
 TIRED = "faster and less sure than before"
-"""Why judgements are in doubt that were given after fatigue set in."""
+"""Why judgements are in doubt: all of somebody who does not read, and what was said when tired."""
 
 _ANSWER = ("text", "model", "checkpoint", "finished")
 _NAME = re.compile(r"[\w.@+ -]{1,80}")
@@ -68,6 +83,8 @@ class Assessor:
     reason: str
     vouched: float
     """Judgements before this time no longer count against them: an owner let them go on."""
+    doubted: bool
+    """Nothing that they said counts: quality control has paused them."""
 
 
 class Store:
@@ -78,8 +95,13 @@ class Store:
 
     # Projects
 
-    def make_project(self, name: str, criteria: Sequence[str]) -> Project:
+    def make_project(
+        self, name: str, criteria: Sequence[str], *, at_least: bool = False
+    ) -> Project:
         """The project of this name, made where there is none.
+
+        Args:
+            at_least: one that asks for more criteria will do.
 
         Raises:
             DataError: it is there with other criteria, or that is no name.
@@ -88,11 +110,12 @@ class Store:
             raise DataError(f"{name!r} is no name for a project: letters, digits and . @ + - _")
         with self.database.writing() as db:
             if found := _project(db, name):
-                if set(found.criteria) != set(criteria):
+                missing = set(criteria) - set(found.criteria)
+                if missing or not (at_least or set(found.criteria) == set(criteria)):
                     raise DataError(
                         f"project {name} asks for {', '.join(found.criteria) or 'nothing more'}, "
-                        f"not {', '.join(criteria) or 'nothing more'}; set label.criteria to its "
-                        "own, or start another project"
+                        f"not {', '.join(criteria) or 'nothing more'}; ask for the same, or "
+                        "start another project"
                     )
                 return found
             row = {"name": name, "criteria": list(criteria), "created": time.time()}
@@ -128,14 +151,13 @@ class Store:
         A known pair's priority and honeypot are brought up to date. Which answer is a follows from
         the texts, so that the file's order says nothing.
         """
-        counts = [0, 0]
-        with self.database.writing() as db:
-            for work in works:
-                _, known = _put(db, into, work, judges_per_pair)
-                counts[known] += 1
-            details = {"new": counts[0], "known": counts[1]}
-            record(db, into, actor, "import work", details)
-        return counts[0], counts[1]
+        return self._in_parts(
+            into,
+            works,
+            lambda db, work: put_work(db, into, work, judges_per_pair)[1],
+            actor,
+            "import work",
+        )
 
     def add_judgements(
         self, into: Project, judgements: Iterable[Judgement], actor: str = "owner"
@@ -144,17 +166,35 @@ class Store:
 
         Assessors who are not known are made, without a way to sign in.
         """
-        counts = [0, 0]
         people: dict[tuple[str, str], int] = {}
+
+        def put(db: Connection, given: Judgement) -> bool:
+            found = put_judged(db, into, given)
+            who = (given.assessor, given.kind)
+            if who not in people:
+                people[who] = _assessor_elsewhere(db, into, given)
+            return take_judgement(db, into, given, found, people[who])
+
+        return self._in_parts(into, judgements, put, actor, "import judgements")
+
+    def _in_parts(
+        self,
+        into: Project,
+        items: Iterable[Item],
+        put: Callable[[Connection, Item], bool],
+        actor: str,
+        action: str,
+    ) -> tuple[int, int]:
+        """Put items, a few hundred at a time, so that assessors need not wait for all of them; an
+        import that was interrupted may be repeated."""
+        counts = [0, 0]
+        left = iter(items)
+        while part := list(islice(left, _PART)):
+            with self.database.writing() as db:
+                for item in part:
+                    counts[put(db, item)] += 1
         with self.database.writing() as db:
-            for given in judgements:
-                found = _put_judged(db, into, given)
-                who = (given.assessor, given.kind)
-                if who not in people:
-                    people[who] = _assessor_elsewhere(db, into, given)
-                counts[_take(db, into, given, found, people[who])] += 1
-            details = {"new": counts[0], "known": counts[1]}
-            record(db, into, actor, "import judgements", details)
+            record(db, into, actor, action, {"new": counts[0], "known": counts[1]})
         return counts[0], counts[1]
 
     # Assessors
@@ -178,6 +218,21 @@ class Store:
             raise DataError(f"project {into.name} has an assessor {name} already") from None
         return token
 
+    def invite_again(self, into: Project, name: str) -> str:
+        """A new token for an assessor who is there, imported ones too; the old one is void.
+
+        Raises:
+            DataError: there is no such assessor.
+        """
+        token = secrets.token_urlsafe(24)
+        with self.database.writing() as db:
+            theirs = and_(assessor.c.project_id == into.id, assessor.c.name == name)
+            new = {"token_hash": token_hash(token)}
+            if not db.execute(update(assessor).where(theirs).values(new)).rowcount:
+                raise DataError(f"project {into.name} has no assessor {name}")
+            record(db, into, "owner", "invite again", {"name": name})
+        return token
+
     def signed_in(self, token: str) -> Assessor | None:
         """Who has this token; None where nobody has, or no longer."""
         with self.database.reading() as db:
@@ -189,11 +244,16 @@ class Store:
         with self.database.reading() as db:
             return _assessors(db, assessor.c.project_id == of.id)
 
-    def set_state(self, who: Assessor, state: State, reason: str, actor: str) -> None:
-        """Pause, let go on, or revoke. Who may go on has their judgements so far vouched for:
-        those doubted for their sake count again."""
+    def set_state(
+        self, who: Assessor, state: State, reason: str, actor: str, *, doubted: bool = False
+    ) -> None:
+        """Pause, let go on, or revoke. Who may go on has their judgements so far vouched for.
+
+        Args:
+            doubted: nothing that they have said or still say counts; a review sees to that.
+        """
         with self.database.writing() as db:
-            values: dict[str, Any] = {"state": state, "reason": reason}
+            values: dict[str, Any] = {"state": state, "reason": reason, "doubted": doubted}
             if state == "active":
                 values["vouched"] = time.time()
             db.execute(update(assessor).where(assessor.c.id == who.id).values(values))
@@ -217,18 +277,22 @@ class Store:
                 .join_from(judgement, assignment)
                 .join(assessor)
                 .where(judgement.c.project_id == of.id)
+                # In the order in which all who change several demands take them.
+                .order_by(assignment.c.pair_id)
             ).all()
             for row in rows:
                 reason = which.get(row.assignment_id)
                 if reason is None or reason == row.doubt:
                     continue
-                changed += 1
-                db.execute(
+                # Another server may have been first.
+                done = db.execute(
                     update(judgement)
                     .where(judgement.c.assignment_id == row.assignment_id)
+                    .where(judgement.c.doubt == row.doubt)
                     .values(doubt=reason)
-                )
-                if row.task == "work" and bool(reason) != bool(row.doubt):
+                ).rowcount
+                changed += done
+                if done and row.task == "work" and bool(reason) != bool(row.doubt):
                     take(db, row.pair_id, row.kind, -1 if reason else 1)
             if changed:
                 reasons = sorted(set(which.values()))
@@ -240,7 +304,7 @@ class Store:
         tests those who have not seen the pair.
 
         Raises:
-            DataError: they are no expert, have not judged it, or explain nothing.
+            DataError: they are no expert, have not judged it, explain nothing, or it is one.
         """
         if author.role == "assessor":
             raise DataError(f"{author.name} is no expert: honeypots are written by experts")
@@ -254,24 +318,44 @@ class Store:
             ).one_or_none()
             if row is None:
                 raise DataError(f"{author.name} has judged no task {task[:24]!r}")
+            if is_honeypot(db, row.pair_id):
+                raise DataError("this is a honeypot already")
             verdict = row.verdicts[OVERALL]
-            _set_honeypot(db, row.pair_id, Honeypot(verdict, explanation.strip()), author.id)
-            unasked = update(demand).where(demand.c.pair_id == row.pair_id).values(wanted=0)
-            db.execute(unasked)
+            set_honeypot(db, row.pair_id, Honeypot(verdict, explanation.strip()), author.id)
             details = {"task": task, "verdict": verdict}
             record(db, author.project, author.name, "honeypot", details)
 
-    def tired(self, who: Assessor) -> bool:
-        """Whether their newest judgement is in doubt for fatigue: a break is due."""
+    def tired(self, who: Assessor, now: float | None = None) -> bool:
+        """Whether fatigue was found in what they judged lately: a break is due."""
+        since = (time.time() if now is None else now) - BREAK_S
         with self.database.reading() as db:
-            newest = db.execute(
-                select(judgement.c.doubt)
+            found = db.execute(
+                select(judgement.c.id)
                 .join(assignment)
                 .where(assignment.c.assessor_id == who.id)
-                .order_by(judgement.c.at.desc())
+                .where(judgement.c.doubt == TIRED, judgement.c.at > since)
                 .limit(1)
-            ).scalar_one_or_none()
-        return newest == TIRED
+            ).first()
+        return found is not None
+
+    def review_due(self, of: Project, every: int, kind: Kind = "person") -> bool:
+        """Whether so many judgements were given since the last review, or the last one wanted of
+        this kind of assessor."""
+        told = select(func.count()).select_from(judgement).where(judgement.c.project_id == of.id)
+        last = select(project.c.reviewed).where(project.c.id == of.id)
+        left = select(demand.c.pair_id).where(
+            demand.c.project_id == of.id,
+            demand.c.kind == kind,
+            demand.c.taken < demand.c.wanted,
+        )
+        with self.database.reading() as db:
+            new = db.execute(told).scalar_one() - db.execute(last).scalar_one()
+            return new >= every or (new > 0 and db.execute(left.limit(1)).first() is None)
+
+    def reviewed(self, of: Project, judgements: int) -> None:
+        """Note that so many judgements were there to be reviewed."""
+        with self.database.writing() as db:
+            db.execute(update(project).where(project.c.id == of.id).values(reviewed=judgements))
 
     def audit(self, of: Project) -> list[dict[str, Any]]:
         """The audit trail of a project, oldest first."""
@@ -302,28 +386,6 @@ def token_hash(token: str) -> str:
     return hashlib.sha256(token.encode(errors="replace")).hexdigest()
 
 
-def record(
-    db: Connection, of: Project, actor: str, action: str, details: Mapping[str, Any]
-) -> None:
-    """Add to the audit trail."""
-    values = {"at": time.time(), "project_id": of.id, "actor": actor, "action": action}
-    db.execute(insert(audit).values(**values, details=dict(details)))
-
-
-def take(db: Connection, pair_id: int, kind: str, change: int) -> None:
-    """Count a judge more, or one fewer, of a pair."""
-    db.execute(
-        update(demand)
-        .where(demand.c.pair_id == pair_id, demand.c.kind == kind)
-        .values(taken=demand.c.taken + change)
-    )
-
-
-def flipped(verdict: Verdict) -> Verdict:
-    """The verdict with the two answers in the other order."""
-    return {"a": "b", "b": "a"}.get(verdict, verdict)  # type: ignore[return-value]
-
-
 def _project(db: Connection, name: str) -> Project | None:
     row = db.execute(select(project).where(project.c.name == name)).one_or_none()
     return None if row is None else Project(row.id, row.name, tuple(row.criteria))
@@ -341,6 +403,7 @@ def _assessors(db: Connection, where: Any) -> list[Assessor]:
             row.id,
             Project(row.project_id, row.project, tuple(row.criteria)),
             *(row.name, row.kind, row.role, row.state, row.reason, row.vouched),
+            doubted=row.doubted,
         )
         for row in rows
     ]
@@ -356,6 +419,7 @@ def _new(into: Project, name: str, kind: str, role: str, token: str) -> dict[str
         "state": "active",
         "reason": "",
         "vouched": 0.0,
+        "doubted": False,
         "created": time.time(),
     }
 
@@ -377,158 +441,6 @@ def _assessor_elsewhere(db: Connection, into: Project, given: Judgement) -> int:
             "give one of them another name"
         )
     return int(row.id)
-
-
-@dataclass(frozen=True, slots=True)
-class _Put:
-    """Where a pair stands in the store, and whether its answers changed places for it."""
-
-    id: int
-    key: str
-    swapped: bool
-
-
-def _digest(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()
-
-
-def _put(db: Connection, into: Project, work: Work, judges: int) -> tuple[_Put, bool]:
-    """The pair's place, and whether it was known."""
-    messages = [{"role": each.role, "content": each.content} for each in work.prompt]
-    put, known = _place(db, into, messages, (work.a, work.b), work.source)
-    if work.honeypot is not None:
-        verdict = work.honeypot.verdict
-        test = replace(work.honeypot, verdict=flipped(verdict) if put.swapped else verdict)
-        _set_honeypot(db, put.id, test)
-        judges = 0
-    for kind in get_args(Kind) if judges else ():
-        where = and_(demand.c.pair_id == put.id, demand.c.kind == kind)
-        queued = {"wanted": judges, "priority": work.priority}
-        if not db.execute(update(demand).where(where).values(queued)).rowcount:
-            row = {"pair_id": put.id, "kind": kind, "project_id": into.id, "taken": 0}
-            db.execute(insert(demand).values(**row, shuffle=int(put.key[:12], 16), **queued))
-    return put, known
-
-
-def _put_judged(db: Connection, into: Project, given: Judgement) -> _Put:
-    """The place of a pair that was judged elsewhere, its texts known or not."""
-    if given.work is not None:
-        put, _ = _put(db, into, given.work, 0)
-    else:
-        answers = Answer("", given.models[0] or "a"), Answer("", given.models[1] or "b")
-        put, _ = _place(db, into, [{"role": "user", "content": given.pair}], answers, "")
-    if given.truth is not None and (given.work is None or given.work.honeypot is None):
-        verdict = flipped(given.truth) if put.swapped else given.truth
-        _set_honeypot(db, put.id, Honeypot(verdict))
-    return put
-
-
-def _place(
-    db: Connection,
-    into: Project,
-    messages: list[dict[str, str]],
-    answers: tuple[Answer, Answer],
-    source: str,
-) -> tuple[_Put, bool]:
-    """Where two answers to a prompt stand, and whether they did already."""
-    prompt_id = _one(
-        db, prompt, {"project_id": into.id, "digest": _digest(messages)}, {"messages": messages}
-    )
-    digests = [_digest(each.text, each.model, each.checkpoint) for each in answers]
-    if digests[0] == digests[1]:
-        raise DataError("two answers that are one and the same")
-    swapped = digests[0] > digests[1]
-    ids = [
-        _one(
-            db,
-            answer,
-            {"prompt_id": prompt_id, "digest": digest},
-            {
-                "text": each.text,
-                "words": len(each.text.split()),
-                "model": each.model,
-                "checkpoint": each.checkpoint,
-                "finished": each.finished,
-            },
-        )
-        for digest, each in zip(digests, answers, strict=True)
-    ]
-    key = _digest(messages, *sorted(digests))[:24]
-    where = and_(pair.c.project_id == into.id, pair.c.key == key)
-    known = db.execute(select(pair.c.id).where(where)).scalar_one_or_none()
-    a_id, b_id = reversed(ids) if swapped else ids
-    pair_id = known or _one(
-        db,
-        pair,
-        {"project_id": into.id, "key": key},
-        {"prompt_id": prompt_id, "a_id": a_id, "b_id": b_id, "source": source},
-    )
-    return _Put(pair_id, key, swapped), known is not None
-
-
-def _set_honeypot(
-    db: Connection, pair_id: int, known: Honeypot, author_id: int | None = None
-) -> None:
-    values = {"verdict": known.verdict, "explanation": known.explanation, "author_id": author_id}
-    old = update(honeypot).where(honeypot.c.pair_id == pair_id).values(values)
-    if not db.execute(old).rowcount:
-        db.execute(insert(honeypot).values(pair_id=pair_id, **values))
-
-
-def _one(db: Connection, table: Any, key: Mapping[str, Any], rest: Mapping[str, Any]) -> int:
-    """The id of the row with this key, made where there is none."""
-    where = and_(*(table.c[name] == value for name, value in key.items()))
-    found = db.execute(select(table.c.id).where(where)).scalar_one_or_none()
-    if found is None:
-        made = db.execute(insert(table).values(**key, **rest)).inserted_primary_key
-        assert made is not None
-        found = made[0]
-    return int(found)
-
-
-def _take(db: Connection, into: Project, given: Judgement, found: _Put, assessor_id: int) -> bool:
-    """Record a verdict given elsewhere; whether it was there already."""
-    task = "repeat" if given.repeat else "honeypot" if given.truth is not None else "work"
-    seen = and_(
-        assignment.c.assessor_id == assessor_id,
-        assignment.c.pair_id == found.id,
-        assignment.c.task == "repeat" if given.repeat else assignment.c.task != "repeat",
-    )
-    if db.execute(select(assignment.c.id).where(seen)).first():
-        return True
-    first: str = flipped(given.first) if found.swapped and given.first else given.first
-    taken = db.execute(select(assignment.c.id).where(assignment.c.id == given.id)).first()
-    key = secrets.token_urlsafe(12) if taken or not given.id else given.id
-    common = {"project_id": into.id}
-    db.execute(
-        insert(assignment).values(
-            id=key,
-            pair_id=found.id,
-            assessor_id=assessor_id,
-            task=task,
-            first=first,
-            seed=0,
-            state="done",
-            created=given.at,
-            expires=given.at,
-            **common,
-        )
-    )
-    db.execute(
-        insert(judgement).values(
-            assignment_id=key,
-            verdicts={
-                name: flipped(verdict) if found.swapped else verdict
-                for name, verdict in given.verdicts.items()
-            },
-            seconds=None if math.isnan(given.seconds) else given.seconds,
-            comment=given.comment,
-            at=given.at,
-            doubt=given.doubt,
-            **common,
-        )
-    )
-    return False
 
 
 def _judgements(db: Connection, of: Project, *, with_work: bool) -> Iterator[Judgement]:
@@ -568,7 +480,8 @@ def _judgements(db: Connection, of: Project, *, with_work: bool) -> Iterator[Jud
             seconds=math.nan if row.seconds is None else row.seconds,
             at=row.at,
             kind=row.kind,
-            truth=row.verdict,
+            # A pair may have become a honeypot since it was judged as work.
+            truth=row.verdict if row.task == "honeypot" else None,
             repeat=row.task == "repeat",
             words=(row.words_a, row.words_b),
             models=(row.model_a, row.model_b),

@@ -55,6 +55,8 @@ project = Table(
     Column("id", Integer, primary_key=True),
     Column("name", String(80), nullable=False, unique=True),
     Column("criteria", JSON, nullable=False),
+    # Judgements that the last review has seen.
+    Column("reviewed", Integer, nullable=False, server_default="0"),
     Column("created", Float, nullable=False),
 )
 
@@ -133,13 +135,14 @@ assessor = Table(
     metadata,
     Column("id", Integer, primary_key=True),
     Column("project_id", ForeignKey("project.id"), nullable=False),
-    Column("name", String(80), nullable=False),
+    Column("name", Text, nullable=False),
     Column("kind", String(9), nullable=False),
     Column("role", String(8), nullable=False),
     Column("token_hash", String(64), nullable=False, unique=True),
     Column("state", String(7), nullable=False),
     Column("reason", Text, nullable=False),
     Column("vouched", Float, nullable=False),
+    Column("doubted", Boolean, nullable=False),
     Column("created", Float, nullable=False),
     UniqueConstraint("project_id", "name"),
     _one_of("kind", "person", "simulated", "model"),
@@ -189,6 +192,8 @@ Index(
     sqlite_where=text("task = 'repeat'"),
     postgresql_where=text("task = 'repeat'"),
 )
+Index("ix_assignment_assessor", assignment.c.assessor_id, assignment.c.pair_id)
+Index("ix_assignment_pair", assignment.c.pair_id)
 Index(
     "ix_assignment_expiry",
     assignment.c.project_id,

@@ -39,3 +39,14 @@ def wilson_interval(successes: float, trials: float, z: float = Z_95) -> tuple[f
     centre = (share + z**2 / (2 * trials)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / trials + z**2 / (4 * trials**2))
     return share, max(0.0, centre - half), min(1.0, centre + half)
+
+
+def sign_test(successes: int, trials: int) -> float:
+    """Exact two-sided p that successes and failures are equally likely (Dixon & Mood, 1946)."""
+    least = min(successes, trials - successes)
+    # Whole numbers: the binomials themselves overflow.
+    count = tail = 1
+    for k in range(1, least + 1):
+        count = count * (trials - k + 1) // k
+        tail += count
+    return min(1.0, 2 * tail / (1 << trials))

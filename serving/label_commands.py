@@ -61,14 +61,18 @@ def import_judgements(
     _tell(read, console, "judgements", len(judgements))
     store = open_store(config)
     criteria = sorted({name for each in judgements for name in each.verdicts} - {OVERALL})
-    into = store.make_project(project, criteria)
+    into = store.make_project(project, criteria, at_least=True)
     new, known = store.add_judgements(into, judgements)
     console.print(f"project {project}: {new} new judgements, {known} known")
 
 
-def invite(config: LabelConfig, project: str, name: str, kind: Kind, role: Role) -> str:
-    """A new assessor's token; the project is made where there is none."""
+def invite(
+    config: LabelConfig, project: str, name: str, kind: Kind, role: Role, *, again: bool = False
+) -> str:
+    """A new assessor's token, or `again` another one; the project is made where there is none."""
     store = open_store(config)
+    if again:
+        return store.invite_again(store.project(project), name)
     return store.invite(store.make_project(project, config.label.criteria), name, kind, role)
 
 
@@ -216,7 +220,9 @@ def as_lines(found: dict[str, Any]) -> list[str]:
                     f"{record['ties']} ties, adjusted p = {_number(record['p'])}"
                 )
     if found["condorcet_winner"]:
-        lines.append(f"winner         {found['condorcet_winner']} beats every other")
+        sure = found["sure_winner"] == found["condorcet_winner"]
+        doubt = "" if sure else ", so far without certainty"
+        lines.append(f"winner         {found['condorcet_winner']} beats every other{doubt}")
     elif found["smith_set"]:
         lines.append(f"no winner      smallest set that beats the rest: {found['smith_set']}")
     lines += [f"cycle          {' > '.join(cycle)}" for cycle in found["cycles"]]

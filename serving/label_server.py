@@ -8,7 +8,7 @@ from rich.console import Console
 
 from cluster.files import in_ray_job
 from cluster.layout import usable_cores
-from cluster.session import ray_session
+from cluster.session import node_address, ray_session
 from labelling.database import Database
 from labelling.store import Store
 from rlhf.config import data_path
@@ -73,10 +73,13 @@ def _application(config: LabelConfig, guidelines: str | None, project: str | Non
         return labelling_app(config, guidelines, project)
 
     served: Any = serve.ingress(build)()
+    # SQLite's file is on this node.
+    sqlite = config.label.url.startswith("sqlite")
+    here = {f"node:{node_address()}": 0.001} if sqlite else {}
     deployment = serve.deployment(
         name="labelling",
         num_replicas=config.label.replicas,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": here},
         max_ongoing_requests=_AT_ONCE,
         max_queued_requests=_WAITING,
         graceful_shutdown_timeout_s=20.0,

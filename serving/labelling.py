@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import BackgroundTasks, Depends, FastAPI, Form, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from fastapi.staticfiles import StaticFiles
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -32,6 +33,7 @@ from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 
 from labelling.database import Database
@@ -45,6 +47,7 @@ from rlhf.records import OVERALL
 from serving.safe_markdown import safe_markdown
 
 COOKIE = "pavlov_token"
+_TOLD_EVERY = 10
 BODY_LIMIT_BYTES = 64 * 1024
 _HERE = Path(__file__).parent
 _LABELS = {"first": "First", "second": "Second", "tie": "Equal", "bad": "Both bad"}
@@ -114,14 +117,16 @@ class _Service:
         app = FastAPI(title="Pavlov labelling", docs_url=None, redoc_url=None, openapi_url=None)
         app.middleware("http")(self._guard)
         app.exception_handler(HTTPException)(self._refused)
+        app.exception_handler(RequestValidationError)(self._malformed)
         app.exception_handler(PavlovError)(self._mistaken)
+        app.exception_handler(OperationalError)(self._busy)
         app.mount("/static", StaticFiles(directory=_HERE / "static"))
         signed_in = Depends(self.assessor)
 
         @app.get("/health")
         def health() -> dict[str, str]:
-            with self.store.database.reading():
-                return {"status": "ok"}
+            self.store.signed_in("")
+            return {"status": "ok"}
 
         @app.get("/", response_class=HTMLResponse)
         def home(request: Request) -> Response:
@@ -186,8 +191,7 @@ class _Service:
 
         @app.get("/me", response_class=HTMLResponse)
         def me(request: Request, who: Assessor = signed_in) -> Response:
-            found = assessor_figures(self.store.judgements(who.project), [who])[0]
-            return self.page(request, "me.html", who=who, found=found)
+            return self.page(request, "me.html", who=who, found=self._own_figures(who))
 
         @app.get("/project", response_class=HTMLResponse)
         def project(request: Request, who: Assessor = signed_in) -> Response:
@@ -196,10 +200,10 @@ class _Service:
             everybody = self.store.assessors(who.project)
             return self.page(request, "project.html", who=who, found=found, everybody=everybody)
 
-        @app.post("/project/assessors/{name}/{action}")
-        def act(request: Request, name: str, action: str, who: Assessor = signed_in) -> Response:
+        @app.post("/project/assessors/{key}/{action}")
+        def act(request: Request, key: int, action: str, who: Assessor = signed_in) -> Response:
             _owner(who)
-            self._act(who, name, action)
+            self._act(who, key, action)
             return _to(request, "project")
 
         @app.post("/api/next")
@@ -225,7 +229,7 @@ class _Service:
 
         @app.get("/api/me")
         def api_me(who: Assessor = signed_in) -> dict[str, Any]:
-            return assessor_figures(self.store.judgements(who.project), [who])[0]
+            return self._own_figures(who)
 
         @app.get("/api/report")
         def api_report(who: Assessor = signed_in) -> dict[str, Any]:
@@ -248,11 +252,22 @@ class _Service:
 
     def assessor(self, request: Request) -> Assessor:
         """Who is signed in; a dependency of the routes."""
+        address = f"address {request.client.host if request.client else ''}"
         who = self._who(request)
         if who is None:
+            self._count(address)
             raise HTTPException(401, "sign in with your token")
         self._count(f"assessor {who.id}")
         return who
+
+    def _own_figures(self, who: Assessor) -> dict[str, Any]:
+        """Their own figures as of so many tens of judgements: figures that change with each would
+        tell which ones were honeypots."""
+        found = self.store.judgements(who.project)
+        theirs = [each.id for each in found if each.assessor == who.name]
+        known = set(theirs[: len(theirs) // _TOLD_EVERY * _TOLD_EVERY])
+        told = [each for each in found if each.assessor != who.name or each.id in known]
+        return assessor_figures(told, [who])[0]
 
     def _count(self, whose: str) -> None:
         if not self.limiter.hit(self.limit, whose):
@@ -286,19 +301,33 @@ class _Service:
 
     async def _refused(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        # What was sent may be quoted, and need not be text that can be sent back.
+        said = str(error.detail).encode(errors="replace").decode()
         if not _wants_page(request):
-            return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+            return JSONResponse({"error": said}, error.status_code, error.headers)
         if error.status_code == 401:
             return self.page(request, "signin.html", status=401)
         return self.page(
             request,
             "message.html",
             heading="That did not work",
-            said=str(error.detail),
+            said=said,
             on="task",
             status=error.status_code,
             headers=dict(error.headers or {}),
         )
+
+    async def _malformed(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part != "body")
+        return await self._refused(request, HTTPException(422, f"{place}: {first['msg']}"))
+
+    async def _busy(self, request: Request, error: Exception) -> Response:
+        # An import holds the database, or it is away: nothing was stored, and nothing is lost.
+        _log.warning("the database did not answer: %s", error)
+        busy = HTTPException(503, "the database is busy; send it again", {"Retry-After": "2"})
+        return await self._refused(request, busy)
 
     async def _mistaken(self, request: Request, error: Exception) -> Response:
         return await self._refused(request, HTTPException(400, str(error)))
@@ -321,9 +350,17 @@ class _Service:
         return HTMLResponse(html, status, headers)
 
     def task_page(
-        self, request: Request, who: Assessor, task: Task, said: str | None = None
+        self,
+        request: Request,
+        who: Assessor,
+        task: Task,
+        said: str | None = None,
+        given: dict[str, str] | None = None,
     ) -> HTMLResponse:
-        """The page on which two answers are judged."""
+        """The page on which two answers are judged; `given` is what a refused form held."""
+        counts = self.store.counts(who.project, who.kind)
+        # In steps: a figure that moves with work alone would tell work from honeypots.
+        done = 5 * int(20 * counts["taken"] / max(1, counts["wanted"]))
         return self.page(
             request,
             "task.html",
@@ -333,7 +370,8 @@ class _Service:
             criteria=[*who.project.criteria, OVERALL],
             shown=list(_LABELS.items()),
             judged=self.queue.judged(who),
-            counts=self.store.counts(who.project, who.kind),
+            done=done,
+            given=given or {},
             tired=self.store.tired(who),
             guidelines=self.guidelines,
             status=200 if said is None else 400,
@@ -342,17 +380,18 @@ class _Service:
     def _judged_in_page(
         self, request: Request, who: Assessor, name: str, form: Any, later: BackgroundTasks
     ) -> Response:
+        given = {key: str(value) for key, value in form.items()}
         verdicts = {
-            key.removeprefix("verdict-"): str(value)
-            for key, value in form.items()
+            key.removeprefix("verdict-"): value
+            for key, value in given.items()
             if key.startswith("verdict-")
         }
         try:
-            seconds = float(form.get("seconds") or "nan")
+            seconds = float(given.get("seconds") or "nan")
         except ValueError:
             seconds = float("nan")
         task, state, _ = self.queue.task(who, name)
-        explanation = str(form.get("explanation") or "").strip()
+        explanation = given.get("explanation", "").strip()
         try:
             receipt = self._judge(
                 who,
@@ -360,14 +399,14 @@ class _Service:
                 verdicts,  # type: ignore[arg-type]  # the queue checks them
                 later,
                 seconds=None if seconds != seconds else seconds,
-                comment=str(form.get("comment") or ""),
+                comment=given.get("comment", ""),
             )
-            if explanation and not receipt.repeated:
+            if explanation and self.queue.unknown(who, name):
                 self.store.make_honeypot(who, name, explanation)
         except DataError as error:
             if state != "open":
                 raise
-            return self.task_page(request, who, task, str(error))
+            return self.task_page(request, who, task, str(error), given)
         answer = _to(request, f"task/{name}/missed" if receipt.missed else "task")
         answer.background = later
         return answer
@@ -383,15 +422,15 @@ class _Service:
         comment: str,
     ) -> Receipt:
         receipt = self.queue.judge(who, task, verdicts, seconds=seconds, comment=comment)
-        if not receipt.repeated and self.reviewer.due(who):
+        if not receipt.repeated:
             later.add_task(self.reviewer.run, who)
         return receipt
 
-    def _act(self, who: Assessor, name: str, action: str) -> None:
+    def _act(self, who: Assessor, key: int, action: str) -> None:
         states: dict[str, State] = {"pause": "paused", "resume": "active", "revoke": "revoked"}
-        found = [each for each in self.store.assessors(who.project) if each.name == name]
+        found = [each for each in self.store.assessors(who.project) if each.id == key]
         if not found or action not in states:
-            raise HTTPException(404, f"project {who.project.name} has no assessor {name}")
+            raise HTTPException(404, f"project {who.project.name} has no such assessor")
         if found[0].id == who.id:
             raise HTTPException(400, "you cannot do this to yourself")
         if action == "resume":
@@ -401,27 +440,23 @@ class _Service:
 
 
 class Reviewer:
-    """Reviews a project every so many judgements, once at a time."""
+    """Reviews a project when so many judgements have come since the last time, or the last one that
+    was wanted; one review at a time."""
 
     def __init__(self, store: Store, config: LabelConfig) -> None:
         self._store, self._config = store, config
-        self._since: dict[int, int] = {}
-        self._counting, self._reviewing = threading.Lock(), threading.Lock()
-
-    def due(self, who: Assessor) -> bool:
-        """Count a judgement; whether it is time."""
-        with self._counting:
-            count = self._since.get(who.project.id, 0) + 1
-            every = self._config.label.attention.review_every
-            self._since[who.project.id] = count % every
-        return count >= every
+        self._reviewing = threading.Lock()
 
     def run(self, who: Assessor) -> Review | None:
-        """Review; what it finds is stored. None where a review is under way."""
+        """Review if it is time; what it finds is stored. None where it is not time, or one is under
+        way."""
+        settings = self._config.label.attention
         if not self._reviewing.acquire(blocking=False):
             return None
         try:
-            return review(self._store, who.project, self._config.label.attention)
+            if not self._store.review_due(who.project, settings.review_every, who.kind):
+                return None
+            return review(self._store, who.project, settings)
         except Exception:
             # The judgement that called for it is stored and acknowledged.
             _log.exception("the review of project %s failed", who.project.name)

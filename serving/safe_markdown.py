@@ -14,10 +14,11 @@ LIMIT = 200_000
 
 @cache
 def _renderer() -> MarkdownIt:
-    # Markup is text, images would be fetched from other hosts, and links of other kinds than these
-    # are not links. A deep nesting ends at commonmark's own limit.
+    # Markup is text; images would be fetched from other hosts; links of other kinds than these are
+    # not links; and what a reference defines is not shown, so that an answer could hide there. A
+    # deep nesting ends at commonmark's own limit.
     shown = MarkdownIt("commonmark", {"html": False, "linkify": False})
-    shown.enable("table").disable(["image", "html_block", "html_inline"])
+    shown.enable("table").disable(["image", "html_block", "html_inline", "reference"])
     shown.add_render_rule("link_open", _link_open)
     shown.validateLink = _is_web_link  # type: ignore[method-assign]
     return shown

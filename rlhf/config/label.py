@@ -65,9 +65,7 @@ class LabelSection(Section):
     """Server processes; more than one needs PostgreSQL."""
     secure_cookie: bool = False
     """Whether sign-in is for https alone: behind a proxy that speaks it."""
-    criteria: Annotated[list[str], Field(min_length=0)] = Field(
-        default_factory=lambda: ["helpful", "honest", "harmless"]
-    )
+    criteria: list[str] = Field(default_factory=lambda: ["helpful", "honest", "harmless"])
     """What is asked beside the overall verdict."""
     guidelines: str | None = None
     """A Markdown file beside the task, relative to PAVLOV_DATA; default: the shipped ones."""
@@ -137,7 +135,7 @@ class LabelConfig(Section):
     """`pavlov label`."""
 
     seed: int = 0
-    """Decides which tasks are honeypots and repeats."""
+    """Of simulated assessors and of bootstrap intervals; what assessors get is drawn at random."""
     label: LabelSection = LabelSection()
     """The service."""
     simulated: SimulatedSection = SimulatedSection()

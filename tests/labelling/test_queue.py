@@ -7,7 +7,7 @@ from sqlalchemy.exc import DBAPIError
 
 from labelling.queue import Queue
 from labelling.records import Answer, Honeypot, Judgement, Verdict, Work
-from labelling.store import Assessor, Project, Store
+from labelling.store import PAUSED, Assessor, Project, Store
 from rlhf.config.label import AttentionSection, LabelSection
 from rlhf.errors import DataError
 from rlhf.records import Message
@@ -133,6 +133,9 @@ def test_an_expired_task_returns_to_the_queue_and_its_late_verdict_is_kept(store
     desk.judge(other, again.id, said("first"))
     desk.judge(one, task.id, said("first"))
     assert len(store.judgements(made)) == 2
+    assert store.counts(made) == {"pairs": 1, "wanted": 1, "taken": 1}
+    with store.database.reading() as db:
+        assert db.exec_driver_sql("SELECT taken FROM demand WHERE kind = 'person'").scalar() == 2
     assert desk.next(one) is None
 
 
@@ -169,7 +172,7 @@ def test_honeypots_look_like_work_and_a_missed_one_is_explained(store):
 
 def test_a_repeat_shows_the_same_pair_in_the_other_order_once(store):
     made = project(store, [work(n) for n in range(30)], judges=1)
-    attention = AttentionSection(honeypot_share=0.0, repeat_share=0.4, repeat_after=5)
+    attention = AttentionSection(honeypot_share=0.0, repeat_share=0.6, repeat_after=5)
     desk, [who] = queue(store, attention=attention), people(store, made, 1)
     while task := desk.next(who):
         desk.judge(who, task.id, said("tie"))
@@ -179,6 +182,9 @@ def test_a_repeat_shows_the_same_pair_in_the_other_order_once(store):
     twice = [both for both in by_pair.values() if len(both) == 2]
     assert twice and max(map(len, by_pair.values())) == 2
     assert all(one.first != other.first and other.repeat for one, other in twice)
+    order = [each.id for each in store.judgements(made)]
+    # Five were judged since.
+    assert min(order.index(other.id) - order.index(one.id) for one, other in twice) > 5
 
 
 def test_models_have_a_demand_of_their_own(store):
@@ -233,6 +239,73 @@ def test_doubted_judgements_free_their_pair_and_count_again_when_the_doubt_goes(
     assert desk.next(other) is not None
     assert store.doubt(made, {task.id: ""}) == 1
     assert store.doubt(made, {task.id: ""}) == 0
+    with store.database.reading() as db:
+        # The other's open task, and the one that counts again.
+        assert db.exec_driver_sql("SELECT taken FROM demand WHERE kind = 'person'").scalar() == 2
+
+
+def test_two_reviews_at_once_doubt_a_judgement_once(store):
+    made = project(store, [work(n) for n in range(20)], judges=1)
+    desk, [who] = queue(store), people(store, made, 1)
+    doubts = {}
+    while task := desk.next(who):
+        desk.judge(who, task.id, said("tie"))
+        doubts[task.id] = "tired"
+    changed: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: changed.append(store.doubt(made, doubts))) for _ in "12"
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(changed) == 20
+    with store.database.reading() as db:
+        assert (
+            db.exec_driver_sql("SELECT min(taken) FROM demand WHERE kind = 'person'").scalar() == 0
+        )
+
+
+def test_what_somebody_sends_after_they_were_paused_is_kept_and_does_not_count(store):
+    made = project(store, [work(0)], judges=1)
+    desk, [who] = queue(store), people(store, made, 1)
+    task = desk.next(who)
+    store.set_state(who, "paused", "chooses at random", "quality control", doubted=True)
+    desk.judge(who, task.id, said("tie"))
+    [found] = store.judgements(made)
+    assert found.doubt == PAUSED
+    assert store.counts(made)["taken"] == 0
+
+
+def test_a_known_pair_is_nobodys_work_whichever_came_first(store):
+    made = project(store, [work(0), work(1)])
+    store.add_work(made, [work(0, "a")], 3)
+    assert store.counts(made)["pairs"] == 1
+    store.add_work(made, [work(0), work(1)], 3)
+    assert store.counts(made)["pairs"] == 1
+
+
+def test_verdicts_from_elsewhere_take_their_place_in_the_queue(store):
+    made = project(store, [work(0)], judges=2)
+    given = Judgement("p", "eve", {"overall": "a"}, work=work(0))
+    assert store.add_judgements(made, [given, given]) == (1, 1)
+    assert store.counts(made)["taken"] == 1
+    desk, [who] = queue(store), people(store, made, 1)
+    desk.judge(who, desk.next(who).id, said("tie"))
+    assert desk.next(people(store, store.make_project("other", ["helpful"]), 1)[0]) is None
+    assert store.counts(made) == {"pairs": 1, "wanted": 2, "taken": 2}
+    [imported] = [each for each in store.judgements(made) if each.assessor == "eve"]
+    store.doubt(made, {imported.id: "doubtful"})
+    assert store.counts(made)["taken"] == 1
+
+
+def test_a_token_can_be_replaced(store):
+    made = project(store, [work(0)])
+    old = store.invite(made, "ann")
+    new = store.invite_again(made, "ann")
+    assert store.signed_in(old) is None and store.signed_in(new).name == "ann"
+    with pytest.raises(DataError, match="no assessor bob"):
+        store.invite_again(made, "bob")
 
 
 def test_an_expert_makes_a_honeypot_that_others_are_tested_by(store):
@@ -249,7 +322,13 @@ def test_an_expert_makes_a_honeypot_that_others_are_tested_by(store):
     store.make_honeypot(expert, task.id, "It answers what was asked.")
     assert store.counts(made)["pairs"] == 1
     [found] = store.judgements(made)
-    assert found.truth == found.verdicts["overall"]
+    # It tests others; the one who wrote it has passed no test.
+    assert found.truth is None
+    with pytest.raises(DataError, match="already"):
+        store.make_honeypot(expert, task.id, "Once more.")
+    tested = queue(store, attention=AttentionSection(honeypot_share=0.99, repeat_share=0))
+    tested.judge(plain, tested.next(plain).id, said("bad"))
+    assert [each.truth for each in store.judgements(made)][1] == found.verdicts["overall"]
 
 
 def test_the_audit_trail_tells_what_happened_and_cannot_be_changed(store):
@@ -258,7 +337,13 @@ def test_the_audit_trail_tells_what_happened_and_cannot_be_changed(store):
     desk.judge(who, desk.next(who).id, said("tie"))
     actions = [entry["action"] for entry in store.audit(made)]
     assert actions == ["project", "import work", "invite", "judgement"]
-    for statement in ("UPDATE audit SET actor = 'x'", "DELETE FROM audit"):
+    statements = ["UPDATE audit SET actor = 'x'", "DELETE FROM audit"]
+    if store.database.sqlite:
+        statements.append(
+            "INSERT OR REPLACE INTO audit (id, at, actor, action, details) "
+            "VALUES (1, 0, 'x', 'x', '{}')"
+        )
+    for statement in statements:
         with pytest.raises(DBAPIError, match="append-only"), store.database.writing() as db:
             db.exec_driver_sql(statement)
     assert len(store.audit(made)) == 4

@@ -2,8 +2,8 @@ from labelling.labels import soft_labels
 from labelling.queue import Queue
 from labelling.records import Answer, Honeypot, Judgement, Work
 from labelling.report import report
-from labelling.review import PAUSED, let_go_on, review
-from labelling.store import TIRED, Store
+from labelling.review import let_go_on, review
+from labelling.store import PAUSED, TIRED, Store
 from labelling.worlds import SimulatedPerson, World, play
 from rlhf.config import AttentionSection, LabelConfig, LabelSection
 from rlhf.records import OVERALL, Message
@@ -44,7 +44,7 @@ def test_who_does_not_read_is_paused_and_what_they_said_is_judged_again(store):
     assert {j.assessor for j in judgements if j.doubt == PAUSED} == {"spammer"}
     # A second review has nothing to change.
     again = review(store, project, SETTINGS)
-    assert not again.paused and not again.tired
+    assert not again.paused and not again.doubted
 
     let_go_on(store, by_name["spammer"], "owner")
     assert not [j for j in store.judgements(project) if j.doubt == PAUSED]
@@ -61,7 +61,10 @@ def test_judgements_from_the_onset_of_fatigue_are_in_doubt_and_the_person_is_tol
     assert {j.assessor for j in doubted} == {"tired"}
     assert 40 <= len(doubted) <= 90
     by_name = {each.name: each for each in store.assessors(project)}
-    assert store.tired(by_name["tired"]) and not store.tired(by_name["honest-0"])
+    last = max(j.at for j in doubted)
+    assert store.tired(by_name["tired"], last + 60)
+    assert not store.tired(by_name["tired"], last + 3600)
+    assert not store.tired(by_name["honest-0"], last + 60)
 
 
 def test_verdicts_of_different_kinds_are_never_counted_together(store):
@@ -96,3 +99,31 @@ def test_labels_weigh_less_where_judges_are_missing_or_both_answers_are_bad():
     assert found["one"].weight == 1 / 3
     assert abs(found["bad"].weight - 1 / 3) < 1e-9
     assert abs(found["bad"].a_better - 2 / 3) < 1e-9
+
+
+def test_a_review_that_was_cut_short_is_made_good_by_the_next(store):
+    people = [SimulatedPerson(f"honest-{n}") for n in range(5)]
+    people.append(SimulatedPerson("spammer", spam="random"))
+    project, _ = stored(store, people)
+    [spammer] = [each for each in store.assessors(project) if each.name == "spammer"]
+    # Killed after the pause, before the doubts.
+    store.set_state(spammer, "paused", "chooses at random", "quality control", doubted=True)
+    review(store, project, SETTINGS)
+    theirs = [j for j in store.judgements(project) if j.assessor == "spammer"]
+    assert {j.doubt for j in theirs} == {PAUSED}
+
+
+def test_a_review_is_due_after_so_many_judgements_whoever_counts_them(store):
+    project = store.make_project("due", [])
+    works = [Work((Message("user", f"q{n}"),), Answer("one"), Answer("other")) for n in range(12)]
+    store.add_work(project, works, 1)
+    desk = Queue(store, LabelSection(attention=AttentionSection(honeypot_share=0, repeat_share=0)))
+    who = store.signed_in(store.invite(project, "ann"))
+    due = []
+    while task := desk.next(who):
+        desk.judge(who, task.id, {OVERALL: "tie"})
+        due.append(store.review_due(project, 5))
+        if due[-1]:
+            store.reviewed(project, len(due))
+    # The last one wanted makes it due as well.
+    assert [n for n, each in enumerate(due, 1) if each] == [5, 10, 12]

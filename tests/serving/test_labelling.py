@@ -1,5 +1,6 @@
 """The labelling service over HTTP, without a server around it."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from labelling.store import Project, Store
 from rlhf.config import LabelConfig, parse_config
 from rlhf.records import Message
 from serving.labelling import BODY_LIMIT_BYTES, labelling_app
+from serving.safe_markdown import safe_markdown
 
 HOSTILE = (
     '<script>document.title="run"</script> <img src=x onerror="document.title=\'run\'"> '
@@ -93,6 +95,8 @@ def test_a_verdict_that_is_missing_is_asked_for_and_nothing_is_lost(served):
     answer = browser.post(f"/task/{task}/judge", data={"verdict-overall": "tie"})
     assert answer.status_code == 400
     assert "no verdict on helpful" in answer.text and task_of(answer.text) == task
+    # What was chosen stays chosen.
+    assert answer.text.count('required checked') == 1
     assert served.store.judgements(served.project) == []
 
 
@@ -136,9 +140,6 @@ def test_nobody_without_a_token_sees_anything(served):
     assert said.status_code == 403 and "No assessor has this token" in said.text
     assert stranger.get("/health").json() == {"status": "ok"}
     assert stranger.get("/docs").status_code == 404
-    served.client("ann")
-    [ann] = served.store.assessors(served.project)
-    served.store.set_state(ann, "revoked", "left", "owner")
 
 
 def test_a_revoked_token_no_longer_signs_in(served):
@@ -166,13 +167,14 @@ def test_an_owner_pauses_and_lets_go_on(served):
     ann = served.client("ann")
     olga = served.browser("olga", role="owner")
     assert "ann" in olga.get("/project").text
-    assert olga.post("/project/assessors/ann/pause").status_code == 200
+    keys = {each.name: each.id for each in served.store.assessors(served.project)}
+    assert olga.post(f"/project/assessors/{keys['ann']}/pause").status_code == 200
     refused = ann.post("/api/next")
     assert refused.status_code == 403 and "paused" in refused.json()["error"]
-    olga.post("/project/assessors/ann/resume")
+    olga.post(f"/project/assessors/{keys['ann']}/resume")
     assert ann.post("/api/next").status_code == 200
-    assert olga.post("/project/assessors/olga/pause").status_code == 400
-    assert olga.post("/project/assessors/nobody/pause").status_code == 404
+    assert olga.post(f"/project/assessors/{keys['olga']}/pause").status_code == 400
+    assert olga.post("/project/assessors/999/pause").status_code == 404
 
 
 def test_an_expert_makes_a_honeypot_of_a_task(served):
@@ -190,8 +192,11 @@ def test_too_many_requests_are_told_when_to_come_back(tmp_path):
     codes = [client.post("/api/next").status_code for _ in range(7)]
     assert codes == [200] * 5 + [429] * 2
     assert 1 <= int(client.post("/api/next").headers["retry-after"]) <= 60
+    stranger = TestClient(client.app, headers={"Authorization": "Bearer guess"})
+    tried = [stranger.post("/api/next").status_code for _ in range(6)]
+    assert tried == [401] * 5 + [429]
     guesses = [client.post("/signin", data={"token": "guess"}).status_code for _ in range(6)]
-    assert guesses == [403] * 5 + [429]
+    assert guesses == [429] * 6
 
 
 @pytest.mark.parametrize(
@@ -207,6 +212,7 @@ def test_too_many_requests_are_told_when_to_come_back(tmp_path):
 def test_a_bad_body_is_refused(served, body, code):
     answer = served.client().post("/api/judgements", json=body)
     assert answer.status_code == code
+    assert answer.json().keys() == {"error"}
     assert served.store.judgements(served.project) == []
 
 
@@ -224,3 +230,39 @@ def test_one_project_alone_can_be_served(served):
     app = labelling_app(served.config, project="another")
     client = TestClient(app, headers={"Authorization": f"Bearer {token}"})
     assert client.post("/api/next").status_code == 401
+
+
+def test_nothing_on_the_page_tells_a_honeypot_from_work(tmp_path):
+    served = Served(tmp_path, attention={"honeypot_share": 0.5, "repeat_share": 0.0})
+    served.store.add_work(served.project, [work(n) for n in range(12)], 3)
+    served.store.add_work(served.project, [work(n, honeypot=True) for n in range(20, 32)], 3)
+    browser = served.browser()
+    pages = {True: set(), False: set()}
+    for _ in range(16):
+        page = browser.get("/task").text
+        name = task_of(page)
+        with served.store.database.reading() as db:
+            query = f"SELECT task FROM assignment WHERE id = '{name}'"
+            kind = db.exec_driver_sql(query).scalar()
+        # All but the texts, the task's name, and how many one has judged.
+        frame = re.sub(
+            r"\d+ judged by you|/task/[\w-]+/|<article.*?</article>", "", page, flags=re.S
+        )
+        frame = re.sub(r"<section.*?</section>|<aside.*?</aside>", "", frame, flags=re.S)
+        pages[kind == "honeypot"].add(frame)
+        form = {"verdict-helpful": "first", "verdict-overall": "first"}
+        browser.post(f"/task/{name}/judge", data=form)
+    assert pages[True] and pages[True] <= pages[False]
+
+
+def test_ones_own_figures_move_in_tens(served):
+    client = served.client()
+    for _ in range(3):
+        task = client.post("/api/next").json()["task"]
+        verdicts = dict.fromkeys(task["criteria"], "tie")
+        client.post("/api/judgements", json={"task": task["id"], "verdicts": verdicts})
+    assert client.get("/api/me").json()["judgements"] == 0
+
+
+def test_an_answer_cannot_hide_in_a_definition():
+    assert "the whole answer" in safe_markdown("[x]: http://a.b 'the whole answer'")

@@ -17,6 +17,7 @@ def upgrade() -> None:
         sa.Column("id", sa.Integer(), nullable=False),
         sa.Column("name", sa.String(length=80), nullable=False),
         sa.Column("criteria", sa.JSON(), nullable=False),
+        sa.Column("reviewed", sa.Integer(), server_default="0", nullable=False),
         sa.Column("created", sa.Float(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_project"),
         sa.UniqueConstraint("name", name="uq_project_name"),
@@ -25,13 +26,14 @@ def upgrade() -> None:
         "assessor",
         sa.Column("id", sa.Integer(), nullable=False),
         sa.Column("project_id", sa.Integer(), nullable=False),
-        sa.Column("name", sa.String(length=80), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
         sa.Column("kind", sa.String(length=9), nullable=False),
         sa.Column("role", sa.String(length=8), nullable=False),
         sa.Column("token_hash", sa.String(length=64), nullable=False),
         sa.Column("state", sa.String(length=7), nullable=False),
         sa.Column("reason", sa.Text(), nullable=False),
         sa.Column("vouched", sa.Float(), nullable=False),
+        sa.Column("doubted", sa.Boolean(), nullable=False),
         sa.Column("created", sa.Float(), nullable=False),
         sa.CheckConstraint("kind IN ('person', 'simulated', 'model')", name="ck_assessor_kind"),
         sa.CheckConstraint("role IN ('assessor', 'expert', 'owner')", name="ck_assessor_role"),
@@ -115,6 +117,9 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_assignment"),
     )
     op.create_index(
+        "ix_assignment_assessor", "assignment", ["assessor_id", "pair_id"], unique=False
+    )
+    op.create_index(
         "ix_assignment_expiry",
         "assignment",
         ["project_id", "expires"],
@@ -122,6 +127,7 @@ def upgrade() -> None:
         sqlite_where=sa.text("state = 'open'"),
         postgresql_where=sa.text("state = 'open'"),
     )
+    op.create_index("ix_assignment_pair", "assignment", ["pair_id"], unique=False)
     op.create_index(
         "uq_assignment_open",
         "assignment",

@@ -1,0 +1,220 @@
+"""What the store's parts do to rows alike: counting judges, placing pairs, the audit trail."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, get_args
+
+from sqlalchemy import Connection, and_, insert, select, update
+
+from labelling.records import Answer, Honeypot, Judgement, Kind, Work, flipped
+from labelling.tables import answer, assignment, audit, demand, honeypot, judgement, pair, prompt
+from rlhf.errors import DataError
+
+if TYPE_CHECKING:
+    from labelling.store import Project
+
+_ID_CHARACTERS = 24
+
+
+def record(
+    db: Connection, of: Project, actor: str, action: str, details: Mapping[str, Any]
+) -> None:
+    """Add to the audit trail."""
+    values = {"at": time.time(), "project_id": of.id, "actor": actor, "action": action}
+    db.execute(insert(audit).values(**values, details=dict(details)))
+
+
+def take(db: Connection, pair_id: int, kind: str, change: int) -> None:
+    """Count a judge more, or one fewer, of a pair."""
+    db.execute(
+        update(demand)
+        .where(demand.c.pair_id == pair_id, demand.c.kind == kind)
+        .values(taken=demand.c.taken + change)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """Where a pair stands in the store, and whether its answers changed places for it."""
+
+    id: int
+    key: str
+    swapped: bool
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()
+
+
+def put_work(db: Connection, into: Project, work: Work, judges: int) -> tuple[Put, bool]:
+    """The pair's place, and whether it was known."""
+    messages = [{"role": each.role, "content": each.content} for each in work.prompt]
+    put, known = _place(db, into, messages, (work.a, work.b), work.source)
+    if work.honeypot is not None:
+        verdict = work.honeypot.verdict
+        test = replace(work.honeypot, verdict=flipped(verdict) if put.swapped else verdict)
+        set_honeypot(db, put.id, test)
+    asked = judges > 0 and not is_honeypot(db, put.id)
+    for kind in get_args(Kind) if asked else ():
+        where = and_(demand.c.pair_id == put.id, demand.c.kind == kind)
+        queued = {"wanted": judges, "priority": work.priority}
+        if not db.execute(update(demand).where(where).values(queued)).rowcount:
+            row = {"pair_id": put.id, "kind": kind, "project_id": into.id, "taken": 0}
+            db.execute(insert(demand).values(**row, shuffle=int(put.key[:12], 16), **queued))
+    return put, known
+
+
+def put_judged(db: Connection, into: Project, given: Judgement) -> Put:
+    """The place of a pair that was judged elsewhere, its texts known or not."""
+    if given.work is not None:
+        put, _ = put_work(db, into, given.work, 0)
+    else:
+        answers = Answer("", given.models[0] or "a"), Answer("", given.models[1] or "b")
+        put, _ = _place(db, into, [{"role": "user", "content": given.pair}], answers, "")
+    if given.truth is not None and not is_honeypot(db, put.id):
+        verdict = flipped(given.truth) if put.swapped else given.truth
+        set_honeypot(db, put.id, Honeypot(verdict))
+    return put
+
+
+def _place(
+    db: Connection,
+    into: Project,
+    messages: list[dict[str, str]],
+    answers: tuple[Answer, Answer],
+    source: str,
+) -> tuple[Put, bool]:
+    """Where two answers to a prompt stand, and whether they did already."""
+    prompt_id = _one(
+        db, prompt, {"project_id": into.id, "digest": _digest(messages)}, {"messages": messages}
+    )
+    digests = [_digest(each.text, each.model, each.checkpoint) for each in answers]
+    if digests[0] == digests[1]:
+        raise DataError("two answers that are one and the same")
+    swapped = digests[0] > digests[1]
+    ids = [
+        _one(
+            db,
+            answer,
+            {"prompt_id": prompt_id, "digest": digest},
+            {
+                "text": each.text,
+                "words": len(each.text.split()),
+                "model": each.model,
+                "checkpoint": each.checkpoint,
+                "finished": each.finished,
+            },
+        )
+        for digest, each in zip(digests, answers, strict=True)
+    ]
+    key = _digest(messages, *sorted(digests))[:24]
+    where = and_(pair.c.project_id == into.id, pair.c.key == key)
+    known = db.execute(select(pair.c.id).where(where)).scalar_one_or_none()
+    a_id, b_id = reversed(ids) if swapped else ids
+    pair_id = known or _one(
+        db,
+        pair,
+        {"project_id": into.id, "key": key},
+        {"prompt_id": prompt_id, "a_id": a_id, "b_id": b_id, "source": source},
+    )
+    return Put(pair_id, key, swapped), known is not None
+
+
+def is_honeypot(db: Connection, pair_id: int) -> bool:
+    """Whether the verdict on a pair is known."""
+    known = select(honeypot.c.pair_id).where(honeypot.c.pair_id == pair_id)
+    return db.execute(known).first() is not None
+
+
+def set_honeypot(
+    db: Connection, pair_id: int, known: Honeypot, author_id: int | None = None
+) -> None:
+    """Make a pair a honeypot, or correct its verdict; nobody is asked for it as work any more. An
+    explanation that is there stays where there is no new one."""
+    values: dict[str, Any] = {"verdict": known.verdict, "author_id": author_id}
+    if known.explanation:
+        values["explanation"] = known.explanation
+    old = update(honeypot).where(honeypot.c.pair_id == pair_id).values(values)
+    if not db.execute(old).rowcount:
+        values.setdefault("explanation", "")
+        db.execute(insert(honeypot).values(pair_id=pair_id, **values))
+    db.execute(update(demand).where(demand.c.pair_id == pair_id).values(wanted=0))
+
+
+def _one(db: Connection, table: Any, key: Mapping[str, Any], rest: Mapping[str, Any]) -> int:
+    """The id of the row with this key, made where there is none."""
+    where = and_(*(table.c[name] == value for name, value in key.items()))
+    found = db.execute(select(table.c.id).where(where)).scalar_one_or_none()
+    if found is None:
+        made = db.execute(insert(table).values(**key, **rest)).inserted_primary_key
+        assert made is not None
+        found = made[0]
+    return int(found)
+
+
+def take_judgement(
+    db: Connection, into: Project, given: Judgement, found: Put, assessor_id: int
+) -> bool:
+    """Record a verdict given elsewhere; whether it was there already."""
+    task = "repeat" if given.repeat else "honeypot" if given.truth is not None else "work"
+    seen = and_(
+        assignment.c.assessor_id == assessor_id,
+        assignment.c.pair_id == found.id,
+        assignment.c.task == "repeat" if given.repeat else assignment.c.task != "repeat",
+    )
+    old = db.execute(
+        select(assignment.c.id, assignment.c.state, judgement.c.id.label("judged"))
+        .outerjoin(judgement)
+        .where(seen)
+    ).one_or_none()
+    if old is not None and old.judged is not None:
+        return True
+    first: str = flipped(given.first) if found.swapped and given.first else given.first
+    common = {"project_id": into.id}
+    if old is not None:
+        # Seen here and left, but judged elsewhere.
+        key, here = old.id, {"first": first, "state": "done"}
+        db.execute(update(assignment).where(assignment.c.id == key).values(here))
+    else:
+        used = db.execute(select(assignment.c.id).where(assignment.c.id == given.id)).first()
+        fits = given.id and len(given.id) <= _ID_CHARACTERS and not used
+        key = given.id if fits else secrets.token_urlsafe(12)
+        db.execute(
+            insert(assignment).values(
+                id=key,
+                pair_id=found.id,
+                assessor_id=assessor_id,
+                task=task,
+                first=first,
+                seed=0,
+                state="done",
+                created=given.at,
+                expires=given.at,
+                **common,
+            )
+        )
+    open_before = old is not None and old.state == "open"
+    if task == "work" and not given.doubt and not open_before:
+        take(db, found.id, given.kind, 1)
+    db.execute(
+        insert(judgement).values(
+            assignment_id=key,
+            verdicts={
+                name: flipped(verdict) if found.swapped else verdict
+                for name, verdict in given.verdicts.items()
+            },
+            seconds=None if math.isnan(given.seconds) else given.seconds,
+            comment=given.comment,
+            at=given.at,
+            doubt=given.doubt,
+            **common,
+        )
+    )
+    return False
