@@ -454,8 +454,10 @@ def test_a_file_that_is_not_of_the_form_is_refused(tmp_path):
 
 # Judgements that are written
 
-texts = st.text(max_size=8)
-replies = st.text(min_size=1, max_size=8).filter(str.strip)
+texts = st.text(st.characters(exclude_characters="\x00", codec="utf-8"), max_size=8)
+replies = st.text(
+    st.characters(exclude_characters="\x00", codec="utf-8"), min_size=1, max_size=8
+).filter(str.strip)
 finite = st.floats(allow_nan=False, allow_infinity=False)
 verdicts = st.sampled_from(VERDICTS)
 

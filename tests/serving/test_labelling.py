@@ -96,7 +96,7 @@ def test_a_verdict_that_is_missing_is_asked_for_and_nothing_is_lost(served):
     assert answer.status_code == 400
     assert "no verdict on helpful" in answer.text and task_of(answer.text) == task
     # What was chosen stays chosen.
-    assert answer.text.count('required checked') == 1
+    assert answer.text.count("required checked") == 1
     assert served.store.judgements(served.project) == []
 
 
