@@ -42,8 +42,9 @@ WAYS: dict[str, float] = {
 """Ways of not reading and their weights: most for the one that is hardest to tell. What a mark
 gives away in a few verdicts can spare a factor of twenty."""
 
-SPREAD = 0.3
-"""How much attentive assessors' log-odds to be right differ: 0.80 is 0.77 or 0.83 for a few."""
+SPREAD = 0.1
+"""Standard deviation of attentive assessors' log-odds to be right: about 0.80 most are within 0.78
+and 0.82. People who differ more want more (docs/labelling.md)."""
 
 _LAPSE = 0.05  # of those with a mark: they sometimes do otherwise
 _ROUNDS = 40

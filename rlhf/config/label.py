@@ -32,7 +32,7 @@ class AttentionSection(Section):
     """Judgements between a task and its repeat, at least."""
     false_pause_rate: Fraction = 0.03
     """Chance that an attentive assessor is ever paused."""
-    spread: NonNegativeFloat = 0.3
+    spread: NonNegativeFloat = 0.1
     """How much attentive assessors differ in how often they are right: standard deviation of its
     log-odds. Below the truth, the less gifted are paused; above it, spammers stay longer."""
     false_break_rate: Fraction = 0.05
