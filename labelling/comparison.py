@@ -11,7 +11,7 @@ Ties count half in shares and not at all in tests of who is better.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -19,13 +19,14 @@ from rlhf.statistics import sign_test, wilson_interval
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
-    """One verdict between the answers of two models: 1 the first is better, 0 the second, 0.5 a
-    tie."""
+class Comparison:
+    """One verdict on two things, models or answers: 1 the first is better, 0 the second, 0.5 a
+    tie; `assessor` is whose it is, where that matters."""
 
     first: str
     second: str
     outcome: float
+    assessor: str = ""
 
     def __post_init__(self) -> None:
         if self.first == self.second:
@@ -64,14 +65,14 @@ class Record:
 
 
 class WinMatrix:
-    """All judgements between models, by pair."""
+    """All comparisons of models, by pair."""
 
-    def __init__(self, judgements: Iterable[Judgement]) -> None:
+    def __init__(self, comparisons: Iterable[Comparison]) -> None:
         records: dict[tuple[str, str], Record] = {}
-        for judgement in judgements:
-            pair = (judgement.first, judgement.second)
+        for comparison in comparisons:
+            pair = (comparison.first, comparison.second)
             flipped = pair[0] > pair[1]
-            outcome = 1 - judgement.outcome if flipped else judgement.outcome
+            outcome = 1 - comparison.outcome if flipped else comparison.outcome
             key = (pair[1], pair[0]) if flipped else pair
             old = records.get(key, Record())
             records[key] = Record(
@@ -196,10 +197,3 @@ def _reached(start: str, edges: Iterable[tuple[str, str]]) -> set[str]:
                 reached.add(other)
                 todo.append(other)
     return reached
-
-
-def outcomes_of(rows: Sequence[tuple[str, str, str]]) -> list[Judgement]:
-    """Judgements from rows of (model_a, model_b, winner), the winner being ``model_a``, ``model_b``
-    or ``tie``."""
-    values = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5}
-    return [Judgement(first, second, values[winner]) for first, second, winner in rows]

@@ -18,7 +18,8 @@ from collections.abc import Hashable, Sequence
 from typing import Literal
 
 from labelling.aggregation import Vote, dawid_skene, majority
-from labelling.ranking import Comparison, crowd_bradley_terry
+from labelling.comparison import Comparison
+from labelling.ranking import crowd_bradley_terry
 from labelling.records import PREFERS_A, VERDICTS, Judgement, Kind, SoftLabel
 from rlhf.records import OVERALL
 
@@ -94,7 +95,7 @@ def _by_scores(judgements: Sequence[Judgement], criterion: str) -> dict[str, flo
             )
     ranking = crowd_bradley_terry(
         [
-            Comparison(each.assessor, *items[each.pair], PREFERS_A[each.verdicts[criterion]])
+            Comparison(*items[each.pair], PREFERS_A[each.verdicts[criterion]], each.assessor)
             for each in judgements
         ]
     )

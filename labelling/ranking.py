@@ -27,23 +27,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from labelling.comparison import Comparison
+
 Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """One assessor's verdict on two items: 1 the first is better, 0 the second, 0.5 a tie."""
-
-    assessor: str
-    first: str
-    second: str
-    outcome: float
-
-    def __post_init__(self) -> None:
-        if self.first == self.second:
-            raise ValueError(f"{self.first} compared with itself")
-        if self.outcome not in (0.0, 0.5, 1.0):
-            raise ValueError(f"outcome {self.outcome}: 1, 0 or 0.5")
 
 
 @dataclass(frozen=True, slots=True)

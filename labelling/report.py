@@ -12,8 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from labelling.agreement import alpha_interval
-from labelling.comparison import Judgement as Compared
-from labelling.comparison import WinMatrix, holm
+from labelling.comparison import Comparison, WinMatrix, holm
 from labelling.labels import counted
 from labelling.quality import AssessorQuality, Interval, assessor_quality, position_bias
 from labelling.records import PREFERS_A, Judgement, Kind
@@ -123,7 +122,7 @@ def compared(judgements: Sequence[Judgement]) -> dict[str, Any]:
             said[each.pair].append(PREFERS_A[each.verdicts[OVERALL]])
             models[each.pair] = each.models
     matrix = WinMatrix(
-        Compared(*models[pair], _majority(outcomes)) for pair, outcomes in said.items()
+        Comparison(*models[pair], _majority(outcomes)) for pair, outcomes in said.items()
     )
     records = {
         (one, other): matrix.record(one, other)

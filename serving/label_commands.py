@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from cluster.progress import Progressing
 from labelling.database import Database
 from labelling.exchange import Form, read_judgements, read_work, write_judgements
 from labelling.judges import Decide, Truth, as_person, as_reward_model, judge_over_http, truths_of
@@ -26,7 +27,6 @@ from rlhf.config import data_path
 from rlhf.config.label import LabelConfig
 from rlhf.errors import DataError
 from rlhf.records import OVERALL
-from trainers.recording import Progressing
 
 _SAY_BAD = 5
 

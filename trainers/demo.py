@@ -29,6 +29,7 @@ from rich.table import Table
 from cluster.capacity import require_memory
 from cluster.files import folder_beside, in_ray_job, write_atomically
 from cluster.layout import usable_cores
+from cluster.progress import Progressing
 from cluster.session import ray_session
 from labelling.simulated import Answer, SimulatedAssessor, rule
 from models.preferences import read_pairs, write_pairs
@@ -40,7 +41,6 @@ from rlhf.errors import RunFolderError
 from rlhf.records import Completion, Message, Prompt
 from rlhf.statistics import paired_interval, wilson_interval
 from trainers.fleet import Fleet
-from trainers.recording import Progressing
 from trainers.reward import require_pairs, train_reward_model
 from trainers.reward_card import describe
 from trainers.rl import run_rl

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from actors.features import stream_features
 from cluster.files import RunFolder, folder_beside, resolve_run_folder, write_atomically
+from cluster.progress import Progressing
 from cluster.session import cluster_address, ray_session
 from models.data_files import ReadReport
 from models.embedded import cache_folder
@@ -68,7 +69,6 @@ from rlhf.config import (
 from rlhf.ensemble import aggregate, false_alarm_interval, quantile_threshold, shift_score
 from rlhf.errors import DataError, ModelError
 from rlhf.records import OVERALL, PreferencePair
-from trainers.recording import Progressing
 from trainers.reward_banks import (
     Bank,
     backbones,

@@ -17,9 +17,9 @@ from rich.console import Console
 
 from actors.reward_member import MemberJob, TrainedMember, train_member
 from cluster.layout import usable_cores
+from cluster.progress import Progressing
 from cluster.session import ray_session
 from rlhf.errors import ResourceError, RunError
-from trainers.recording import Progressing
 
 _ROUNDING = 1e-6
 _RESTARTS = 2

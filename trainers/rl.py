@@ -14,6 +14,7 @@ from actors.gauges import Gauges
 from cluster.capacity import require_memory
 from cluster.files import RunFolder, resolve_run_folder
 from cluster.layout import usable_cores
+from cluster.progress import Progressing
 from cluster.session import ray_session, shared_memory_folder
 from models.chat import ChatTokenizer
 from models.preferences import read_prompts
@@ -34,7 +35,7 @@ from rlhf.reward_functions import RewardFunctions
 from trainers.domain_shift import shift_threshold
 from trainers.fleet import Fleet, Models
 from trainers.loop import Loop
-from trainers.recording import Progressing, Recorder
+from trainers.recording import Recorder
 
 Finish = Callable[[Fleet], Awaitable[None]]
 

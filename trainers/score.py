@@ -27,6 +27,7 @@ from rich.console import Console
 from actors.scoring import ScoringActor, read_tables
 from cluster.guard import Guard
 from cluster.layout import usable_cores
+from cluster.progress import Progressing
 from cluster.session import ray_session
 from cluster.streaming import stream_through_actors
 from models.data_files import BadRow, Tally, count_rows
@@ -37,7 +38,6 @@ from rlhf.calibration import pair_figures
 from rlhf.errors import DataError
 from rlhf.tables import SCORE_FIELDS
 from rlhf.text_checks import TEXT_CHECKS
-from trainers.recording import Progressing
 
 _SUFFIXES = {1: ("",), 2: ("_chosen", "_rejected")}
 """Of the columns of a row with so many replies."""

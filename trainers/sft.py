@@ -29,12 +29,12 @@ from actors.rollout import RolloutActor
 from actors.sft_worker import SFTJob, SFTWorker, read_evaluations, train_sft
 from cluster.files import RunFolder, resolve_run_folder, write_atomically
 from cluster.layout import CpuLayout, actor_environment, choose_layout, usable_cores
+from cluster.progress import Progressing
 from cluster.session import ray_session, shared_memory_folder
 from cluster.spawn import Role, find_cause, first_line, require_room, spawn
 from rlhf.config import SFTConfig
 from rlhf.errors import PavlovError, ResourceError, RunError, RunFolderError
 from rlhf.stopping import Evaluation, verdict
-from trainers.recording import Progressing
 from trainers.sft_data import Prepared, prepare, write_examples
 from trainers.sft_report import show, summarise
 

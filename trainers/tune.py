@@ -30,6 +30,7 @@ from rich.table import Table
 from actors.sft_worker import SFTJob, read_evaluations
 from cluster.files import folder_beside, resolve_run_folder, write_atomically
 from cluster.layout import usable_cores
+from cluster.progress import Progressing
 from cluster.session import ray_session
 from rlhf.config import LoRASection, SFTConfig, TuneConfig
 from rlhf.errors import CheckpointError, RunError, WeightUpdateError
@@ -37,7 +38,6 @@ from rlhf.seeding import derive_seed
 from rlhf.statistics import paired_interval
 from rlhf.stopping import Evaluation, verdict
 from trainers.comparing import side_by_side
-from trainers.recording import Progressing
 from trainers.sft import EXAMPLES, claim, fit, start_job, steps_of
 from trainers.sft_data import prepare
 

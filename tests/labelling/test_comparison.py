@@ -9,28 +9,29 @@ import pytest
 
 from labelling.agreement import alpha
 from labelling.comparison import (
-    Judgement,
+    Comparison,
     Record,
     WinMatrix,
     chance_better,
     expected_information,
     holm,
-    outcomes_of,
 )
+
+OUTCOME = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5}
 
 
 def matrix(**wins: int) -> WinMatrix:
     """`ab=3`: a has beaten b three times."""
     return WinMatrix(
-        Judgement(pair[0], pair[1], 1.0) for pair, count in wins.items() for _ in range(count)
+        Comparison(pair[0], pair[1], 1.0) for pair, count in wins.items() for _ in range(count)
     )
 
 
 def test_the_order_in_which_two_models_were_named_does_not_matter():
-    found = WinMatrix([Judgement("a", "b", 1), Judgement("b", "a", 1), Judgement("b", "a", 0.5)])
+    found = WinMatrix([Comparison("a", "b", 1), Comparison("b", "a", 1), Comparison("b", "a", 0.5)])
     assert found.record("a", "b") == Record(1, 1, 1)
     assert found.record("b", "a") == Record(1, 1, 1)
-    one = WinMatrix([Judgement("b", "a", 0), Judgement("a", "b", 1)])
+    one = WinMatrix([Comparison("b", "a", 0), Comparison("a", "b", 1)])
     assert one.record("a", "b") == Record(2, 0, 0)
     assert one.record("b", "a") == Record(0, 2, 0)
     assert one.record("a", "nobody") == Record()
@@ -112,7 +113,7 @@ def test_the_next_comparison_is_where_a_verdict_tells_most():
 )
 def test_what_is_no_judgement_is_refused(first, second, outcome, said):
     with pytest.raises(ValueError, match=said):
-        Judgement(first, second, outcome)
+        Comparison(first, second, outcome)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def votes(hh_data: Path) -> list[dict]:
 
 
 def test_the_votes_of_mt_bench_worked_out_a_second_way(votes):
-    found = WinMatrix(outcomes_of([(v["model_a"], v["model_b"], v["winner"]) for v in votes]))
+    found = WinMatrix(Comparison(v["model_a"], v["model_b"], OUTCOME[v["winner"]]) for v in votes)
     counted: dict[tuple[str, str], Counter] = defaultdict(Counter)
     for vote in votes:
         winner = vote[vote["winner"]] if vote["winner"] != "tie" else "tie"

@@ -19,8 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labelling.comparison import Judgement as Outcome
-from labelling.comparison import WinMatrix, outcomes_of
+from labelling.comparison import Comparison, WinMatrix
 from labelling.exchange import (
     JUDGEMENT_SCHEMA,
     read_judgements,
@@ -29,6 +28,7 @@ from labelling.exchange import (
 )
 from labelling.records import (
     CRITERIA,
+    PREFERS_A,
     VERDICTS,
     Answer,
     Honeypot,
@@ -289,9 +289,9 @@ def test_the_votes_of_mt_bench_compare_models_without_texts(hh_data: Path):
     assert len(votes) == report.rows == 1821
     with gzip.open(path, "rt") as file:
         rows = [json.loads(line) for line in file]
-    expected = WinMatrix(outcomes_of([(r["model_a"], r["model_b"], r["winner"]) for r in rows]))
-    value = {"a": 1.0, "b": 0.0, "tie": 0.5}
-    found = WinMatrix(Outcome(*vote.models, value[vote.verdicts[OVERALL]]) for vote in votes)
+    outcome = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5}
+    expected = WinMatrix(Comparison(r["model_a"], r["model_b"], outcome[r["winner"]]) for r in rows)
+    found = WinMatrix(Comparison(*vote.models, PREFERS_A[vote.verdicts[OVERALL]]) for vote in votes)
     assert found.models == expected.models
     for one in found.models:
         for other in found.models:

@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from labelling.comparison import WinMatrix, outcomes_of
+from labelling.comparison import Comparison, WinMatrix
 from labelling.ranking import (
-    Comparison,
     Ranking,
     bradley_terry,
     crowd_bradley_terry,
@@ -30,7 +29,7 @@ CROWD = {
 
 def told(assessor: str, first: str, second: str, wins: int = 1, losses: int = 0, ties: int = 0):
     outcomes = [1.0] * wins + [0.0] * losses + [0.5] * ties
-    return [Comparison(assessor, first, second, outcome) for outcome in outcomes]
+    return [Comparison(first, second, outcome, assessor) for outcome in outcomes]
 
 
 def planted(seed: int, items: int = 12, each: int = 60) -> tuple[dict[str, float], list]:
@@ -43,7 +42,7 @@ def planted(seed: int, items: int = 12, each: int = 60) -> tuple[dict[str, float
             says_one = draw.random() < 1 / (1 + math.exp(truth[other] - truth[one]))
             if draw.random() > reliability:
                 says_one = not says_one
-            comparisons.append(Comparison(assessor, one, other, float(says_one)))
+            comparisons.append(Comparison(one, other, float(says_one), assessor))
     return truth, comparisons
 
 
@@ -156,7 +155,7 @@ def test_scores_have_mean_zero_and_do_not_run_away_where_one_item_always_wins():
 
 def test_the_order_in_which_items_and_verdicts_are_named_does_not_matter():
     _, comparisons = planted(3)
-    turned = [Comparison(c.assessor, c.second, c.first, 1 - c.outcome) for c in comparisons[::-1]]
+    turned = [Comparison(c.second, c.first, 1 - c.outcome, c.assessor) for c in comparisons[::-1]]
     found, again = crowd_bradley_terry(comparisons), crowd_bradley_terry(turned)
     assert found.scores == pytest.approx(again.scores, abs=1e-6)
     assert found.reliabilities == pytest.approx(again.reliabilities, abs=1e-6)
@@ -168,7 +167,7 @@ def test_the_order_in_which_items_and_verdicts_are_named_does_not_matter():
 )
 def test_what_is_no_comparison_is_refused(first, second, outcome, said):
     with pytest.raises(ValueError, match=said):
-        Comparison("k", first, second, outcome)
+        Comparison(first, second, outcome, "k")
 
 
 def test_nothing_to_rank_by_and_no_prior_are_refused():
@@ -185,10 +184,10 @@ def test_the_judges_of_mt_bench_agree_with_who_beats_whom(hh_data: Path):
         votes = [json.loads(line) for line in file]
     outcome = {"model_a": 1.0, "model_b": 0.0, "tie": 0.5}
     comparisons = [
-        Comparison(v["judge"], v["model_a"], v["model_b"], outcome[v["winner"]]) for v in votes
+        Comparison(v["model_a"], v["model_b"], outcome[v["winner"]], v["judge"]) for v in votes
     ]
     found = crowd_bradley_terry(comparisons)
-    direct = WinMatrix(outcomes_of([(v["model_a"], v["model_b"], v["winner"]) for v in votes]))
+    direct = WinMatrix(comparisons)
     assert found.order[0] == direct.condorcet_winner()
     for better, worse in direct.surely_beats():
         assert found.probability(better, worse) > 0.5

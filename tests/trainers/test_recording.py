@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from cluster.progress import Progressing
 from rlhf.records import FailedGroup, Message, Prompt
 from rlhf.tables import ROLLOUT_SCHEMA
 from trainers import recording
-from trainers.recording import Progressing, Recorder
+from trainers.recording import Recorder
 
 
 def failed(step: int) -> FailedGroup:
