@@ -15,7 +15,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,7 @@ class SFTWorker(TrainedPolicy):
         self._run = RunFolder(Path(job.folder))
         self._judge = Judge(job)
         self._evaluations: list[Evaluation] = []
+        self._events: Any = None
 
     def run(self, train: Any) -> None:
         """Train on a Ray Data iterator of examples until the verdict is to stop."""
@@ -103,6 +104,7 @@ class SFTWorker(TrainedPolicy):
             first = self._resume() if self._job.resume else 0
             if self._stopped():
                 return
+            self._watch(first)
             step = first
             for step, batch in enumerate(self._batches(train)):
                 if step >= first and self._due(step) and self._evaluate(step):
@@ -111,7 +113,22 @@ class SFTWorker(TrainedPolicy):
                     self._train(batch, step)
             self._evaluate(step + 1)
         finally:
+            if self._events is not None:
+                self._events.close()
             self.shutdown()
+
+    def _watch(self, first_step: int) -> None:
+        """Begin, or go on with, the TensorBoard events."""
+        if self._rank == 0:
+            from tensorboardX import SummaryWriter
+
+            folder = self._run.path / "tensorboard"
+            self._events = SummaryWriter(str(folder), purge_step=first_step)
+
+    def _plot(self, step: int, values: Mapping[str, float]) -> None:
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
 
     def _stopped(self) -> bool:
         """Whether an earlier attempt had come to its end."""
@@ -157,6 +174,7 @@ class SFTWorker(TrainedPolicy):
             }
             with (self._run.path / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
+            self._plot(step, row)
 
     def _shares(self, batch: Sequence[Example]) -> list[tuple[list[Row], float]]:
         packing = self._job.config.sft.packing
@@ -209,6 +227,8 @@ class SFTWorker(TrainedPolicy):
             found = self._judge.evaluate(step, loss, manifest, probe)
             said = verdict([*self._evaluations, found], self._job.config.stopping)
             flags = [said.stop, version in (said.best_by_reward, said.best_by_loss)]
+            measured = {"loss/held_out": found.loss, "reward/mean": found.reward}
+            self._plot(step, measured | {"ensemble/disagreement": found.disagreement})
         self._evaluations.append(found)
         stop, best = self._summed(flags)
         if best:

@@ -1,4 +1,4 @@
-"""What a run leaves behind step by step: metrics, TensorBoard events, rollouts, a progress line."""
+"""What a run leaves behind step by step: metrics, TensorBoard events, rollouts."""
 
 from __future__ import annotations
 

@@ -93,6 +93,7 @@ def test_a_run_says_what_it_left_out_learns_and_keeps_the_best(
     assert [row["step"] for row in metrics] == list(range(len(metrics)))
     assert [row["step"] for row in evaluations] == [*range(0, len(metrics), 3), len(metrics)]
     assert evaluations[-1]["loss"] < evaluations[0]["loss"] - 0.3
+    assert list((folder / "tensorboard").glob("events*"))
     summary = json.loads((folder / "summary.json").read_text())
     means = {row["step"]: sum(row["rewards_P"]) / 6 for row in evaluations}
     assert summary["reward_at_best"] == pytest.approx(means[summary["reward_best_step"]])
