@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import signal
 import socket
@@ -18,26 +19,32 @@ from cluster.session import free_port
 from rlhf.errors import ResourceError, RunError
 
 _READY_S = 180.0
+_GONE_S = 20.0
 
 
-def choose_port(host: str, port: int) -> int:
-    """The port to listen on; 0 becomes one that the system hands out.
+def choose_port(host: str, port: int, patience_s: float = _GONE_S) -> int:
+    """The port to listen on; 0 becomes one that the system hands out. A server that was killed
+    leaves its port taken for some seconds: it is waited for.
 
     Raises:
         ResourceError: it is taken, or there is no such address here.
     """
     if port == 0:
         return free_port()
-    try:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    except OSError as error:
-        raise ResourceError(
-            f"port {port} of {host} cannot be listened on ({error.strerror}); choose another, or 0 "
-            "for one that is free"
-        ) from None
-    return port
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((host, port))
+            return port
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                raise ResourceError(
+                    f"port {port} of {host} cannot be listened on ({error.strerror}); choose "
+                    "another, or 0 for one that is free"
+                ) from None
+        time.sleep(0.2)
 
 
 def serve_until_stopped(

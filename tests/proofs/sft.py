@@ -7,7 +7,6 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,10 @@ from trainers.sft_report import draw
 CONFIG = "configs/sft_hh_cpu.toml"
 SEARCH = "configs/tune_hh_cpu.toml"
 FRESH = 120
+OTHER = (
+    "hh/helpful-online/validation.jsonl.gz",
+    "hh/helpful-rejection-sampled/validation.jsonl.gz",
+)
 _SEARCH_S = 40 * 60
 
 
@@ -68,7 +71,7 @@ def curves(folder: Path) -> dict[str, Any]:
     )
     run = folder / "run"
     found = fresh(
-        config, [run / "policy", run / "policy-by-loss", resolve_model("embedded")], folder
+        overrides, [run / "policy", run / "policy-by-loss", resolve_model("embedded")], folder
     )
     best, by_loss, base = (each.rewards_P for each in found)
 
@@ -99,14 +102,15 @@ def curves(folder: Path) -> dict[str, Any]:
     return hold({"both were measured": len(evaluations) > 3}, figures)
 
 
-def fresh(config: SFTConfig, policies: list[Path], folder: Path) -> list[Any]:
-    """The policies side by side on prompts that the run did not see."""
+def fresh(overrides: list[str], policies: list[Path], folder: Path) -> list[Any]:
+    """The policies side by side on prompts of files that the run did not see."""
     console = Console()
-    prepared = prepare(config, console, more_prompts=FRESH)
+    other = [f"answers.prompts={list(OTHER)}", f"answers.limit={FRESH}"]
+    config = load_config(SFTConfig, ROOT / CONFIG, [*overrides, *other])
+    prepared = prepare(config, console)
     with ray_session("fresh", num_cpus=usable_cores()) as run:
         job = start_job(config, prepared, folder, run, console, resume=False)
-        unseen = replace(job, prompts=prepared.prompts[config.answers.limit :])
-        return side_by_side(unseen, policies, folder / "fresh")
+        return side_by_side(job, policies, folder / "fresh")
 
 
 def search(folder: Path) -> dict[str, Any]:
