@@ -185,19 +185,25 @@ def label_import(
     honeypots: Annotated[
         bool, typer.Option("--honeypots", help="pairs whose better answer is known test assessors")
     ] = False,
+    flagged: Annotated[
+        Path | None, typer.Option(help="a run of `pavlov rl`: what its ensemble did not know")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="at most so many flagged pairs")] = None,
     judgements: Annotated[Path | None, typer.Option(help="verdicts given elsewhere")] = None,
     form: Annotated[
         Literal["pavlov", "mt-bench", "label-studio"],
         typer.Option("--format", help="of the verdicts"),
     ] = "pavlov",
 ) -> None:
-    """Take in pairs to judge, or verdicts that were given elsewhere."""
+    """Take in pairs to judge, what training has flagged, or verdicts given elsewhere."""
     settings = _label_config(config, overrides)
     from rlhf.errors import ConfigError
-    from serving.label_commands import import_judgements, import_work
+    from serving.label_commands import import_flagged, import_judgements, import_work
 
-    if (pairs is None) == (judgements is None):
-        raise ConfigError("give --pairs FILE, or --judgements FILE with its --format")
+    if sum(given is not None for given in (pairs, flagged, judgements)) != 1:
+        raise ConfigError("give --pairs FILE, --flagged RUN, or --judgements FILE and --format")
+    if flagged is not None:
+        import_flagged(settings, project, flagged, limit, _console())
     if pairs is not None:
         import_work(settings, project, pairs, _console(), honeypots=honeypots)
     if judgements is not None:

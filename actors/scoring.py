@@ -17,11 +17,11 @@ import pyarrow as pa
 from actors.gauges import in_ray_actor
 from cluster.guard import Guard
 from models.data_files import BadRow
-from models.preferences import MESSAGES, iter_scoring_rows
+from models.preferences import iter_scoring_rows
 from models.row_forms import SingleCompletion
 from rlhf.errors import ModelError
 from rlhf.records import Message, PreferencePair
-from rlhf.tables import SCORE_FIELDS
+from rlhf.tables import MESSAGES, SCORE_FIELDS
 from rlhf.text_checks import text_flags
 
 if TYPE_CHECKING:

@@ -28,8 +28,8 @@ from labelling.forms import judgement_of, judgement_row, vote_of, work_of
 from labelling.label_studio import judgements_of_task, read_tasks, tasks_of, work_of_task
 from labelling.records import Judgement, Work
 from models.data_files import BadRow, ReadReport, Row, iter_rows, source_of, written_beside
-from models.preferences import MESSAGES
 from rlhf.errors import DataError
+from rlhf.tables import MESSAGES
 
 Form = Literal["pavlov", "mt-bench", "label-studio"]
 """What a file of judgements holds."""

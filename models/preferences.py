@@ -37,8 +37,7 @@ from models.row_forms import (
 from rlhf.errors import DataError
 from rlhf.records import Conversation, PreferencePair, Prompt
 from rlhf.seeding import derive_seed
-
-MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+from rlhf.tables import MESSAGES
 
 PAIR_SCHEMA = pa.schema(
     [

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pyarrow as pa
 
-from rlhf.records import FailedGroup, ScoredGroup
+from rlhf.records import FailedGroup, Prompt, ScoredGroup
 from rlhf.text_checks import text_flags
 
 SCORE_FIELDS = [
@@ -21,6 +22,9 @@ SCORE_FIELDS = [
 ]
 """What is said of a reply: `rewards` by every member, `reward` aggregated, `parts` by criterion."""
 
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+"""A conversation."""
+
 ROLLOUT_SCHEMA = pa.schema(
     [
         ("step", pa.int32()),
@@ -29,6 +33,7 @@ ROLLOUT_SCHEMA = pa.schema(
         ("prompt_id", pa.string()),
         ("epoch", pa.int32()),
         ("prompt", pa.string()),
+        ("messages", MESSAGES),
         ("completion", pa.string()),
         ("token_ids", pa.list_(pa.int32())),
         ("rollout_logprobs", pa.list_(pa.float32())),
@@ -48,6 +53,12 @@ ROLLOUT_SCHEMA = pa.schema(
 )
 
 
+def _of(prompt: Prompt) -> dict[str, Any]:
+    """Its columns: the last turn to read, the whole conversation to go on with."""
+    turns = [{"role": turn.role, "content": turn.content} for turn in prompt.messages]
+    return {"prompt_id": prompt.id, "prompt": prompt.messages[-1].content, "messages": turns}
+
+
 def rollout_table(
     step: int, learner_version: int, groups: Sequence[ScoredGroup | FailedGroup]
 ) -> pa.Table:
@@ -59,9 +70,8 @@ def rollout_table(
                 {
                     "step": step,
                     "group": index,
-                    "prompt_id": group.prompt.id,
                     "epoch": group.epoch,
-                    "prompt": group.prompt.messages[-1].content,
+                    **_of(group.prompt),
                     "learner_version": learner_version,
                     "failure": group.reason,
                 }
@@ -73,9 +83,8 @@ def rollout_table(
                     "step": step,
                     "group": index,
                     "sibling": sibling,
-                    "prompt_id": group.rollout.prompt.id,
                     "epoch": group.rollout.epoch,
-                    "prompt": group.rollout.prompt.messages[-1].content,
+                    **_of(group.rollout.prompt),
                     "completion": completion.text,
                     "token_ids": completion.token_ids,
                     "rollout_logprobs": completion.rollout_logprobs_T,

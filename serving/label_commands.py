@@ -14,6 +14,7 @@ from rich.console import Console
 from cluster.progress import Progressing
 from labelling.database import Database
 from labelling.exchange import Form, read_judgements, read_work, write_judgements
+from labelling.flagged import flagged_work
 from labelling.judges import Decide, Truth, as_person, as_reward_model, judge_over_http, truths_of
 from labelling.labels import METHODS, Method, counted, soft_labels
 from labelling.records import Kind, Work
@@ -23,7 +24,7 @@ from labelling.training_pairs import preference_rows, write_preferences
 from labelling.worlds import SimulatedPerson
 from models.data_files import ReadReport
 from models.sources import resolve_reward_model
-from rlhf.config import data_path
+from rlhf.config import data_path, runs_path
 from rlhf.config.label import LabelConfig
 from rlhf.errors import DataError
 from rlhf.records import OVERALL
@@ -51,6 +52,20 @@ def import_work(
     new, known = store.add_work(into, works, config.label.judges_per_pair)
     pots = sum(work.honeypot is not None for work in works)
     console.print(f"project {project}: {new} new pairs, {known} known, {pots} of them honeypots")
+
+
+def import_flagged(
+    config: LabelConfig, project: str, run: Path, limit: int | None, console: Console
+) -> None:
+    """Put what a run has flagged into a project's queue, the furthest out first."""
+    folder = run if run.is_dir() else runs_path(str(run))
+    works = flagged_work(folder, limit)
+    store = open_store(config)
+    into = store.make_project(project, config.label.criteria)
+    new, known = store.add_work(into, works, config.label.judges_per_pair)
+    console.print(
+        f"project {project}: {new} new pairs with what {folder.name} flagged, {known} known"
+    )
 
 
 def import_judgements(

@@ -43,6 +43,7 @@ def test_a_completion_survives_parquet_with_its_versions_rewards_and_flags(table
         "prompt_id": "p0",
         "epoch": 0,
         "prompt": "Hello?",
+        "messages": [{"role": "user", "content": "Hello?"}],
         "completion": TEXT,
         "token_ids": [0, 1, 2],
         "rollout_logprobs": [-0.5, -0.5, -0.5],
@@ -85,6 +86,7 @@ def test_a_failed_group_is_one_row_with_its_reason(table):
         "prompt_id": "p1",
         "epoch": 1,
         "prompt": "Too long?",
+        "messages": [{"role": "user", "content": "Too long?"}],
         "learner_version": 3,
         "failure": "too long",
     }
