@@ -111,6 +111,24 @@ def test_simulated_judges_turn_pairs_into_labels_that_a_reward_model_reads(
     assert len(as_lines(found)) > 6
 
 
+def test_a_reward_model_judges_as_a_model_and_not_as_a_person(
+    config, address, tmp_path, tiny_reward_model
+):
+    console = Console(quiet=True)
+    import_work(config, "chat", pairs(tmp_path / "pairs.jsonl", 8), console)
+    judge(config, "chat", address, console, reward=str(tiny_reward_model), truth=[])
+    judge(config, "chat", address, console, reward=str(tiny_reward_model), truth=[])
+    found = show_report(config, "chat", "model")
+    assert found["judgements"] == 16
+    # It says the same at any time, whichever stood first; nobody reviews it.
+    assert found["agreement"] == 1.0
+    assert {each["state"] for each in found["assessors"]} == {"active"}
+    assert show_report(config, "chat", "person")["judgements"] == 0
+    store = open_store(config)
+    for each in store.judgements(store.project("chat")):
+        assert each.verdicts["helpful"] == each.verdicts["overall"] in ("a", "b")
+
+
 def test_judgements_come_out_as_they_went_in_and_count_once(config, address, tmp_path):
     console = Console(quiet=True)
     file = pairs(tmp_path / "pairs.jsonl", 12)
