@@ -14,6 +14,7 @@ from cluster.layout import actor_environment, choose_layout, usable_cores
 from cluster.session import ray_session
 from models.reward_model import RewardModel
 from models.sources import resolve_model, resolve_reward_model
+from rlhf.config import parse_config
 from rlhf.config.serve import ReplicasSection, ServeConfig
 from rlhf.records import Message
 from serving.application import choose_port, serve_until_stopped
@@ -40,6 +41,18 @@ def serve_chat(config: ServeConfig, console: Console) -> None:
             console,
             lambda address: f"serving {settings.name}: {address}/v1/chat/completions",
         )
+
+
+def from_arguments(arguments: dict[str, Any]) -> Any:
+    """The application for `serve deploy` (`configs/serve.yaml`); `arguments` are the sections of a
+    configuration of `pavlov serve`.
+
+    Raises:
+        ConfigError: as the TOML file of the same content.
+    """
+    config = parse_config(ServeConfig, arguments, "serve.yaml")
+    reward = None if config.reward is None else resolve_reward_model(config.reward).absolute()
+    return application(config, resolve_model(config.policy.model), reward)
 
 
 def application(config: ServeConfig, model: Path, reward: Path | None) -> Any:

@@ -1,0 +1,25 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlhf.errors import ConfigError
+from serving.chat_server import from_arguments
+from tests.conftest import ROOT
+
+
+def test_the_shipped_file_is_what_serve_takes_and_what_pavlov_builds(tiny_model: Path):
+    from ray.serve.schema import ServeDeploySchema
+
+    file = yaml.safe_load((ROOT / "configs" / "serve.yaml").read_text())
+    [application] = ServeDeploySchema.model_validate(file).applications
+    assert application.import_path == "serving.chat_server:from_arguments"
+    arguments = {**application.args, "policy": {"model": str(tiny_model)}}
+    assert from_arguments(arguments) is not None
+    # Serve finds its deployments by the application's name.
+    assert application.name == arguments["serve"]["name"]
+
+
+def test_a_wrong_key_is_refused_as_in_a_toml_file():
+    with pytest.raises(ConfigError, match=r"serve\.max_token is not a known key"):
+        from_arguments({"serve": {"max_token": 3}})
