@@ -346,4 +346,5 @@ def test_every_shipped_configuration_is_valid(path):
 
 def test_configurations_are_shipped_for_every_command_that_takes_one():
     names = {path.name for path in (ROOT / "configs").glob("*.toml")}
-    assert {"demo.toml", "rl_hh_cpu.toml", "reward_hh_cpu.toml", "gpu_8x.toml"} <= names
+    commands = ("demo", "rl_hh_cpu", "reward_hh_cpu", "sft_hh_cpu", "tune_hh_cpu", "label", "serve")
+    assert {*(f"{name}.toml" for name in commands), "gpu_8x.toml"} <= names
