@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ class ChatScorer:
         self._guard = Guard(with_parent=in_ray_actor())
         self._model = RewardModel.load(Path(model))
         self._model.trunks("cuda" if gpus else "cpu")
+        # Serve calls from several threads, and a trunk reads one batch at a time.
+        self._turn = threading.Lock()
 
     def version(self) -> str:
         """The reward model's version."""
@@ -49,7 +52,8 @@ class ChatScorer:
         members = self._model.card.members
         if not text.strip():
             return Verdict(EMPTY_REWARD, (EMPTY_REWARD,) * members, 0.0, True)
-        scores = self._model.score([(messages, text, finished)])
+        with self._turn:
+            scores = self._model.score([(messages, text, finished)])
         return Verdict(
             float(scores.rewards_KN[:, 0].mean()),
             tuple(scores.rewards_KN[:, 0].tolist()),

@@ -96,7 +96,7 @@ def test_simulated_judges_turn_pairs_into_labels_that_a_reward_model_reads(
     assert found["progress"] == {"pairs": 60, "wanted": 180, "taken": 180}
     assert {each["state"] for each in found["assessors"]} == {"active"}
     assert found["win_matrix"]["tuned"]["base"]["share"] > 0.6
-    assert all(each["honeypot_accuracy"] > 0.6 for each in found["assessors"])
+    assert all(each["honeypot"]["high"] > 0.92 for each in found["assessors"])
     assert show_report(config, "chat", "person")["judgements"] == 0
 
     out = tmp_path / "labels.parquet"

@@ -15,7 +15,6 @@ from rich.console import Console
 from cluster.progress import Progressing
 from rlhf.records import FailedGroup, Message, Prompt
 from rlhf.tables import ROLLOUT_SCHEMA
-from trainers import recording
 from trainers.recording import Recorder
 
 
@@ -89,9 +88,9 @@ def test_long_work_without_notes_says_now_and_then_how_far_it_is(
     with Progressing(Console(file=said), "features", 200) as progress:
         progress.advance(50)
         assert lines(said) == []
-        monkeypatch.setattr(recording, "_SAY_EVERY_S", 0.0)
+        monkeypatch.setattr("cluster.progress._SAY_EVERY_S", 0.0)
         progress.advance(50)
-        monkeypatch.setattr(recording, "_SAY_EVERY_S", 30.0)
+        monkeypatch.setattr("cluster.progress._SAY_EVERY_S", 30.0)
     [line] = lines(said)
     assert re.fullmatch(r"features 100/200  \d+:\d\d left", line)
 
@@ -99,7 +98,7 @@ def test_long_work_without_notes_says_now_and_then_how_far_it_is(
 def test_the_first_few_items_are_no_measure_of_the_time_left(
     said: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recording, "_SAY_EVERY_S", 0.0)
+    monkeypatch.setattr("cluster.progress._SAY_EVERY_S", 0.0)
     with Progressing(Console(file=said), "sample", 250) as progress:
         progress.advance()
     assert lines(said) == ["sample 1/250"]
