@@ -44,11 +44,13 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What was added to a candidate. The last piece says why it ended: ``stop`` or ``length``."""
+    """What was added to a candidate, and by which weights. The last piece says why it ended:
+    ``stop`` or ``length``."""
 
     candidate: int
     text: str
     tokens: int
+    version: str
     ended: str | None = None
     chosen_T: tuple[TokenLogprob, ...] = ()
     alternatives_T: tuple[tuple[TokenLogprob, ...], ...] = ()
@@ -125,15 +127,11 @@ class ChatEngine:
         try:
             async for output in stream:
                 for part in output.outputs:
-                    yield _piece(part, sampling.logprobs)
+                    yield _piece(part, sampling.logprobs, self._version)
             ended = True
         finally:
             if not ended:
                 await asyncio.shield(self._engine.abort(name))
-
-    def writing(self) -> int:
-        """Requests that the engine has not finished."""
-        return int(self._engine.output_processor.get_num_unfinished_requests())
 
     def shutdown(self) -> None:
         """End the engine and its processes."""
@@ -142,7 +140,7 @@ class ChatEngine:
         self._guard.close()
 
 
-def _piece(output: Any, logprobs: int | None) -> Piece:
+def _piece(output: Any, logprobs: int | None, version: str) -> Piece:
     """A piece from vLLM's output of one candidate."""
     chosen: list[TokenLogprob] = []
     alternatives: list[tuple[TokenLogprob, ...]] = []
@@ -159,6 +157,7 @@ def _piece(output: Any, logprobs: int | None) -> Piece:
         output.index,
         output.text,
         len(output.token_ids),
+        version,
         output.finish_reason,
         tuple(chosen),
         tuple(alternatives),

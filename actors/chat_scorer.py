@@ -17,12 +17,14 @@ from rlhf.records import Message
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What the ensemble says of a candidate, in deviations over its training replies: the mean over
-    members, each member's reward, their disagreement, and whether it is out of their domain."""
+    members, each member's reward, their disagreement, whether it is out of their domain, and the
+    reward model's version."""
 
     reward: float
     rewards_K: tuple[float, ...]
     disagreement: float
     domain_shift: bool
+    version: str
 
     def lower_bound(self, penalty: float) -> float:
         """What candidates are ranked by: reward less `penalty` times disagreement."""
@@ -51,7 +53,7 @@ class ChatScorer:
         """
         members = self._model.card.members
         if not text.strip():
-            return Verdict(EMPTY_REWARD, (EMPTY_REWARD,) * members, 0.0, True)
+            return Verdict(EMPTY_REWARD, (EMPTY_REWARD,) * members, 0.0, True, self.version())
         with self._turn:
             scores = self._model.score([(messages, text, finished)])
         return Verdict(
@@ -59,4 +61,5 @@ class ChatScorer:
             tuple(scores.rewards_KN[:, 0].tolist()),
             float(scores.disagreement_N[0]),
             bool(scores.shifted_N[0]),
+            self.version(),
         )

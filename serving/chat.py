@@ -77,6 +77,7 @@ class Candidate:
     index: int
     text: str = ""
     tokens: int = 0
+    version: str = ""
     ended: str | None = None
     chosen_T: list[TokenLogprob] = field(default_factory=list)
     alternatives_T: list[Sequence[TokenLogprob]] = field(default_factory=list)
@@ -86,6 +87,7 @@ class Candidate:
         """Take in what was written."""
         self.text += piece.text
         self.tokens += piece.tokens
+        self.version = piece.version
         self.ended = piece.ended or self.ended
         self.chosen_T += piece.chosen_T
         self.alternatives_T += piece.alternatives_T
@@ -194,7 +196,7 @@ class _Chat:
         async with self._turn():
             async with asyncio.timeout(self.settings.timeout_s):
                 drawn = await self._draw(plan)
-                said = await self._said(body, plan, drawn)
+                said = self._said(body, plan, drawn)
         return JSONResponse(said)
 
     @asynccontextmanager
@@ -320,9 +322,7 @@ class _Chat:
 
     # Its form
 
-    async def _said(
-        self, body: ChatRequest, plan: _Plan, drawn: Sequence[Candidate]
-    ) -> dict[str, Any]:
+    def _said(self, body: ChatRequest, plan: _Plan, drawn: Sequence[Candidate]) -> dict[str, Any]:
         chosen = self._chosen(plan, drawn)
         choices = [
             {
@@ -344,10 +344,10 @@ class _Chat:
             "model": self.settings.name,
             "choices": choices,
             "usage": plan.usage(drawn),
-            "pavlov": await self._own(body, plan, chosen, drawn),
+            "pavlov": self._own(body, plan, chosen, drawn),
         }
 
-    async def _own(
+    def _own(
         self,
         body: ChatRequest,
         plan: _Plan,
@@ -355,11 +355,10 @@ class _Chat:
         drawn: Sequence[Candidate],
     ) -> dict[str, Any]:
         """What only Pavlov says of an answer."""
-        weights, reward = await self._versions()
         best = chosen[0].verdict
         own: dict[str, Any] = {
-            "weight_version": weights,
-            "reward_version": reward,
+            "weight_version": chosen[0].version,
+            "reward_version": best and best.version,
             "reward": best and best.reward,
             "disagreement": best and best.disagreement,
             "domain_shift": best and best.domain_shift,
@@ -401,7 +400,7 @@ class _Chat:
                     if notice := self._notice(candidate):
                         yield self._chunk(plan, candidate.index, {"content": notice})
                     yield self._chunk(plan, candidate.index, {}, ended=piece.ended)
-        yield await self._last(body, plan, drawn, drawn)
+        yield self._last(body, plan, drawn, drawn)
 
     async def _held(self, body: ChatRequest, plan: _Plan) -> Chunks:
         """The chosen ones, once they are chosen."""
@@ -413,9 +412,9 @@ class _Chat:
             delta = {"content": self._shown(candidate)}
             yield self._chunk(plan, place, delta, logprobs=said)
             yield self._chunk(plan, place, {}, ended=candidate.ended)
-        yield await self._last(body, plan, chosen, drawn)
+        yield self._last(body, plan, chosen, drawn)
 
-    async def _last(
+    def _last(
         self,
         body: ChatRequest,
         plan: _Plan,
@@ -423,7 +422,7 @@ class _Chat:
         drawn: Sequence[Candidate],
     ) -> dict[str, Any]:
         chunk = self._chunk(plan, None, {})
-        chunk["pavlov"] = await self._own(body, plan, chosen, drawn)
+        chunk["pavlov"] = self._own(body, plan, chosen, drawn)
         if body.stream_options is not None and body.stream_options.include_usage:
             chunk["usage"] = plan.usage(drawn)
         return chunk

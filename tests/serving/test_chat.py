@@ -42,14 +42,15 @@ class Engine:
             for at in range(sampling.candidates):
                 told = () if sampling.logprobs is None else (TokenLogprob("answer", -0.5),)
                 others = () if sampling.logprobs is None else (told[: sampling.logprobs],)
-                yield Piece(at, "answer ", 1, None, told, others)
+                yield Piece(at, "answer ", 1, "weights-1", None, told, others)
             for at in reversed(range(sampling.candidates)):
-                yield Piece(at, str(at), 1, "length" if at == 1 else "stop", (), ())
+                yield Piece(at, str(at), 1, "weights-1", "length" if at == 1 else "stop")
         finally:
             self.stopped += 1
 
     async def version(self) -> str:
-        return "weights-1"
+        # Of a replica that wrote none of the answers.
+        return "weights-2"
 
 
 class Scorer:
@@ -68,7 +69,7 @@ class Scorer:
 
 
 def verdict(reward: float, disagreement: float = 0.0, shift: bool = False) -> Verdict:
-    return Verdict(reward, (reward - 0.1, reward + 0.1), disagreement, shift)
+    return Verdict(reward, (reward - 0.1, reward + 0.1), disagreement, shift, "reward-1")
 
 
 FOUR = (verdict(0.1), verdict(2.0, 3.0), verdict(1.0, 0.2), verdict(0.5))
