@@ -20,77 +20,29 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 from uuid import uuid4
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from starlette.exceptions import HTTPException
 
-from actors.chat_engine import Piece, Sampling, TokenLogprob
-from actors.chat_scorer import Verdict
+from actors.chat_engine import Piece, Sampling
 from models.chat import ChatTokenizer
 from rlhf.config.serve import ServeConfig
 from rlhf.errors import ModelError
 from rlhf.records import Message
-from serving.openai_form import ChatRequest, RefusedError
+from serving.candidates import Candidate, Engine, Plan, Scorer, logprobs_of, told
+from serving.openai_form import ChatRequest, RefusedError, as_refused, install_errors
 
 BODY_LIMIT_BYTES = 1 << 20
 Chunks = AsyncGenerator[dict[str, Any], None]
-_log = logging.getLogger(__name__)
-
-
-class Engine(Protocol):
-    """What writes candidates: `actors.chat_engine.ChatEngine`, here or elsewhere."""
-
-    def write(self, prompt_ids: Sequence[int], sampling: Sampling) -> AsyncGenerator[Piece, None]:
-        """See `ChatEngine.write`."""
-
-    async def version(self) -> str:
-        """See `ChatEngine.version`."""
-
-
-class Scorer(Protocol):
-    """What judges them: `actors.chat_scorer.ChatScorer`."""
-
-    async def judge(self, messages: Sequence[Message], text: str, finished: bool) -> Verdict:
-        """See `ChatScorer.judge`."""
-
-    async def version(self) -> str:
-        """See `ChatScorer.version`."""
-
-
-@dataclass(slots=True)
-class Candidate:
-    """One answer as it grows."""
-
-    index: int
-    text: str = ""
-    tokens: int = 0
-    version: str = ""
-    ended: str | None = None
-    chosen_T: list[TokenLogprob] = field(default_factory=list)
-    alternatives_T: list[Sequence[TokenLogprob]] = field(default_factory=list)
-    verdict: Verdict | None = None
-
-    def add(self, piece: Piece) -> None:
-        """Take in what was written."""
-        self.text += piece.text
-        self.tokens += piece.tokens
-        self.version = piece.version
-        self.ended = piece.ended or self.ended
-        self.chosen_T += piece.chosen_T
-        self.alternatives_T += piece.alternatives_T
 
 
 def chat_app(
@@ -116,10 +68,7 @@ class _Chat:
 
     def _app(self) -> FastAPI:
         app = FastAPI(title="Pavlov", docs_url=None, redoc_url=None)
-        app.exception_handler(RefusedError)(_refused)
-        app.exception_handler(RequestValidationError)(_invalid)
-        app.exception_handler(HTTPException)(_other)
-        app.exception_handler(Exception)(_failed)
+        install_errors(app)
         app.middleware("http")(self._guard)
 
         @app.get("/health")
@@ -213,7 +162,7 @@ class _Chat:
             self.metrics.inside.set(self.inside)
             self.metrics.seconds.observe(time.monotonic() - began)
 
-    def _plan(self, body: ChatRequest, messages: tuple[Message, ...]) -> _Plan:
+    def _plan(self, body: ChatRequest, messages: tuple[Message, ...]) -> Plan:
         settings = self.settings
         if body.model not in ("", settings.name):
             raise RefusedError(
@@ -270,9 +219,9 @@ class _Chat:
         )
         held = best_of > n or (judged and settings.domain_shift == "decline")
         name = f"chatcmpl-{uuid4().hex}"
-        return _Plan(name, messages, prompt_ids, sampling, n, judged, held, int(time.time()))
+        return Plan(name, messages, prompt_ids, sampling, n, judged, held, int(time.time()))
 
-    async def _draw(self, plan: _Plan) -> list[Candidate]:
+    async def _draw(self, plan: Plan) -> list[Candidate]:
         """All candidates, whole; each is scored while others are still written."""
         drawn = [Candidate(at) for at in range(plan.sampling.candidates)]
         async with asyncio.TaskGroup() as scoring, aclosing(self._pieces(plan)) as pieces:
@@ -283,18 +232,18 @@ class _Chat:
                     scoring.create_task(self._judge(plan, candidate))
         return drawn
 
-    async def _pieces(self, plan: _Plan) -> AsyncGenerator[Piece, None]:
+    async def _pieces(self, plan: Plan) -> AsyncGenerator[Piece, None]:
         async with aclosing(self.engine.write(plan.prompt_ids, plan.sampling)) as pieces:
             async for piece in pieces:
                 self.metrics.tokens.inc(piece.tokens)
                 yield piece
 
-    async def _judge(self, plan: _Plan, candidate: Candidate) -> None:
+    async def _judge(self, plan: Plan, candidate: Candidate) -> None:
         assert self.scorer is not None
         finished = candidate.ended == "stop"
         candidate.verdict = await self.scorer.judge(plan.messages, candidate.text, finished)
 
-    def _chosen(self, plan: _Plan, drawn: Sequence[Candidate]) -> list[Candidate]:
+    def _chosen(self, plan: Plan, drawn: Sequence[Candidate]) -> list[Candidate]:
         """The n that are sent: with the highest lower bound, or those there are."""
         if plan.sampling.candidates == plan.n:
             return list(drawn)
@@ -322,7 +271,7 @@ class _Chat:
 
     # Its form
 
-    def _said(self, body: ChatRequest, plan: _Plan, drawn: Sequence[Candidate]) -> dict[str, Any]:
+    def _said(self, body: ChatRequest, plan: Plan, drawn: Sequence[Candidate]) -> dict[str, Any]:
         chosen = self._chosen(plan, drawn)
         choices = [
             {
@@ -332,7 +281,7 @@ class _Chat:
                     "content": self._shown(candidate),
                     "refusal": None,
                 },
-                "logprobs": _logprobs(plan, candidate.chosen_T, candidate.alternatives_T),
+                "logprobs": logprobs_of(plan, candidate.chosen_T, candidate.alternatives_T),
                 "finish_reason": candidate.ended,
             }
             for place, candidate in enumerate(chosen)
@@ -350,7 +299,7 @@ class _Chat:
     def _own(
         self,
         body: ChatRequest,
-        plan: _Plan,
+        plan: Plan,
         chosen: Sequence[Candidate],
         drawn: Sequence[Candidate],
     ) -> dict[str, Any]:
@@ -362,13 +311,13 @@ class _Chat:
             "reward": best and best.reward,
             "disagreement": best and best.disagreement,
             "domain_shift": best and best.domain_shift,
-            "choices": [_told(candidate) for candidate in chosen],
+            "choices": [told(candidate) for candidate in chosen],
         }
         if body.candidates:
-            own["candidates"] = [{"text": each.text, **_told(each)} for each in drawn]
+            own["candidates"] = [{"text": each.text, **told(each)} for each in drawn]
         return own
 
-    async def _events(self, body: ChatRequest, plan: _Plan) -> AsyncIterator[str]:
+    async def _events(self, body: ChatRequest, plan: Plan) -> AsyncIterator[str]:
         """Server-sent events. An error once they have begun is an event of its own."""
         try:
             async with self._turn(), asyncio.timeout(self.settings.timeout_s):
@@ -378,10 +327,10 @@ class _Chat:
                         yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
             yield "data: [DONE]\n\n"
         except Exception as error:
-            refused = _as_refused(error)
+            refused = as_refused(error)
             yield f"data: {bytes(refused.response().body).decode()}\n\n"
 
-    async def _flowing(self, body: ChatRequest, plan: _Plan) -> Chunks:
+    async def _flowing(self, body: ChatRequest, plan: Plan) -> Chunks:
         """Pieces as they are written."""
         drawn = [Candidate(at) for at in range(plan.sampling.candidates)]
         for candidate in drawn:
@@ -390,7 +339,7 @@ class _Chat:
             async for piece in pieces:
                 candidate = drawn[piece.candidate]
                 candidate.add(piece)
-                said = _logprobs(plan, piece.chosen_T, piece.alternatives_T)
+                said = logprobs_of(plan, piece.chosen_T, piece.alternatives_T)
                 if piece.text or said:
                     delta = {"content": piece.text}
                     yield self._chunk(plan, candidate.index, delta, logprobs=said)
@@ -402,13 +351,13 @@ class _Chat:
                     yield self._chunk(plan, candidate.index, {}, ended=piece.ended)
         yield self._last(body, plan, drawn, drawn)
 
-    async def _held(self, body: ChatRequest, plan: _Plan) -> Chunks:
+    async def _held(self, body: ChatRequest, plan: Plan) -> Chunks:
         """The chosen ones, once they are chosen."""
         drawn = await self._draw(plan)
         chosen = self._chosen(plan, drawn)
         for place, candidate in enumerate(chosen):
             yield self._chunk(plan, place, {"role": "assistant", "content": ""})
-            said = _logprobs(plan, candidate.chosen_T, candidate.alternatives_T)
+            said = logprobs_of(plan, candidate.chosen_T, candidate.alternatives_T)
             delta = {"content": self._shown(candidate)}
             yield self._chunk(plan, place, delta, logprobs=said)
             yield self._chunk(plan, place, {}, ended=candidate.ended)
@@ -417,7 +366,7 @@ class _Chat:
     def _last(
         self,
         body: ChatRequest,
-        plan: _Plan,
+        plan: Plan,
         chosen: Sequence[Candidate],
         drawn: Sequence[Candidate],
     ) -> dict[str, Any]:
@@ -429,7 +378,7 @@ class _Chat:
 
     def _chunk(
         self,
-        plan: _Plan,
+        plan: Plan,
         choice: int | None,
         delta: dict[str, str],
         *,
@@ -455,31 +404,6 @@ class _Chat:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What a request comes to: `judged` where candidates are scored, `held` where nothing is sent
-    before the choice."""
-
-    name: str
-    messages: tuple[Message, ...]
-    prompt_ids: tuple[int, ...]
-    sampling: Sampling
-    n: int
-    judged: bool
-    held: bool
-    created: int
-
-    def usage(self, drawn: Sequence[Candidate]) -> dict[str, int]:
-        """Tokens read, and tokens written for all candidates."""
-        written = sum(candidate.tokens for candidate in drawn)
-        read = len(self.prompt_ids)
-        return {
-            "prompt_tokens": read,
-            "completion_tokens": written,
-            "total_tokens": read + written,
-        }
-
-
 class _Metrics:
     """This replica's counters."""
 
@@ -492,81 +416,3 @@ class _Metrics:
 
 
 _UNBUFFERED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-
-
-def _told(candidate: Candidate) -> dict[str, Any]:
-    verdict = candidate.verdict
-    if verdict is None:
-        return {"reward": None, "rewards": None, "disagreement": None, "domain_shift": None}
-    return {
-        "reward": verdict.reward,
-        "rewards": list(verdict.rewards_K),
-        "disagreement": verdict.disagreement,
-        "domain_shift": verdict.domain_shift,
-    }
-
-
-def _logprobs(
-    plan: _Plan, chosen_T: Sequence[TokenLogprob], alternatives_T: Sequence[Sequence[TokenLogprob]]
-) -> dict[str, Any] | None:
-    if plan.sampling.logprobs is None:
-        return None
-
-    def told(token: TokenLogprob) -> dict[str, Any]:
-        return {
-            "token": token.text,
-            "logprob": token.logprob,
-            "bytes": list(token.text.encode()),
-        }
-
-    content = [
-        {**told(token), "top_logprobs": [told(other) for other in others]}
-        for token, others in zip(chosen_T, alternatives_T, strict=True)
-    ]
-    return {"content": content, "refusal": None}
-
-
-def _as_refused(error: BaseException) -> RefusedError:
-    """What a client is told of a failure: never more than its kind."""
-    if isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    if isinstance(error, RefusedError):
-        return error
-    if isinstance(error, TimeoutError):
-        return RefusedError(504, "no answer within the time there is", code="timeout")
-    if isinstance(error, ModelError):
-        return RefusedError(400, str(error), param="messages")
-    _log.error("a request failed", exc_info=error)
-    return RefusedError(503, "the assistant is away for a moment; ask again", code="unavailable")
-
-
-async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RefusedError)
-    return error.response()
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    refused = _as_refused(error)
-    return refused.response({"Retry-After": "2"} if refused.status == 503 else None)
-
-
-async def _other(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return RefusedError(error.status_code, str(error.detail)).response(
-        dict(error.headers) if error.headers else None
-    )
-
-
-async def _invalid(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "body")
-    if first["type"] == "extra_forbidden":
-        message = f"{place} is not supported"
-    elif first["type"] == "json_invalid":
-        message, place = "the body is not JSON", ""
-    elif not place:
-        message = "the body is no JSON object"
-    else:
-        message = f"{place}: {first['msg']}"
-    return RefusedError(400, message, param=place or None).response()

@@ -6,15 +6,21 @@ plain text for an answer to that.
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated, Any, Literal
 
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+from starlette.exceptions import HTTPException
 
+from rlhf.errors import ModelError
 from rlhf.records import Message
 
 MAX_STOPS = 4
 MAX_LOGPROBS = 20
+_log = logging.getLogger(__name__)
 
 
 class TextPart(BaseModel):
@@ -141,3 +147,57 @@ class RefusedError(Exception):
 
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+def install_errors(app: FastAPI) -> None:
+    """Whatever goes wrong in a request is answered in OpenAI's form."""
+    app.exception_handler(RefusedError)(_refused)
+    app.exception_handler(RequestValidationError)(_invalid)
+    app.exception_handler(HTTPException)(_other)
+    app.exception_handler(Exception)(_failed)
+
+
+def as_refused(error: BaseException) -> RefusedError:
+    """What a client is told of a failure: never more than its kind."""
+    if isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, RefusedError):
+        return error
+    if isinstance(error, TimeoutError):
+        return RefusedError(504, "no answer within the time there is", code="timeout")
+    if isinstance(error, ModelError):
+        return RefusedError(400, str(error), param="messages")
+    _log.error("a request failed", exc_info=error)
+    return RefusedError(503, "the assistant is away for a moment; ask again", code="unavailable")
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RefusedError)
+    return error.response()
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    refused = as_refused(error)
+    return refused.response({"Retry-After": "2"} if refused.status == 503 else None)
+
+
+async def _other(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return RefusedError(error.status_code, str(error.detail)).response(
+        dict(error.headers) if error.headers else None
+    )
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    if first["type"] == "extra_forbidden":
+        message = f"{place} is not supported"
+    elif first["type"] == "json_invalid":
+        message, place = "the body is not JSON", ""
+    elif not place:
+        message = "the body is no JSON object"
+    else:
+        message = f"{place}: {first['msg']}"
+    return RefusedError(400, message, param=place or None).response()
