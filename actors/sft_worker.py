@@ -45,7 +45,8 @@ _SHUFFLED = 4096
 @dataclass(frozen=True, slots=True)
 class SFTJob:
     """One run: `prompts` are answered, `prompted` are the same with the baseline's prompting; the
-    handles are those of the engine and the ensemble. `folder` must be seen by every node."""
+    handles are those of the engine and the ensemble. `folder` must be seen by every node. `start`
+    is what is known of the policy before training, where another run has measured it."""
 
     config: SFTConfig
     model: str
@@ -58,6 +59,7 @@ class SFTJob:
     rollout: Any
     reward: Any
     resume: bool
+    start: Evaluation | None = None
 
 
 def read_evaluations(folder: Path) -> list[Evaluation]:
@@ -216,15 +218,12 @@ class SFTWorker(TrainedPolicy):
         policy given its name and the evaluation shown: who is killed in between loses the last
         evaluation and nothing else.
         """
-        loss = self._held_out_loss()
         version = len(self._evaluations)
-        manifest, probe = self.export_weights(version), self.probe()
+        found = self._job.start if step == 0 else None
+        if found is None:
+            found = self._measure(step, version)
         flags = [0.0, 0.0]
-        # Ranks other than the first need to know only how many there were, and where.
-        found = Evaluation(step, loss, (0.0,), (0.0,))
         if self._rank == 0:
-            assert manifest is not None
-            found = self._judge.evaluate(step, loss, manifest, probe)
             said = verdict([*self._evaluations, found], self._job.config.stopping)
             flags = [said.stop, version in (said.best_by_reward, said.best_by_loss)]
             measured = {"loss/held_out": found.loss, "reward/mean": found.reward}
@@ -238,6 +237,16 @@ class SFTWorker(TrainedPolicy):
             self._show()
         torch.distributed.barrier()
         return bool(stop)
+
+    def _measure(self, step: int, version: int) -> Evaluation:
+        """Loss and reward of the weights as they are. A collective: ranks other than the first
+        learn only how many evaluations there were, and where."""
+        loss = self._held_out_loss()
+        manifest, probe = self.export_weights(version), self.probe()
+        if self._rank:
+            return Evaluation(step, loss, (0.0,), (0.0,))
+        assert manifest is not None
+        return self._judge.evaluate(step, loss, manifest, probe)
 
     def _aside(self, step: int) -> Path:
         return self._run.path / ".kept" / f"step-{step:06d}"

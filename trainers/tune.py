@@ -1,11 +1,12 @@
 """`pavlov tune`: the settings of fine-tuning, chosen by the reward of what the model then says.
 
-Each trial is a run of `pavlov sft` in a folder of its own below ``trials/``; all share one engine
-and one ensemble. The settings follow from the seed, so that a search that was interrupted goes on
-with the trials that are left. Successive halving (Li et al., 2020, A System for Massively Parallel
-Hyperparameter Tuning) ends those that fall behind. A trial's objective is the best mean *lower
-reward* of its evaluations: reward less disagreement. Being chosen on them makes it look better than
-it is; therefore the winner meets the median trial on prompts that no trial saw.
+Each trial is a run of `pavlov sft` in a folder of its own below ``trials/``; all share one engine,
+one ensemble and what the first has measured of the policy that all start from. The settings follow
+from the seed, so that a search that was interrupted goes on with the trials that are left.
+Successive halving (Li et al., 2020, A System for Massively Parallel Hyperparameter Tuning) ends
+those that fall behind. A trial's objective is the best mean *lower reward* of its evaluations:
+reward less disagreement. Being chosen on them makes it look better than it is; therefore the winner
+meets the median trial on prompts that no trial saw.
 """
 
 from __future__ import annotations
@@ -195,6 +196,7 @@ def _search(
             folder=str(folder),
             shared_memory=f"{shared.shared_memory}-trial-{trial.number}",
             steps=steps_of(settings, examples),
+            start=start_known(run),
         )
         failures: list[BaseException] = []
 
@@ -257,6 +259,14 @@ def _search(
         for path in _folder(run, trial).iterdir():
             if path.is_dir() and path.name not in ("policy", "answers"):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def start_known(run: Path) -> Evaluation | None:
+    """What a trial has measured before its first step: all start from the same policy."""
+    for folder in sorted((run / "trials").iterdir()):
+        if evaluations := read_evaluations(folder):
+            return evaluations[0]
+    return None
 
 
 class Marking(Callback):

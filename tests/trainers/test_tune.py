@@ -1,5 +1,6 @@
 """What a search tries, without trying it."""
 
+import json
 import math
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 
 from rlhf.config import TuneConfig, parse_config
 from rlhf.errors import ConfigError
-from trainers.tune import drawn, settings_of
+from trainers.tune import drawn, settings_of, start_known
 
 
 def config(**tune: Any) -> TuneConfig:
@@ -61,3 +62,19 @@ def test_a_search_that_is_none_is_refused(tune, said):
     with pytest.raises(ConfigError) as refused:
         config(**tune)
     assert said in str(refused.value)
+
+
+def test_what_one_trial_measured_before_its_first_step_is_not_measured_again(tmp_path):
+    trials = tmp_path / "trials"
+    for number in range(3):
+        (trials / f"{number:03d}").mkdir(parents=True)
+    assert start_known(tmp_path) is None
+    rows = [
+        {"step": step, "loss": loss, "rewards_P": [1.0, loss], "disagreement_P": [0.1, 0.2]}
+        for step, loss in ((0, 2.5), (4, 2.25))
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (trials / "001" / "evaluations.jsonl").write_text(lines)
+    found = start_known(tmp_path)
+    assert found is not None
+    assert (found.step, found.loss, found.rewards_P) == (0, 2.5, (1.0, 2.5))
