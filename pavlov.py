@@ -169,6 +169,78 @@ def serve(config: Config, overrides: Overrides = None) -> None:
     serve_chat(settings, _console())
 
 
+@app.command(
+    epilog="Example: pavlov compare runs/rl_hh_cpu embedded --prompts "
+    "hh/helpful-base/validation.jsonl.gz --out pairs.jsonl"
+)
+def compare(
+    one: Annotated[str, typer.Argument(help="run or model folder, hub id, or embedded")],
+    other: Annotated[str, typer.Argument(help="what it is compared with")],
+    prompts: Annotated[Path, typer.Option(help="whose prompts are answered, once by either")],
+    out: Annotated[Path, typer.Option(help="*.jsonl for `pavlov label import --pairs`")],
+    limit: Annotated[int, typer.Option(min=1, help="prompts at most")] = 100,
+    max_tokens: Annotated[int, typer.Option(min=1, help="tokens of an answer")] = 256,
+    max_prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="longer prompts are left out")
+    ] = 512,
+    seed: Annotated[int, typer.Option(help="of both policies' answers")] = 0,
+) -> None:
+    """Have two policies answer the same prompts, for judges to compare directly."""
+    from trainers.compare import write_pairs
+
+    write_pairs(
+        (one, other),
+        prompts,
+        out,
+        _console(),
+        limit=limit,
+        max_tokens=max_tokens,
+        max_prompt_tokens=max_prompt_tokens,
+        seed=seed,
+    )
+
+
+@app.command(epilog="Example: pavlov promote runs/rl_hh_cpu --project release-2")
+def promote(
+    run: Annotated[str | None, typer.Argument(help="run or model folder", metavar="[RUN]")] = None,
+    overrides: Overrides = None,
+    project: Annotated[
+        str | None, typer.Option(help="where it was compared with what is served", metavar="NAME")
+    ] = None,
+    kind: Annotated[Literal["person", "model"], typer.Option(help="of judge")] = "person",
+    labels: Annotated[Path, typer.Option(help="configuration of `pavlov label`")] = Path(
+        "configs/label.toml"
+    ),
+    name: Annotated[str, typer.Option(help="the server's serve.name")] = "pavlov",
+    without_evidence: Annotated[
+        str | None, typer.Option(help="promote it all the same; kept in the record", metavar="WHY")
+    ] = None,
+    rollback: Annotated[
+        bool, typer.Option("--rollback", help="serve again what was served before")
+    ] = False,
+    wait: Annotated[float, typer.Option(min=0, help="seconds for the server to follow")] = 180.0,
+) -> None:
+    """Make a run's policy the served one, upon evidence of independent judges."""
+    from rlhf.errors import ConfigError
+    from serving.promotion import promote as promote_run
+    from serving.promotion import roll_back, wait_until_followed
+
+    if rollback == (run is not None):
+        raise ConfigError("give RUN to promote it, or --rollback alone to undo the last promotion")
+    if run is None:
+        done = roll_back(name)
+    else:
+        settings = _label_config(labels, overrides) if project is not None else None
+        done = promote_run(run, name, settings, project, kind=kind, override=without_evidence)
+        if done.evidence is not None:
+            print(done.evidence["sentence"])
+    print(f"version {done.version} is to be served, not {done.before}")
+    if wait_until_followed(name, done, wait):
+        print(f"version {done.version} is served")
+    else:
+        print("no server has followed so far; one that starts will")
+
+
 label = typer.Typer(help="Human judgement: what to compare, who compares it, what came of it.")
 app.add_typer(label, name="label", no_args_is_help=True)
 ProjectName = Annotated[str, typer.Option("--project", help="whose work it is", metavar="NAME")]

@@ -11,10 +11,13 @@ Ties count half in shares and not at all in tests of who is better.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from labelling.records import PREFERS_A, Judgement
+from rlhf.records import OVERALL
 from rlhf.statistics import sign_test, wilson_interval
 
 
@@ -150,6 +153,26 @@ class WinMatrix:
         pairs = combinations(self.models, 2)
         told = [(expected_information(self.record(a, b)), a, b) for a, b in pairs]
         return sorted(told, key=lambda item: (-item[0], item[1], item[2]))
+
+
+def majorities(
+    judgements: Iterable[Judgement], sides: Callable[[Judgement], tuple[str, str]]
+) -> list[tuple[tuple[str, str], float]]:
+    """Pairs whose answers are of two sides, each with its majority's overall outcome for the first:
+    judges of one pair are not independent of each other, so that it counts once."""
+    said: dict[str, list[float]] = defaultdict(list)
+    whose: dict[str, tuple[str, str]] = {}
+    for each in judgements:
+        one, other = sides(each)
+        if one and other and one != other:
+            said[each.pair].append(PREFERS_A[each.verdicts[OVERALL]])
+            whose[each.pair] = (one, other)
+    return [(whose[pair], _majority(outcomes)) for pair, outcomes in said.items()]
+
+
+def _majority(outcomes: Sequence[float]) -> float:
+    mean = math.fsum(outcomes) / len(outcomes)
+    return 1.0 if mean > 0.5 else 0.0 if mean < 0.5 else 0.5
 
 
 def holm(p_values: Mapping[tuple[str, str], float]) -> dict[tuple[str, str], float]:

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from labelling.agreement import alpha_interval
-from labelling.comparison import Comparison, WinMatrix, holm
+from labelling.comparison import Comparison, WinMatrix, holm, majorities
 from labelling.labels import counted
 from labelling.quality import AssessorQuality, Interval, assessor_quality, position_bias
-from labelling.records import PREFERS_A, Judgement, Kind
+from labelling.records import Judgement, Kind
 from labelling.store import Assessor, Project, Store
 from rlhf.config.label import LabelConfig
 from rlhf.records import OVERALL
@@ -115,14 +115,9 @@ def compared(judgements: Sequence[Judgement]) -> dict[str, Any]:
 
     Judges of one pair are not independent of each other: a pair counts once, by its majority.
     """
-    said: dict[str, list[float]] = defaultdict(list)
-    models: dict[str, tuple[str, str]] = {}
-    for each in judgements:
-        if all(each.models) and each.models[0] != each.models[1]:
-            said[each.pair].append(PREFERS_A[each.verdicts[OVERALL]])
-            models[each.pair] = each.models
     matrix = WinMatrix(
-        Comparison(*models[pair], _majority(outcomes)) for pair, outcomes in said.items()
+        Comparison(*models, outcome)
+        for models, outcome in majorities(judgements, lambda each: each.models)
     )
     records = {
         (one, other): matrix.record(one, other)
@@ -164,8 +159,3 @@ def compared(judgements: Sequence[Judgement]) -> dict[str, Any]:
             {"one": one, "other": other, "bits": bits} for bits, one, other in matrix.ask_next()
         ][:_ASK],
     }
-
-
-def _majority(outcomes: Sequence[float]) -> float:
-    mean = math.fsum(outcomes) / len(outcomes)
-    return 1.0 if mean > 0.5 else 0.0 if mean < 0.5 else 0.5

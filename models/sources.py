@@ -33,6 +33,18 @@ def resolve_model(name: str) -> Path:
     return _download(name)
 
 
+def resolve_policy(name: str) -> Path:
+    """The same for a run folder too: its ``policy/``.
+
+    Raises:
+        ModelError: as `resolve_model`.
+    """
+    folder = None if name == EMBEDDED else _local_folder(name)
+    if folder is not None and (folder / "policy").is_dir():
+        return check_folder(folder / "policy")
+    return resolve_model(name)
+
+
 def portable_name(name: str) -> str:
     """A model's name as other processes and nodes understand it: a folder made absolute,
     ``embedded`` and hub ids as they are."""

@@ -9,6 +9,7 @@
      │   ├─ ModelError           a model folder, a hub id, a reward-model folder
      │   ├─ RewardFunctionError  a reward function of one's own
      │   ├─ RunFolderError       the run folder is busy, relative, or holds another run
+     │   ├─ PromotionError       a version that may not, or cannot, become the served one
      │   └─ ResourceError        too few cores, GPUs, or too little memory or disk
      └─ RunError             the run itself could not go on; exit code 1
          ├─ GenerationError      one group could not be generated or scored: data, not a crash
@@ -54,6 +55,10 @@ class RewardFunctionError(UserError):
 
 class RunFolderError(UserError):
     """The run folder is busy, relative where it must not be, or holds another run."""
+
+
+class PromotionError(UserError):
+    """A version of the assistant may not, or cannot, become the served one."""
 
 
 class ResourceError(UserError):

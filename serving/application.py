@@ -10,16 +10,16 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 
 from cluster.session import free_port
 from rlhf.errors import ResourceError, RunError
 
-_READY_S = 180.0
+READY_S = 180.0
 _GONE_S = 20.0
+_QUIET = {"log_level": "ERROR", "enable_access_log": False}
 
 
 def choose_port(host: str, port: int, patience_s: float = _GONE_S) -> int:
@@ -47,14 +47,52 @@ def choose_port(host: str, port: int, patience_s: float = _GONE_S) -> int:
         time.sleep(0.2)
 
 
-def serve_until_stopped(
-    application: Any, name: str, host: str, port: int, console: Console, ready: Callable[[str], str]
-) -> None:
-    """Run a Serve application on this cluster until SIGTERM or SIGINT; what it has accepted by then
-    it finishes.
+class Applications(Protocol):
+    """What is served: one Serve application or several."""
+
+    def start(self) -> None:
+        """Deploy them; returns when they run."""
+
+    def ready(self, address: str) -> str:
+        """What is said once they answer."""
+
+    def stop(self) -> None:
+        """End them; what they have accepted they finish."""
+
+
+def run_application(application: Any, name: str, prefix: str | None, patience_s: float) -> None:
+    """Deploy a Serve application and wait until it runs.
 
     Args:
-        ready: what is said once it answers, from its address.
+        prefix: its path over HTTP; None: it has none.
+
+    Raises:
+        RunError: it did not come up in time; nothing is left of it.
+    """
+    from ray import serve
+
+    failed: list[str] = []
+
+    def run() -> None:
+        try:
+            serve.run(application, name=name, route_prefix=prefix, logging_config=_QUIET)
+        except Exception as error:
+            failed.append(str(error).strip().splitlines()[-1][:300])
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(patience_s)
+    if thread.is_alive():
+        failed.append(f"it does not run after {patience_s:g} s; is there room for it?")
+    if failed:
+        serve.delete(name)
+        raise RunError(f"{name} did not start: {failed[0]}")
+
+
+def serve_until_stopped(
+    applications: Applications, name: str, host: str, port: int, console: Console
+) -> None:
+    """Serve on this cluster until SIGTERM or SIGINT; what was accepted by then is finished.
 
     Raises:
         RunError: it did not come up, or does not answer any more.
@@ -62,7 +100,6 @@ def serve_until_stopped(
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    quiet = {"log_level": "ERROR", "enable_access_log": False}
     stop = threading.Event()
     before = {
         number: signal.signal(number, lambda *_: stop.set())
@@ -72,38 +109,34 @@ def serve_until_stopped(
         serve.start(
             proxy_location="HeadOnly",
             http_options={"host": host, "port": port},
-            logging_config=quiet,
+            logging_config=_QUIET,
         )
-        failed: list[str] = []
-        threading.Thread(
-            target=_start, args=(application, name, quiet, failed), daemon=True
-        ).start()
+        failed: list[Exception] = []
+
+        def begin() -> None:
+            try:
+                applications.start()
+            except Exception as error:
+                failed.append(error)
+
+        threading.Thread(target=begin, daemon=True).start()
         address = f"http://{'127.0.0.1' if host in ('', '0.0.0.0') else host}:{port}"
-        deadline = time.monotonic() + _READY_S
+        deadline = time.monotonic() + READY_S
         while not stop.is_set() and not _answers(address):
             if failed:
-                raise RunError(f"{name} did not start: {failed[0]}")
+                raise failed[0]
             if time.monotonic() > deadline:
-                raise RunError(f"{name} did not answer at {address} within {_READY_S:g} s")
+                raise RunError(f"{name} did not answer at {address} within {READY_S:g} s")
             stop.wait(0.2)
         if not stop.is_set():
-            console.print(ready(address))
+            console.print(applications.ready(address))
         stop.wait()
         console.print(f"{name}: stopping")
-        serve.delete(name)
+        applications.stop()
         serve.shutdown()  # type: ignore[no-untyped-call]
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _start(application: Any, name: str, quiet: dict[str, Any], failed: list[str]) -> None:
-    from ray import serve
-
-    try:
-        serve.run(application, name=name, route_prefix="/", logging_config=quiet)
-    except Exception as error:
-        failed.append(str(error).strip().splitlines()[-1][:300])
 
 
 def _answers(address: str) -> bool:

@@ -1,8 +1,10 @@
-"""`pavlov serve`: ingress, engine and ensemble as one Ray Serve application."""
+"""`pavlov serve`: ingress, engine and ensemble under Ray Serve, and the change of version."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+import threading
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,62 +15,176 @@ from actors.chat_scorer import ChatScorer, Verdict
 from cluster.layout import actor_environment, choose_layout, usable_cores
 from cluster.session import ray_session
 from models.reward_model import RewardModel
-from models.sources import resolve_model, resolve_reward_model
+from models.sources import resolve_model, resolve_reward_model, weights_fingerprint
 from rlhf.config import parse_config
-from rlhf.config.serve import ReplicasSection, ServeConfig
+from rlhf.config.serve import ReplicasSection, ServeConfig, ServeSection
 from rlhf.records import Message
-from serving.application import choose_port, serve_until_stopped
+from serving.application import READY_S, choose_port, run_application, serve_until_stopped
+from serving.promotion import Live, Promotion, Served
+
+_LOOK_EVERY_S = 0.5
+_SETTLE_S = 3.0
 
 
 def serve_chat(config: ServeConfig, console: Console) -> None:
-    """Serve until SIGTERM or SIGINT.
+    """Serve until SIGTERM or SIGINT: what was promoted under this name (`pavlov promote`), or
+    `policy.model` where nothing ever was; a promotion while it runs is followed.
 
     Raises:
         ModelError: policy or reward model cannot be used.
     """
-    model = resolve_model(config.policy.model)
+    settings = config.serve
+    served = Served(settings.name)
+    if newest := served.newest():
+        live = Live(newest.version, str(served.model(newest.version)), newest.at)
+        console.print(
+            f"serving version {newest.version}, promoted from {newest.source}, not "
+            f"policy.model = {config.policy.model}"
+        )
+    else:
+        model = resolve_model(config.policy.model)
+        live = Live(weights_fingerprint(model), str(model))
     reward = None if config.reward is None else resolve_reward_model(config.reward).absolute()
     if reward is not None:
         RewardModel.load(reward)
-    settings = config.serve
     port = choose_port(settings.host, settings.port)
     with ray_session("serve", num_cpus=usable_cores()):
-        serve_until_stopped(
-            application(config, model, reward),
-            settings.name,
-            settings.host,
-            port,
-            console,
-            lambda address: f"serving {settings.name}: {address}/v1/chat/completions",
+        assistant = Assistant(config, served, live, reward, console)
+        serve_until_stopped(assistant, settings.name, settings.host, port, console)
+
+
+class Assistant:
+    """Ingress and ensemble as one Serve application, and an engine for each version as one of its
+    own: a promoted version's answers before the one before it is told to finish, so that nobody
+    waits and every answer is of one version. For that time there is room needed for both."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        served: Served,
+        live: Live,
+        reward: Path | None,
+        console: Console,
+    ) -> None:
+        self._config, self._served, self._console = config, served, console
+        self._reward, self._live = reward, live
+        self._name = config.serve.name
+        self._stopping = threading.Event()
+
+    def start(self) -> None:
+        """See `Applications`."""
+        self._start_engine(self._live)
+        self._served.say_live(self._live)
+        scorer = [] if self._reward is None else [_scorer(self._config, self._reward)]
+        served, name = self._served, self._name
+        ingress = _ingress(
+            self._config, self._reward, lambda: _live_tokenizer(served), LiveEngine(served, name)
         )
+        run_application(ingress.bind(*scorer), name, "/", READY_S)
+
+    def ready(self, address: str) -> str:
+        """See `Applications`."""
+        threading.Thread(target=self._follow, daemon=True).start()
+        return f"serving {self._name}: {address}/v1/chat/completions"
+
+    def stop(self) -> None:
+        """See `Applications`."""
+        from ray import serve
+
+        self._stopping.set()
+        serve.delete(self._name)
+        serve.delete(_engine_of(self._name, self._live.version))
+        self._served.say_live(replace(self._live, stopped=True))
+
+    def _follow(self) -> None:
+        while not self._stopping.wait(_LOOK_EVERY_S):
+            newest = self._served.newest()
+            if newest is not None and newest.at > self._live.seen:
+                self._switch(newest)
+
+    def _switch(self, to: Promotion) -> None:
+        """Serve another version; go on with this one if it does not come up."""
+        from ray import serve
+
+        old = replace(self._live, seen=to.at, failed="")
+        try:
+            self._live = old
+            if to.version != old.version:
+                live = replace(old, version=to.version, model=str(self._served.model(to.version)))
+                self._start_engine(live)
+                self._live = live
+        except Exception as error:
+            self._live = replace(old, failed=str(error) or type(error).__name__)
+            self._console.print(f"version {to.version} is not served: {self._live.failed}")
+        self._served.say_live(self._live)
+        if self._live.version != old.version:
+            self._console.print(f"version {to.version} is served, not {old.version}")
+            # An ingress that had just asked which one is live has begun its request by then.
+            self._stopping.wait(_SETTLE_S)
+            serve.delete(_engine_of(self._name, old.version))
+
+    def _start_engine(self, live: Live) -> None:
+        name = _engine_of(self._name, live.version)
+        run_application(_engine(self._config, live.model), name, None, READY_S)
+
+
+def _engine_of(name: str, version: str) -> str:
+    """What the Serve application is called that holds a version's engine."""
+    return f"{name}-{version}"
+
+
+def _live_tokenizer(served: Served) -> Path:
+    live = served.live()
+    assert live is not None, "an engine is started before the ingress"
+    return Path(live.model)
 
 
 def from_arguments(arguments: dict[str, Any]) -> Any:
     """The application for `serve deploy` (`configs/serve.yaml`); `arguments` are the sections of a
-    configuration of `pavlov serve`.
+    configuration of `pavlov serve`. Promotions are not followed: deploy the file anew.
 
     Raises:
         ConfigError: as the TOML file of the same content.
     """
     config = parse_config(ServeConfig, arguments, "serve.yaml")
+    model = resolve_model(config.policy.model)
     reward = None if config.reward is None else resolve_reward_model(config.reward).absolute()
-    return application(config, resolve_model(config.policy.model), reward)
+    parts = [_engine(config, str(model))]
+    if reward is not None:
+        parts.append(_scorer(config, reward))
+    engine = OwnEngine(config.serve.name)
+    return _ingress(config, reward, lambda: model, engine).bind(*parts)
 
 
-def application(config: ServeConfig, model: Path, reward: Path | None) -> Any:
-    """The Serve application, for `serve.run`."""
+def _engine(config: ServeConfig, model: str) -> Any:
+    """The deployment of one version's engine."""
+    settings = config.serve
+    length = settings.max_prompt_tokens + settings.max_tokens
+    deployed = _deployed(ChatEngine, "engine", settings.engine, 4 * settings.at_once, settings)
+    return deployed.bind(model, config.engine, length, settings.engine.gpus)
+
+
+def _scorer(config: ServeConfig, reward: Path) -> Any:
+    settings = config.serve
+    deployed = _deployed(ChatScorer, "ensemble", settings.scorer, 4 * settings.at_once, settings)
+    return deployed.bind(str(reward), settings.scorer.gpus)
+
+
+def _ingress(
+    config: ServeConfig,
+    reward: Path | None,
+    tokenizer: Callable[[], Path],
+    engine: Callable[[], Any],
+) -> Any:
+    """The deployment that requests arrive at.
+
+    Args:
+        tokenizer: the folder to load it from, asked when a replica starts.
+        engine: the handle of the engine, asked for every request.
+    """
     from ray import serve
 
     settings = config.serve
-    length = settings.max_prompt_tokens + settings.max_tokens
-    engine = _deployed(ChatEngine, "engine", settings.engine, 4 * settings.at_once).bind(
-        str(model), config.engine, length, settings.engine.gpus
-    )
-    scorer = None
-    if reward is not None:
-        scorer = _deployed(ChatScorer, "ensemble", settings.scorer, 4 * settings.at_once).bind(
-            str(reward), settings.scorer.gpus
-        )
 
     def build() -> Any:
         from models.chat import ChatTokenizer
@@ -76,21 +192,49 @@ def application(config: ServeConfig, model: Path, reward: Path | None) -> Any:
 
         return chat_app(
             config,
-            ChatTokenizer(model),
-            EngineElsewhere(serve.get_deployment_handle("engine", settings.name)),
+            ChatTokenizer(tokenizer()),
+            EngineElsewhere(engine),
             None
             if reward is None
             else ScorerElsewhere(serve.get_deployment_handle("ensemble", settings.name)),
         )
 
     served: Any = serve.ingress(build)()
-    ingress = _deployed(
-        served, "chat", settings.ingress, 2 * (settings.at_once + settings.waiting) + 8
-    )
-    return ingress.bind(*filter(None, (engine, scorer)))
+    places = 2 * (settings.at_once + settings.waiting) + 8
+    return _deployed(served, "chat", settings.ingress, places, settings)
 
 
-def _deployed(target: Any, name: str, replicas: ReplicasSection, at_once: int) -> Any:
+class OwnEngine:
+    """The handle of the engine in an application of this name."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self) -> Any:
+        from ray import serve
+
+        return serve.get_deployment_handle("engine", self._name)
+
+
+class LiveEngine:
+    """The handle of the engine whose version is live."""
+
+    def __init__(self, served: Served, name: str) -> None:
+        self._served, self._name = served, name
+        self._handles: dict[str, Any] = {}
+
+    def __call__(self) -> Any:
+        live = self._served.live()
+        assert live is not None, "an engine is started before the ingress"
+        if live.version not in self._handles:
+            own = OwnEngine(_engine_of(self._name, live.version))
+            self._handles = {live.version: own()}
+        return self._handles[live.version]
+
+
+def _deployed(
+    target: Any, name: str, replicas: ReplicasSection, at_once: int, settings: ServeSection
+) -> Any:
     from ray import serve
 
     options: dict[str, Any] = {"num_replicas": replicas.least}
@@ -106,7 +250,7 @@ def _deployed(target: Any, name: str, replicas: ReplicasSection, at_once: int) -
     return serve.deployment(
         name=name,
         max_ongoing_requests=at_once,
-        graceful_shutdown_timeout_s=60.0,
+        graceful_shutdown_timeout_s=settings.timeout_s,
         health_check_period_s=5.0,
         ray_actor_options={
             "num_cpus": replicas.cpus,
@@ -118,16 +262,16 @@ def _deployed(target: Any, name: str, replicas: ReplicasSection, at_once: int) -
 
 
 class EngineElsewhere:
-    """A `ChatEngine` behind a Serve handle."""
+    """A `ChatEngine` behind a Serve handle, which is asked for anew for every request."""
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: Callable[[], Any]) -> None:
         self._handle = handle
 
     async def write(
         self, prompt_ids: Sequence[int], sampling: Sampling
     ) -> AsyncGenerator[Piece, None]:
         """See `ChatEngine.write`."""
-        pieces = self._handle.options(stream=True).write.remote(prompt_ids, sampling)
+        pieces = self._handle().options(stream=True).write.remote(prompt_ids, sampling)
         try:
             async for piece in pieces:
                 yield piece
@@ -136,7 +280,7 @@ class EngineElsewhere:
 
     async def version(self) -> str:
         """See `ChatEngine.version`."""
-        return str(await self._handle.version.remote())
+        return str(await self._handle().version.remote())
 
 
 class ScorerElsewhere:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from cluster.progress import Progressing
 from labelling.database import Database
+from labelling.evidence import judge_name
 from labelling.exchange import Form, read_judgements, read_work, write_judgements
 from labelling.flagged import flagged_work
 from labelling.judges import Decide, Truth, as_person, as_reward_model, judge_over_http, truths_of
@@ -159,9 +160,12 @@ def judge(
     decides: dict[str, Callable[[], Decide]] = {}
     kind: Kind
     if reward is not None:
+        from models.reward_model import RewardModel
+
         folder = resolve_reward_model(reward)
-        kind, name = "model", f"reward-model {folder.parent.name}"
-        decides[name[:80]] = partial(as_reward_model, folder, settings.ties_below)
+        version = RewardModel.load(folder).card.version
+        kind, name = "model", judge_name(folder.parent.name, version)
+        decides[name] = partial(as_reward_model, folder, settings.ties_below)
     else:
         kind = "simulated"
         truths = _truths(truth)

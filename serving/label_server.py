@@ -14,7 +14,7 @@ from labelling.store import Store
 from rlhf.config import data_path
 from rlhf.config.label import LabelConfig
 from rlhf.errors import ConfigError, DataError
-from serving.application import choose_port, serve_until_stopped
+from serving.application import READY_S, choose_port, run_application, serve_until_stopped
 
 _AT_ONCE = 64
 _WAITING = 2000
@@ -42,17 +42,37 @@ def serve_labels(config: LabelConfig, console: Console, project: str | None = No
         port = choose_port(settings.host, settings.port)
         with ray_session("label", num_cpus=usable_cores()):
             serve_until_stopped(
-                _application(config, guidelines, project),
+                Labelling(_application(config, guidelines, project), database.name),
                 "label",
                 settings.host,
                 port,
                 console,
-                lambda address: f"labelling: {address}/  database {database.name}",
             )
     finally:
         if held is not None:
             held.release()
         database.close()
+
+
+class Labelling:
+    """The one application, as `serve_until_stopped` takes it."""
+
+    def __init__(self, application: Any, database: str) -> None:
+        self._application, self._database = application, database
+
+    def start(self) -> None:
+        """See `Applications`."""
+        run_application(self._application, "label", "/", READY_S)
+
+    def ready(self, address: str) -> str:
+        """See `Applications`."""
+        return f"labelling: {address}/  database {self._database}"
+
+    def stop(self) -> None:
+        """See `Applications`."""
+        from ray import serve
+
+        serve.delete("label")
 
 
 def _guidelines(path: str | None) -> str | None:

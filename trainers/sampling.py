@@ -65,6 +65,7 @@ async def sample_with_engine(
     *,
     say: Callable[[str], None],
     done: Callable[[int], None],
+    max_prompt_tokens: int = 256,
 ) -> list[tuple[Completion, ...]]:
     """The same with an engine of its own, started for it and ended after it."""
     memory = shared_memory_folder(run)
@@ -75,7 +76,7 @@ async def sample_with_engine(
         lambda number: {
             "model": model,
             "settings": settings,
-            "max_prompt_tokens": 256,
+            "max_prompt_tokens": max_prompt_tokens,
             "max_tokens": max(request.max_tokens for request in requests),
             "shared_memory": str(memory),
             "run": run,

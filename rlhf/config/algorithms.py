@@ -237,6 +237,12 @@ class OffPolicySection(Section):
 
     @model_validator(mode="after")
     def _the_range_is_one_and_has_weights(self) -> Self:
+        default = OffPolicySection.model_fields["truncate"].default
+        if self.weights is None and self.truncate != default:
+            raise ValueError(
+                f"rl.off_policy.truncate = {self.truncate:g} without rl.off_policy.weights: there "
+                'are no weights to cut; set weights to "token" or "sequence"'
+            )
         if self.mask_outside is None:
             return self
         low, high = self.mask_outside

@@ -157,12 +157,12 @@ def search(folder: Path) -> dict[str, Any]:
 
 
 def chain(folder: Path) -> dict[str, Any]:
-    """`sft`, `reward`, `rl` as documented: the fine-tuned policy is start and reference of RL,
-    whose first step is at its reference and whose reward rises from there.
+    """Fine-tuning, `reward`, `rl` as documented, with the policy that the search chose: it is start
+    and reference of RL, whose first step is at its reference and whose reward rises from there.
     """
     reward = judge(folder)
-    tuned = folder.parent / "curves" / "run" / "policy"
-    assert tuned.is_dir(), "run the proof `curves` first"
+    tuned = folder.parent / "search" / "search" / "policy"
+    assert tuned.is_dir(), "run the proof `search` first"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     pavlov(

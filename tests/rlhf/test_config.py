@@ -372,6 +372,10 @@ def test_an_override_without_key_or_value_is_refused(refusal, override):
             ['rl.off_policy.weights = "token"', 'rl.algorithm.type = "gspo"'],
         ),
         (
+            ["rl.off_policy.truncate=3"],
+            ["rl.off_policy.truncate = 3", "rl.off_policy.weights"],
+        ),
+        (
             ["rl.off_policy.mask_outside=[0.5, 2]"],
             ["rl.off_policy.mask_outside = [0.5, 2]", "rl.off_policy.weights"],
         ),

@@ -10,6 +10,9 @@ import httpx
 import openai
 import pytest
 
+from models.sources import weights_fingerprint
+from tests.commands import Commands
+from tests.conftest import build_tiny_model
 from tests.servers import Server, running
 
 pytestmark = pytest.mark.engine
@@ -17,15 +20,18 @@ ASK = [{"role": "user", "content": "What is a good name for a cat?"}]
 
 
 @pytest.fixture(scope="module")
-def server(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tiny_reward_model: Path
-) -> Iterator[Server]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("serve")
+
+
+@pytest.fixture(scope="module")
+def server(runs: Path, tiny_model: Path, tiny_reward_model: Path) -> Iterator[Server]:
     command = (
         *("serve", "configs/serve.toml", "serve.port=0", f"policy.model={tiny_model}"),
         *(f"reward={tiny_reward_model}", "serve.max_prompt_tokens=200", "serve.max_tokens=500"),
         *("engine.dtype=float32", "serve.at_once=8", "serve.waiting=8"),
     )
-    with running(*command, runs=tmp_path_factory.mktemp("serve")) as found:
+    with running(*command, runs=runs) as found:
         yield found
         # What it had accepted it has finished; then it ends of itself.
         assert found.stop(signal.SIGTERM) == 0
@@ -139,3 +145,82 @@ def test_who_leaves_stops_the_writing(server, client):
     settled = written()
     time.sleep(1)
     assert written() == settled < before + 3 * 8 * 500
+
+
+OVERRIDE = ("--without-evidence", "a test of the server")
+
+
+class Load:
+    """Requests without a pause, until the block ends; each answer's version, and when it was asked
+    for and had."""
+
+    def __init__(self, client: openai.OpenAI) -> None:
+        self.answers: list[tuple[float, float, str]] = []
+        self.failures: list[Exception] = []
+        self._client, self._over = client, threading.Event()
+        self._threads = [threading.Thread(target=self._ask) for _ in range(4)]
+
+    def _ask(self) -> None:
+        while not self._over.is_set():
+            began = time.monotonic()
+            try:
+                found = ask(self._client, max_tokens=64, extra_body={"best_of": 2})
+            except Exception as error:
+                self.failures.append(error)
+                return
+            version = found.model_extra["pavlov"]["weight_version"]
+            self.answers.append((began, time.monotonic(), version))
+
+    def __enter__(self) -> "Load":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def promoted(runs: Path, *arguments: str) -> tuple[float, float]:
+    """When `pavlov promote` was started, and when it said that the server has followed."""
+    began = time.monotonic()
+    process = Commands(runs).command("promote", *arguments)
+    said, error = process.communicate(timeout=240)
+    assert process.returncode == 0, error
+    assert said.rstrip().endswith("is served")
+    return began, time.monotonic()
+
+
+def test_versions_change_under_load_and_no_request_fails(
+    server, client, runs, tiny_model, tmp_path
+):
+    second = build_tiny_model(tmp_path / "run" / "policy", seed=1)
+    old, new = weights_fingerprint(tiny_model), weights_fingerprint(second)
+    with Load(client) as load:
+        time.sleep(2)
+        up = promoted(runs, str(tmp_path / "run"), *OVERRIDE)
+        time.sleep(2)
+        back = promoted(runs, "--rollback")
+        time.sleep(2)
+    assert not load.failures
+    assert {version for *_, version in load.answers} == {old, new}
+    for began, ended, version in load.answers:
+        if ended < up[0] or began > back[1]:
+            assert version == old
+        if began > up[1] and ended < back[0]:
+            assert version == new
+    assert ask(client).model_extra["pavlov"]["weight_version"] == old
+
+
+def test_a_version_that_does_not_come_up_leaves_the_one_before(server, client, runs, tmp_path):
+    broken = build_tiny_model(tmp_path / "run" / "policy", seed=3)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    before = ask(client).model_extra["pavlov"]["weight_version"]
+    process = Commands(runs).command("promote", str(tmp_path / "run"), *OVERRIDE)
+    _, error = process.communicate(timeout=240)
+    assert process.returncode == 2
+    assert f"goes on with {before}" in error
+    assert ask(client).model_extra["pavlov"]["weight_version"] == before
+    assert client.models.list().data[0].model_extra["weight_version"] == before

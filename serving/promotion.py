@@ -1,0 +1,341 @@
+"""Which version of the assistant is served, who made it so, and upon what evidence.
+
+::
+
+    <PAVLOV_RUNS>/served/<name>/
+        promotions.jsonl     append only: every promotion and rollback, its evidence or its override
+        versions/<version>/  the weights, so that a rollback needs no run folder
+        live.json            what the server serves now, and what it could not
+
+`pavlov promote` writes the first two; a server of that name follows the newest line
+(`serving/chat_server.py`) and writes the third.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock
+
+from cluster.files import folder_beside, write_atomically
+from labelling.database import Database
+from labelling.evidence import Evidence, direct_evidence
+from labelling.records import Kind
+from labelling.store import Store
+from models.chat import ChatTokenizer
+from models.sources import (
+    check_folder,
+    portable_name,
+    resolve_policy,
+    resolve_reward_model,
+    weights_fingerprint,
+)
+from rlhf.config import LabelConfig, runs_path
+from rlhf.errors import ModelError, PavlovError, PromotionError
+
+LEAST_REASON = 10
+_LOOK_EVERY_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Promotion:
+    """A line of ``promotions.jsonl``: `version` is served instead of `before` from `at` (seconds
+    since 1970) on. It has evidence, or an `override`: why there is none."""
+
+    version: str
+    before: str
+    source: str
+    action: Literal["promote", "rollback"]
+    by: str
+    at: float
+    evidence: dict[str, Any] | None = None
+    override: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """What a server serves, the newest promotion that it has seen (its `Promotion.at`), and why it
+    could not follow that one, if so."""
+
+    version: str
+    model: str
+    seen: float = 0.0
+    failed: str = ""
+    stopped: bool = False
+
+
+class Served:
+    """The record of one assistant, by its name (`serve.name`)."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.folder = runs_path("served") / (re.sub(r"[^\w.-]", "-", name).lstrip(".") or "-")
+        self._lines = self.folder / "promotions.jsonl"
+        self._live = self.folder / "live.json"
+
+    def promotions(self) -> list[Promotion]:
+        """All of them, oldest first."""
+        if not self._lines.is_file():
+            return []
+        # A line without its end is one that is being written.
+        lines = self._lines.read_text().split("\n")[:-1]
+        return [Promotion(**json.loads(line)) for line in lines]
+
+    def newest(self) -> Promotion | None:
+        """What is to be served, if anything was ever promoted."""
+        found = self.promotions()
+        return found[-1] if found else None
+
+    def current(self) -> str:
+        """The version that is served, or will be once the server is there; "" where none is."""
+        newest, live = self.newest(), self.live()
+        if newest is None or (live is not None and live.failed and live.seen == newest.at):
+            return live.version if live is not None else ""
+        return newest.version
+
+    def model(self, version: str) -> Path:
+        """Where a version's weights are kept.
+
+        Raises:
+            ModelError: they are not there.
+        """
+        return check_folder(self.folder / "versions" / version)
+
+    def live(self) -> Live | None:
+        """What the server has said, if one was ever started."""
+        return Live(**json.loads(self._live.read_text())) if self._live.is_file() else None
+
+    def say_live(self, live: Live) -> None:
+        """What the server serves from now on."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._live, json.dumps(asdict(live)) + "\n")
+
+    def keep(self, model: Path) -> str:
+        """Keep a policy's weights; returns its version."""
+        version = weights_fingerprint(model)
+        target = self.folder / "versions" / version
+        if not target.is_dir():
+            with folder_beside(target) as beside:
+                shutil.copytree(model, beside, copy_function=_link_or_copy, dirs_exist_ok=True)
+        return version
+
+    def add(self, decide: Callable[[str], Promotion]) -> Promotion:
+        """Append what is decided upon what is served, while nobody else decides.
+
+        Raises:
+            PromotionError: nothing is served under this name.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / ".promotions.lock"):
+            if not (before := self.current()):
+                raise PromotionError(
+                    f"nothing is served under the name {self.name}: start `pavlov serve` first, or "
+                    "give the server's serve.name with --name"
+                )
+            found = decide(before)
+            with self._lines.open("a") as file:
+                file.write(json.dumps(asdict(found)) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        return found
+
+
+def promote(
+    run: str,
+    name: str,
+    labels: LabelConfig | None,
+    project: str | None,
+    *,
+    kind: Kind = "person",
+    override: str | None = None,
+) -> Promotion:
+    """Make a run's policy the served one.
+
+    Args:
+        run: a run folder with ``policy/``, or a model folder, from here or below PAVLOV_RUNS.
+        labels: the database of `project`, where it was compared with the version that is served.
+        override: why it is promoted without evidence.
+
+    Raises:
+        PromotionError: there is no independent evidence, or it is served already.
+        ModelError: there is no such policy, or it reads other tokens than the served one.
+    """
+    if (project is None) == (override is None):
+        raise PromotionError(
+            "give --project, where judges compared it with the version that is served, or type "
+            "out --without-evidence REASON"
+        )
+    if override is not None and len(override.strip()) < LEAST_REASON:
+        raise PromotionError(
+            f"--without-evidence {override!r} is no reason: it is kept in the record, so say why"
+        )
+    served = Served(name)
+    folder = resolve_policy(run)
+    version = weights_fingerprint(folder)
+
+    def decide(before: str) -> Promotion:
+        if version == before:
+            raise PromotionError(f"{run} is version {version}, which is served already")
+        _require_same_tokens(served, folder, before)
+        found = None
+        if labels is not None and project is not None:
+            found = _evidence(labels, project, folder, version, before, kind)
+        served.keep(folder)
+        live = served.live()
+        if live is not None and live.version == before:
+            served.keep(Path(live.model))
+        told = None if found is None else _told(found, project)
+        return Promotion(
+            version, before, str(folder), "promote", _who(), time.time(), told, override
+        )
+
+    return served.add(decide)
+
+
+def roll_back(name: str) -> Promotion:
+    """Serve again what was served before the newest promotion.
+
+    Raises:
+        PromotionError: there was none.
+    """
+    served = Served(name)
+
+    def decide(before: str) -> Promotion:
+        standing: list[Promotion] = []
+        for each in served.promotions():
+            if each.action == "promote":
+                standing.append(each)
+            else:
+                standing.pop()
+        if not standing:
+            raise PromotionError(f"nothing was promoted under the name {name}")
+        target = standing[-1].before
+        source = str(served.model(target))
+        return Promotion(target, before, source, "rollback", _who(), time.time())
+
+    return served.add(decide)
+
+
+def wait_until_followed(name: str, promotion: Promotion, patience_s: float) -> bool:
+    """Whether a server that runs has followed within so many seconds.
+
+    Raises:
+        PromotionError: it could not, and goes on as before.
+    """
+    served = Served(name)
+    deadline = time.monotonic() + patience_s
+    while (live := served.live()) is not None and not live.stopped:
+        if live.seen >= promotion.at:
+            if live.failed:
+                raise PromotionError(
+                    f"the server could not take version {promotion.version} and goes on with "
+                    f"{live.version}: {live.failed}"
+                )
+            return True
+        if time.monotonic() > deadline:
+            break
+        time.sleep(_LOOK_EVERY_S)
+    return False
+
+
+def trained_by(policy: Path) -> set[str] | None:
+    """Versions of the reward models that took part in training a policy or the one it started from,
+    and of those that they were refreshed from; None where its folder does not say."""
+    versions: set[str] = set()
+    seen: set[Path] = set()
+    while policy.parent not in seen and (config := _config(policy.parent)) is not None:
+        run = policy.parent
+        seen.add(run)
+        reward = (
+            run / "reward" if "ensemble" in config else (config.get("reward") or {}).get("model")
+        )
+        try:
+            card = _card(resolve_reward_model(str(reward)))
+        except PavlovError:
+            return None
+        versions |= {card.version, *card.ancestry}
+        start = Path(portable_name(config["policy"]["model"]))
+        if not start.is_dir():
+            break
+        policy = start
+    return versions or None
+
+
+def _config(run: Path) -> dict[str, Any] | None:
+    """What a run was started with; None where the folder is no run."""
+    try:
+        config = json.loads((run / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) and "model" in config.get("policy", {}) else None
+
+
+def _card(folder: Path) -> Any:
+    from models.reward_model import RewardModel
+
+    return RewardModel.load(folder).card
+
+
+def _require_same_tokens(served: Served, folder: Path, before: str) -> None:
+    live = served.live()
+    now = Path(live.model) if live and live.version == before else served.model(before)
+    if ChatTokenizer(folder).fingerprint != ChatTokenizer(now).fingerprint:
+        raise ModelError(
+            f"{folder} reads other tokens or another chat template than the version that is "
+            "served: start a server of its own with policy.model"
+        )
+
+
+def _evidence(
+    labels: LabelConfig, project: str, folder: Path, version: str, before: str, kind: Kind
+) -> Evidence:
+    if kind == "simulated":
+        raise PromotionError("simulated assessors are no evidence; let people compare the versions")
+    store = Store(Database(labels.label.url))
+    judgements = store.judgements(store.project(project), with_work=True)
+    by = trained_by(folder) if kind == "model" else None
+    found = direct_evidence(judgements, version, before, kind, by)
+    if not found.sure:
+        raise PromotionError(
+            f"no promotion: project {project} does not show that version {version} is better than "
+            f"{before}: {found.sentence}"
+        )
+    return found
+
+
+def _told(found: Evidence, project: str | None) -> dict[str, Any]:
+    record = found.record
+    return {
+        "project": project,
+        "kind": found.kind,
+        "judgements": found.judgements,
+        "judges": found.judges,
+        "wins": record.wins,
+        "losses": record.losses,
+        "ties": record.ties,
+        "p": record.p,
+        "sentence": found.sentence,
+    }
+
+
+def _who() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copy2(source, target)

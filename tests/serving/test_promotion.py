@@ -1,0 +1,178 @@
+"""Which version is served: the record, its evidence, its refusals. No server."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from labelling.database import Database
+from labelling.records import Answer, Judgement, Work
+from labelling.store import Store
+from models.sources import weights_fingerprint
+from rlhf.config import LabelConfig, parse_config
+from rlhf.errors import ModelError, PromotionError
+from rlhf.records import OVERALL, Message
+from serving.promotion import (
+    Live,
+    Served,
+    promote,
+    roll_back,
+    trained_by,
+    wait_until_followed,
+)
+from tests.conftest import build_tiny_model
+
+WHY = "tried by hand on Monday"
+
+
+@pytest.fixture(scope="module")
+def second_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("second") / "policy", seed=1)
+
+
+@pytest.fixture(scope="module")
+def foreign_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    folder = tmp_path_factory.mktemp("foreign") / "policy"
+    return build_tiny_model(folder, seed=2, chat_template=template)
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: Path) -> Served:
+    """What a server of the tiny model has said."""
+    monkeypatch.setenv("PAVLOV_RUNS", str(tmp_path))
+    found = Served("pavlov")
+    found.say_live(Live(weights_fingerprint(tiny_model), str(tiny_model)))
+    return found
+
+
+@pytest.fixture
+def labels(served: Served) -> LabelConfig:
+    return parse_config(LabelConfig, {}, "test")
+
+
+def judge(labels: LabelConfig, new: str, old: str, won: int, lost: int) -> None:
+    """People compare two versions in the project ``release``."""
+    store = Store(Database(labels.label.url))
+    given = []
+    for n in range(won + lost):
+        answers = Answer(f"yes {n}", "pavlov", new), Answer(f"no {n}", "pavlov", old)
+        work = Work((Message("user", f"question {n}"),), *answers)
+        verdict = "a" if n < won else "b"
+        given.append(Judgement(f"{n}", "ann", {OVERALL: verdict}, at=float(n), work=work))
+    store.add_judgements(store.make_project("release", []), given)
+
+
+def test_who_was_preferred_is_promoted_and_taken_back(served, labels, tiny_model, second_model):
+    old, new = weights_fingerprint(tiny_model), weights_fingerprint(second_model)
+    judge(labels, new, old, won=20, lost=4)
+    done = promote(str(second_model), "pavlov", labels, "release")
+    assert (done.version, done.before, done.override) == (new, old, None)
+    assert done.evidence is not None
+    assert (done.evidence["wins"], done.evidence["losses"], done.evidence["judges"]) == (20, 4, 1)
+    assert served.current() == new
+    # Weights are kept: the run's folder is not needed any more.
+    assert weights_fingerprint(served.model(new)) == new
+    assert weights_fingerprint(served.model(old)) == old
+
+    back = roll_back("pavlov")
+    assert (back.version, back.before, back.action) == (old, new, "rollback")
+    assert served.current() == old
+    with pytest.raises(PromotionError, match="nothing was promoted"):
+        roll_back("pavlov")
+    assert [each.action for each in served.promotions()] == ["promote", "rollback"]
+
+
+def test_without_sure_evidence_nothing_changes(served, labels, tiny_model, second_model):
+    old, new = weights_fingerprint(tiny_model), weights_fingerprint(second_model)
+    judge(labels, new, old, won=6, lost=5)
+    with pytest.raises(PromotionError, match=r"does not show .*\(6 to 5"):
+        promote(str(second_model), "pavlov", labels, "release")
+    with pytest.raises(PromotionError, match="give --project"):
+        promote(str(second_model), "pavlov", labels, None)
+    with pytest.raises(PromotionError, match="simulated"):
+        promote(str(second_model), "pavlov", labels, "release", kind="simulated")
+    assert served.promotions() == [] and served.current() == old
+
+
+def test_evidence_against_another_version_is_none(served, labels, second_model):
+    judge(labels, weights_fingerprint(second_model), "what was served last year", 30, 0)
+    with pytest.raises(PromotionError, match="nobody has compared it"):
+        promote(str(second_model), "pavlov", labels, "release")
+
+
+def test_an_override_says_why_and_is_kept(served, labels, second_model):
+    with pytest.raises(PromotionError, match="no reason"):
+        promote(str(second_model), "pavlov", labels, None, override="yes")
+    done = promote(str(second_model), "pavlov", labels, None, override=WHY)
+    [line] = (served.folder / "promotions.jsonl").read_text().splitlines()
+    kept = json.loads(line)
+    assert kept["override"] == WHY and kept["evidence"] is None and kept["by"]
+    with pytest.raises(PromotionError, match="served already"):
+        promote(str(second_model), "pavlov", labels, None, override=WHY)
+    assert done.version == served.current()
+
+
+def test_what_cannot_be_served_is_refused(served, labels, foreign_model, tmp_path):
+    with pytest.raises(ModelError, match="other tokens or another chat template"):
+        promote(str(foreign_model), "pavlov", labels, None, override=WHY)
+    with pytest.raises(ModelError, match="nowhere"):
+        promote("nowhere", "pavlov", labels, None, override=WHY)
+    with pytest.raises(PromotionError, match="nothing is served under the name other"):
+        promote(str(foreign_model), "other", labels, None, override=WHY)
+    assert served.promotions() == []
+
+
+def test_a_version_that_the_server_could_not_take_is_not_what_is_served(
+    served, labels, tiny_model, second_model
+):
+    old, new = weights_fingerprint(tiny_model), weights_fingerprint(second_model)
+    done = promote(str(second_model), "pavlov", labels, None, override=WHY)
+    assert not wait_until_followed("pavlov", done, 0)
+    served.say_live(Live(old, str(tiny_model), done.at, failed="no room"))
+    assert served.current() == old
+    with pytest.raises(PromotionError, match=r"could not take .* goes on with .*: no room"):
+        wait_until_followed("pavlov", done, 1)
+    # Tried again, what failed before says nothing.
+    again = promote(str(second_model), "pavlov", labels, None, override=WHY)
+    assert served.current() == new
+    assert not wait_until_followed("pavlov", again, 0)
+    served.say_live(Live(new, str(second_model), again.at))
+    assert wait_until_followed("pavlov", again, 0)
+
+
+def test_nobody_waits_for_a_server_that_has_ended(served, labels, tiny_model, second_model):
+    served.say_live(Live(weights_fingerprint(tiny_model), str(tiny_model), stopped=True))
+    done = promote(str(second_model), "pavlov", labels, None, override=WHY)
+    began = time.monotonic()
+    assert not wait_until_followed("pavlov", done, 60)
+    assert time.monotonic() - began < 30
+    assert served.current() == done.version
+
+
+def test_a_half_written_line_is_not_read(served, labels, second_model):
+    done = promote(str(second_model), "pavlov", labels, None, override=WHY)
+    with (served.folder / "promotions.jsonl").open("a") as file:
+        file.write('{"version": "half')
+    assert served.newest() == done
+
+
+def test_which_reward_models_trained_a_policy(tmp_path, monkeypatch, tiny_model, tiny_reward_model):
+    monkeypatch.setenv("PAVLOV_RUNS", str(tmp_path))
+
+    def run(name: str, start: str) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(tiny_model, folder / "policy")
+        config = {"policy": {"model": start}, "reward": {"model": str(tiny_reward_model)}}
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder / "policy"
+
+    first = run("first", "embedded")
+    assert trained_by(first) == {"tiny"}
+    # What its start policy was trained by counts too.
+    assert trained_by(run("second", str(first))) == {"tiny"}
+    # A folder that is no run's is where training began.
+    assert trained_by(run("third", str(tiny_model))) == {"tiny"}
+    assert trained_by(tiny_model) is None

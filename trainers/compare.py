@@ -1,0 +1,129 @@
+"""Two policies answer the same prompts, for judges who compare them directly."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from cluster.files import write_atomically
+from cluster.layout import usable_cores
+from cluster.progress import Progressing
+from cluster.session import ray_session
+from models.chat import ChatTokenizer
+from models.preferences import read_prompts
+from models.sources import resolve_policy, weights_fingerprint
+from rlhf.config import ClusterSection, RLSection, RolloutSection, data_path
+from rlhf.errors import DataError, ModelError
+from rlhf.records import Completion, Prompt
+from trainers.sampling import requests_for, sample_with_engine
+
+
+def write_pairs(
+    names: tuple[str, str],
+    prompts: Path,
+    out: Path,
+    console: Console,
+    *,
+    limit: int,
+    max_tokens: int,
+    max_prompt_tokens: int,
+    seed: int,
+) -> None:
+    """Write a pair of answers for every prompt that fits, in the form that `pavlov label import
+    --pairs` reads: each names its model and, as its checkpoint, the hash of the weights that wrote
+    it. Pairs whose answers are equal or of which one is empty are left out and counted.
+
+    Raises:
+        ModelError: a policy cannot be used, or both are the same weights.
+        DataError: no prompt can be used, or no pair is left.
+    """
+    folders = [resolve_policy(name) for name in names]
+    versions = [weights_fingerprint(folder) for folder in folders]
+    if versions[0] == versions[1]:
+        raise ModelError(f"{names[0]} and {names[1]} are the same weights ({versions[0]})")
+    file = prompts if prompts.is_file() else data_path(str(prompts))
+    found, reports = read_prompts([file])
+    for report in reports:
+        console.print(report.sentence())
+    tokenizers = [ChatTokenizer(folder) for folder in folders]
+    asked = [
+        prompt
+        for prompt in found
+        if all(len(each.prompt_ids(prompt.messages)) <= max_prompt_tokens for each in tokenizers)
+    ]
+    if len(asked) < len(found):
+        console.print(
+            f"left out: {len(found) - len(asked)} prompts longer than {max_prompt_tokens} tokens"
+        )
+    asked = asked[:limit]
+    if not asked:
+        raise DataError(f"{file} has no prompt of at most {max_prompt_tokens} tokens")
+    settings = RLSection(max_tokens=max_tokens)
+    drawn = [
+        _answers(folder, asked, settings, max_prompt_tokens, seed, console) for folder in folders
+    ]
+    rows = [
+        {
+            "prompt": [asdict(message) for message in prompt.messages],
+            "source": prompt.source,
+            **_told("a", _title(folders[0]), versions[0], one),
+            **_told("b", _title(folders[1]), versions[1], other),
+        }
+        for prompt, one, other in zip(asked, *drawn, strict=True)
+        if one.text.strip() and other.text.strip() and one.text.strip() != other.text.strip()
+    ]
+    if not rows:
+        raise DataError("no pair to compare: all answers are equal or empty")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    console.print(
+        f"{len(rows)} pairs, {len(asked) - len(rows)} left out (equal or empty answers): {out}"
+    )
+
+
+def _answers(
+    folder: Path,
+    prompts: list[Prompt],
+    settings: RLSection,
+    max_prompt_tokens: int,
+    seed: int,
+    console: Console,
+) -> list[Completion]:
+    """One answer to every prompt, by an engine of its own."""
+    requests = requests_for(prompts, 1, settings, seed)
+    title = _title(folder)
+    with (
+        ray_session("compare", num_cpus=usable_cores()) as run,
+        Progressing(console, title, len(requests)) as progress,
+    ):
+        drawn = asyncio.run(
+            sample_with_engine(
+                str(folder),
+                RolloutSection(),
+                ClusterSection(),
+                requests,
+                run,
+                say=console.print,
+                done=progress.advance,
+                max_prompt_tokens=max_prompt_tokens,
+            )
+        )
+    return [completion for (completion,) in drawn]
+
+
+def _title(folder: Path) -> str:
+    """What judges' reports call a policy: its run."""
+    return folder.parent.name if folder.name == "policy" else folder.name
+
+
+def _told(side: str, model: str, version: str, answer: Completion) -> dict[str, object]:
+    return {
+        f"answer_{side}": answer.text,
+        f"model_{side}": model,
+        f"checkpoint_{side}": version,
+        f"finished_{side}": answer.finish_reason == "stop",
+    }
