@@ -44,7 +44,7 @@ demo: setup  ## the whole pipeline on the embedded model, into runs/demo
 test: setup  ## the tests (those marked slow: pytest -m slow)
 	$(python) -m pytest
 
-prove-%: setup  ## the long proofs of an area (foundation, reward, algorithms, sft, labelling), resumable; writes docs/proofs/
+prove-%: setup  ## the long proofs of an area (foundation, reward, algorithms, sft, labelling, serving), resumable; writes docs/proofs/
 	$(python) -m tests.proofs.$*
 
 bench: setup  ## speed, as ratios: benchmarks/

@@ -1,0 +1,396 @@
+"""The assistant over HTTP: does best-of-N pay, and does the server stand what may happen to it?"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+
+from labelling.simulated import rule
+from rlhf.config import DemoConfig, load_config
+from rlhf.statistics import paired_interval
+from tests.conftest import build_tiny_model, build_tiny_reward_model
+from tests.proofs.runner import ROOT, hold, pavlov, prove
+from tests.servers import Server, running
+from trainers.demo import demo_prompts
+
+CONFIG = "configs/serve.toml"
+_HELD_OUT = 100
+_CLIENTS, _SECONDS = 32, 120
+_DROPPED = 1000
+_WORDS = ("water", "rice", "bread", "pasta", "nets", "river", "town", "cat")
+
+
+def best_of_eight(folder: Path) -> dict[str, Any]:
+    """With the demo's policy and reward model, `best_of = 8` against 1 on 100 held-out prompts, by
+    the demo's rule, which did not choose: the paired interval lies above 0."""
+    demo = folder / "demo"
+    if not (demo / "summary.json").is_file():
+        pavlov("demo", "--out", str(demo), runs=folder)
+    config = load_config(DemoConfig, ROOT / "configs" / "demo.toml", [])
+    prompts = demo_prompts("heldout", _HELD_OUT)
+    scores: dict[int, list[float]] = {1: [], 8: []}
+    rewards, shifted = [], 0
+    command = ("serve", CONFIG, "serve.port=0", f"policy.model={demo / 'policy'}")
+    with running(*command, f"reward={demo / 'reward'}", runs=folder) as server:
+        client = _client(server)
+        for number, prompt in enumerate(prompts):
+            turns: list[Any] = [
+                {"role": turn.role, "content": turn.content} for turn in prompt.messages
+            ]
+            for best_of, found in scores.items():
+                answer = client.chat.completions.create(
+                    model="pavlov",
+                    messages=turns,
+                    max_tokens=config.rl.max_tokens,
+                    temperature=config.rl.temperature,
+                    seed=1000 * number,
+                    extra_body={"best_of": best_of, "score": True},
+                )
+                [choice] = answer.choices
+                finished = choice.finish_reason == "stop"
+                text = choice.message.content or ""
+                found.append(rule(turns[-1]["content"], text, finished=finished))
+                if best_of == 8:
+                    own = _own(answer)
+                    rewards.append(own["reward"])
+                    shifted += own["domain_shift"]
+    difference = [many - one for many, one in zip(scores[8], scores[1], strict=True)]
+    mean, low, high = paired_interval(difference)
+    figures = {
+        "prompts": len(prompts),
+        "rule, best of 1": statistics.fmean(scores[1]),
+        "rule, best of 8": statistics.fmean(scores[8]),
+        "difference": f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]",
+        "mean reward of the chosen": statistics.fmean(rewards),
+        "chosen out of domain": shifted / len(prompts),
+    }
+    return hold({"best of 8 is surely better by the rule": low > 0}, figures)
+
+
+def crowd(folder: Path) -> dict[str, Any]:
+    """32 clients for two minutes, every second one streaming (a random tiny model): no answer is
+    lost, mixed or cut, and memory is bounded; then 100 at once: the surplus is told to come back by
+    429, and the server recovers. Latencies are reported, not judged."""
+    done: list[Asked] = []
+    with _tiny(folder, "serve.at_once=32", "serve.waiting=32") as server:
+        expected = {n: _ask(server, n) for n in range(_CLIENTS)}
+        over = time.monotonic() + _SECONDS
+        early: list[float] = []
+
+        def one(client: int) -> None:
+            while time.monotonic() < over:
+                done.append(_ask(server, client))
+
+        def watch() -> None:
+            time.sleep(_SECONDS / 4)
+            early.append(_memory_gib(server))
+
+        _at_once([*(lambda n=n: one(n) for n in range(_CLIENTS)), watch])
+        late = _memory_gib(server)
+
+        burst: list[Asked] = []
+        _at_once([lambda n=n: burst.append(_ask(server, n % _CLIENTS)) for n in range(100)])
+        refused = [each for each in burst if each.status == 429]
+        after = _ask(server, 0)
+    answered = [each for each in done if each.status == 200]
+    texts = {each.text: n for n, each in expected.items()}
+    same = [each for each in answered if each.text == expected[each.client].text]
+    mixed = [
+        each for each in answered if texts.get(each.text, each.client) != each.client and each.text
+    ]
+    seconds = sorted(each.seconds for each in answered)
+    figures = {
+        "requests": len(done),
+        "answered": len(answered),
+        "word for word as when asked alone": len(same) / max(1, len(answered)),
+        "answers of another's request": len(mixed),
+        "seconds, median": statistics.median(seconds),
+        "seconds, 95th percentile": seconds[int(0.95 * len(seconds))],
+        "memory after a quarter, GiB": early[0],
+        "memory at the end, GiB": late,
+        "of 100 at once, refused with 429": len(refused),
+    }
+    bars = {
+        "no request was lost": len(answered) == len(done) > 0,
+        "none was cut": all(each.whole for each in answered),
+        "each read its own question": all(
+            each.read == expected[each.client].read for each in answered
+        ),
+        "none has another's answer": not mixed and len(texts) == _CLIENTS,
+        "nearly all say what they say alone": len(same) >= 0.9 * len(answered),
+        "memory is bounded": late <= 1.1 * early[0],
+        "the surplus is told when to come back": bool(refused)
+        and all(each.retry_after for each in refused),
+        "the others of the burst are answered": all(each.status in (200, 429) for each in burst),
+        "the server has recovered": after.status == 200,
+    }
+    return hold(bars, figures)
+
+
+def dropped(folder: Path) -> dict[str, Any]:
+    """1,000 clients ask for long answers and go away: nothing is written for them any more."""
+    with _tiny(folder, "serve.at_once=32", "serve.waiting=1000") as server:
+        alone = _ask(server, 3)
+        host, port = re.findall(r"//([\w.]+):(\d+)", server.address)[0]
+        body = json.dumps(
+            {
+                "messages": [{"role": "user", "content": "What is a cat?"}],
+                "max_tokens": 500,
+                "temperature": 2.0,
+                "n": 4,
+                "stream": True,
+            }
+        ).encode()
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}:{port}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        ).encode()
+        left = Counter[str]()
+
+        def leave(number: int) -> None:
+            for place in range(number, _DROPPED, 20):
+                with socket.create_connection((host, int(port)), timeout=60) as connection:
+                    connection.sendall(head + body)
+                    if place % 2:
+                        # In the middle of the answer; the others before it has begun.
+                        left["after the first bytes"] += bool(connection.recv(64))
+                    else:
+                        left["before any"] += 1
+
+        _at_once([lambda n=n: leave(n) for n in range(20)])
+        began = time.monotonic()
+        while _metric(server, "pavlov_chat_requests_inside") and time.monotonic() - began < 60:
+            time.sleep(0.2)
+        settled = time.monotonic() - began
+        inside = _metric(server, "pavlov_chat_requests_inside")
+        tokens = _metric(server, "pavlov_chat_tokens_total")
+        busy = _engine_seconds(server)
+        time.sleep(5)
+        written = _metric(server, "pavlov_chat_tokens_total") - tokens
+        busy = _engine_seconds(server) - busy
+        after = _ask(server, 3)
+    figures = {
+        **left,
+        "seconds until nothing was inside": settled,
+        "tokens written in the 5 s after": written,
+        "CPU seconds of the engine in the 5 s after": busy,
+    }
+    bars = {
+        "all have left": left.total() == _DROPPED,
+        "none is inside": inside == 0,
+        "nothing is written": written == 0,
+        "the engine rests": busy < 0.5,
+        "the next one is answered as before": after.text == alone.text,
+    }
+    return hold(bars, figures)
+
+
+def killed(folder: Path) -> dict[str, Any]:
+    """Under load by 8 clients one of two replicas of the engine, of the ensemble and of the ingress
+    is killed with SIGKILL, one kind after the other: what fails had begun before the kill and says
+    so cleanly, and the service returns by itself."""
+    figures: dict[str, Any] = {}
+    bars: dict[str, bool] = {}
+    two = [f"serve.{part}.least=2" for part in ("ingress", "engine", "scorer")]
+    two += [f"serve.{part}.most=2" for part in ("ingress", "engine", "scorer")]
+    with _tiny(folder, "engine.kv_cache_gib=0.25", *two) as server:
+        for part in ("engine", "ensemble", "chat"):
+            done: list[Asked] = []
+            over = threading.Event()
+
+            def one(client: int, done: list[Asked] = done, over: Any = over) -> None:
+                while not over.is_set():
+                    done.append(_ask(server, client, best_of=2))
+
+            threads = [threading.Thread(target=one, args=(n,)) for n in range(8)]
+            for thread in threads:
+                thread.start()
+            time.sleep(8)
+            victim = _replicas(server, part)[0]
+            at = time.monotonic()
+            victim.kill()
+            deadline = time.monotonic() + 120
+            while len(_replicas(server, part)) < 2 and time.monotonic() < deadline:
+                time.sleep(0.5)
+            back = time.monotonic() - at
+            time.sleep(8)
+            over.set()
+            for thread in threads:
+                thread.join()
+            failed = [each for each in done if each.status != 200]
+            late = [each for each in failed if each.began > at + 1]
+            figures[part] = {
+                "requests": len(done),
+                "failed": len(failed),
+                "how": dict(Counter(f"{each.status} {each.error}" for each in failed)),
+                "of them begun later than a second after": len(late),
+                "seconds until two run again": round(back, 1),
+            }
+            bars[f"{part}: no more fail than were there"] = len(failed) <= 8
+            bars[f"{part}: none fails that came later"] = not late
+            bars[f"{part}: errors are clean"] = all(
+                each.status in (500, 502, 503) for each in failed
+            )
+            bars[f"{part}: two run again"] = len(_replicas(server, part)) == 2
+            bars[f"{part}: it answers"] = _ask(server, 1).status == 200
+    return hold(bars, figures)
+
+
+@dataclass(slots=True)
+class Asked:
+    """A request and what came of it; `read` are the tokens of the conversation."""
+
+    client: int
+    began: float
+    seconds: float = 0.0
+    status: int = 0
+    text: str = ""
+    read: int = 0
+    whole: bool = False
+    retry_after: str = ""
+    error: str = field(default="", repr=False)
+
+
+def _ask(server: Server, client: int, best_of: int = 1) -> Asked:
+    """A question that only this client asks, answered greedily; every second client streams."""
+    words = " ".join(_WORDS[(client + n) % len(_WORDS)] for n in range(1 + client))
+    longest = 16 + client
+    body: dict[str, Any] = {
+        "messages": [{"role": "user", "content": f"Question {client}: {words}?"}],
+        "max_tokens": longest,
+        "temperature": 0 if best_of == 1 else 1,
+        "best_of": best_of,
+        "stream": bool(client % 2),
+        "stream_options": {"include_usage": True},
+    }
+    asked = Asked(client, time.monotonic())
+    try:
+        answer = httpx.post(f"{server.address}/v1/chat/completions", json=body, timeout=300)
+    except httpx.TransportError as error:
+        asked.error = type(error).__name__
+        return asked
+    asked.seconds, asked.status = time.monotonic() - asked.began, answer.status_code
+    asked.retry_after = answer.headers.get("retry-after", "")
+    if answer.status_code != 200:
+        asked.error = answer.text[:120]
+        return asked
+    ended = ""
+    if body["stream"]:
+        events = re.findall(r"^data: (.*)$", answer.text, re.MULTILINE)
+        chunks = [json.loads(event) for event in events if event != "[DONE]"]
+        if any("error" in chunk for chunk in chunks):
+            asked.status, asked.error = 503, "in the stream"
+            return asked
+        for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+            asked.text += choice["delta"].get("content") or ""
+            ended = choice["finish_reason"] or ended
+        usage, last = chunks[-1]["usage"], events[-1] == "[DONE]"
+    else:
+        found = answer.json()
+        asked.text, ended = (
+            found["choices"][0]["message"]["content"],
+            found["choices"][0]["finish_reason"],
+        )
+        usage, last = found["usage"], True
+    asked.read = usage["prompt_tokens"]
+    full = usage["completion_tokens"] == longest * best_of
+    asked.whole = last and (ended == "stop" or full or best_of > 1)
+    return asked
+
+
+@contextmanager
+def _tiny(folder: Path, *overrides: str) -> Iterator[Server]:
+    """A server of a random tiny model and ensemble."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    model = build_tiny_model(folder / "model")
+    reward = build_tiny_reward_model(folder / "reward", model)
+    command = (
+        *("serve", CONFIG, "serve.port=0", f"policy.model={model}", f"reward={reward}"),
+        *("serve.max_tokens=500", "serve.requests_per_minute=1000000", "engine.dtype=float32"),
+    )
+    with running(*command, *overrides, runs=folder) as server:
+        yield server
+
+
+def _client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", timeout=300)
+
+
+def _own(answer: Any) -> dict[str, Any]:
+    own: dict[str, Any] = answer.model_extra["pavlov"]
+    return own
+
+
+def _at_once(what: list[Callable[[], Any]]) -> None:
+    threads = [threading.Thread(target=each) for each in what]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _metric(server: Server, name: str) -> float:
+    text = httpx.get(f"{server.address}/metrics", timeout=30).text
+    line = next(line for line in text.splitlines() if line.startswith(f"{name} "))
+    return float(line.split()[1])
+
+
+def _processes(server: Server) -> list[psutil.Process]:
+    return psutil.Process(server.process.pid).children(recursive=True)
+
+
+def _memory_gib(server: Server) -> float:
+    """What the engine, the ensemble and the ingress hold."""
+    total = 0
+    for process in _processes(server):
+        try:
+            if re.search("ServeReplica|VLLM", process.name() + " ".join(process.cmdline())):
+                total += process.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+    return total / 2**30
+
+
+def _engine_seconds(server: Server) -> float:
+    """CPU seconds of the engine's worker so far."""
+    return sum(
+        sum(process.cpu_times()[:2])
+        for process in _processes(server)
+        if "VLLM::Worker" in " ".join(process.cmdline())
+    )
+
+
+def _replicas(server: Server, part: str) -> list[psutil.Process]:
+    found = []
+    for process in _processes(server):
+        try:
+            title = " ".join(process.cmdline())
+        except psutil.NoSuchProcess:
+            continue
+        if re.search(rf"ray::ServeReplica:[\w-]+:{part}\b", title):
+            found.append(process)
+    return found
+
+
+PROOFS = [best_of_eight, crowd, dropped, killed]
+
+
+if __name__ == "__main__":
+    sys.exit(prove("serving", PROOFS, sys.argv[1:]))
