@@ -2,7 +2,8 @@
 
 A proof is a function that does what it claims, on the real parts, and returns its figures; it
 raises `AssertionError` when the claim does not hold. `prove` runs those that have no file yet in
-``runs/proofs/<area>/`` and writes ``docs/proofs/<area>.md``. Remove the folder to start anew.
+``runs/proofs/<area>/`` and writes ``docs/proofs/<area>.md``, where the words of an earlier round,
+run elsewhere, stand until a proof is run again. Remove the folder to start anew.
 """
 
 from __future__ import annotations
@@ -150,11 +151,13 @@ def _write_page(area: str, proofs: Sequence[Proof], folder: Path) -> None:
         f"- {_versions()}",
         "",
     ]
+    page = ROOT / "docs" / "proofs" / f"{area}.md"
+    earlier = _earlier(page)
     for proof in proofs:
         path = folder / f"{proof.__name__}.json"
         lines += [f"## {proof.__name__}", "", _claim(proof), ""]
         if not path.is_file():
-            lines += ["**Not run yet.**", ""]
+            lines += [earlier.get(proof.__name__, "**Not run yet.**"), ""]
             continue
         result = json.loads(path.read_text())
         state = "Held" if result["held"] else "**Did not hold**"
@@ -163,9 +166,15 @@ def _write_page(area: str, proofs: Sequence[Proof], folder: Path) -> None:
         lines += ["| figure | value |", "|---|---|"]
         lines += [f"| {key} | {_cell(value)} |" for key, value in result["figures"].items()]
         lines.append("")
-    page = ROOT / "docs" / "proofs" / f"{area}.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n".join(lines).rstrip() + "\n")
+
+
+def _earlier(page: Path) -> dict[str, str]:
+    """What a page says of each proof below its claim."""
+    sections = page.read_text().split("\n## ")[1:] if page.is_file() else []
+    found = (section.split("\n\n", 2) for section in sections)
+    return {name: said.strip() for name, _, said in found}
 
 
 def _cell(value: Any) -> str:
