@@ -76,6 +76,22 @@ def check_folder(folder: Path) -> Path:
     return folder
 
 
+def require_whole(folder: Path) -> None:
+    """Refuse a model folder whose weight files were cut or damaged in their heads.
+
+    Raises:
+        ModelError: one cannot be opened.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path} is no whole safetensors file: {error}") from None
+
+
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 

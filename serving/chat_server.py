@@ -24,6 +24,8 @@ from serving.promotion import Live, Promotion, Served
 
 _LOOK_EVERY_S = 0.5
 _SETTLE_S = 3.0
+_STARTS = 2
+"""How often a replica is started before its version is given up."""
 
 
 def serve_chat(config: ServeConfig, console: Console) -> None:
@@ -251,6 +253,7 @@ def _deployed(
         name=name,
         max_ongoing_requests=at_once,
         graceful_shutdown_timeout_s=settings.timeout_s,
+        max_constructor_retry_count=_STARTS,
         health_check_period_s=5.0,
         ray_actor_options={
             "num_cpus": replicas.cpus,

@@ -35,6 +35,7 @@ from models.chat import ChatTokenizer
 from models.sources import (
     check_folder,
     portable_name,
+    require_whole,
     resolve_policy,
     resolve_reward_model,
     weights_fingerprint,
@@ -180,6 +181,7 @@ def promote(
         )
     served = Served(name)
     folder = resolve_policy(run)
+    require_whole(folder)
     version = weights_fingerprint(folder)
 
     def decide(before: str) -> Promotion:

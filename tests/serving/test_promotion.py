@@ -118,6 +118,10 @@ def test_an_override_says_why_and_is_kept(served, labels, second_model):
 def test_what_cannot_be_served_is_refused(served, labels, foreign_model, tmp_path):
     with pytest.raises(ModelError, match="other tokens or another chat template"):
         promote(str(foreign_model), "pavlov", labels, None, override=WHY)
+    cut = build_tiny_model(tmp_path / "cut", seed=3) / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:5000])
+    with pytest.raises(ModelError, match="no whole safetensors file"):
+        promote(str(cut.parent), "pavlov", labels, None, override=WHY)
     with pytest.raises(ModelError, match="nowhere"):
         promote("nowhere", "pavlov", labels, None, override=WHY)
     with pytest.raises(PromotionError, match="nothing is served under the name other"):
