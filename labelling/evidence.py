@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from labelling.comparison import Comparison, Record, WinMatrix, majorities
 from labelling.labels import counted
 from labelling.records import Judgement, Kind
+from rlhf.errors import PromotionError
 
 LEVEL = 0.05
 _JUDGE = re.compile(r"reward-model .*@([\w.-]+)( \d+)?")
@@ -59,7 +60,6 @@ class Evidence:
 _CALLED: dict[Kind, str] = {
     "person": "people who judged",
     "model": "reward models that judged and took no part in its training",
-    "simulated": "simulated assessors",
 }
 
 
@@ -83,10 +83,10 @@ def direct_evidence(
             where that is not known, and then no model is independent.
 
     Raises:
-        ValueError: simulated assessors are no evidence.
+        PromotionError: simulated assessors are no evidence.
     """
     if kind == "simulated":
-        raise ValueError("simulated assessors are no evidence")
+        raise PromotionError("simulated assessors are no evidence; let people compare the versions")
     found = [
         each
         for each in counted(judgements, kind)

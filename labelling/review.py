@@ -6,6 +6,7 @@ A review may be repeated at any time: it changes only what has become known sinc
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +15,12 @@ from labelling.attention import attention
 from labelling.fatigue import FatigueSettings, fatigue
 from labelling.records import Judgement
 from labelling.store import PAUSED, TIRED, Assessor, Project, Store
-from rlhf.config.label import AttentionSection
+from rlhf.config.label import AttentionSection, LabelConfig
 
 _ENOUGH = 10
 """Judgements below which nobody is told anything about."""
 _turn = threading.Lock()
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,32 @@ def review(store: Store, of: Project, settings: AttentionSection) -> Review:
         changed = store.doubt(of, doubts) if doubts else 0
         store.reviewed(of, len(found))
         return Review(paused, changed)
+
+
+class Reviewer:
+    """Reviews a project when so many judgements have come since the last time, or the last one that
+    was wanted; one review at a time."""
+
+    def __init__(self, store: Store, config: LabelConfig) -> None:
+        self._store, self._config = store, config
+        self._reviewing = threading.Lock()
+
+    def run(self, who: Assessor) -> Review | None:
+        """Review if it is time; what it finds is stored. None where it is not time, or one is under
+        way."""
+        settings = self._config.label.attention
+        if not self._reviewing.acquire(blocking=False):
+            return None
+        try:
+            if not self._store.review_due(who.project, settings.review_every, who.kind):
+                return None
+            return review(self._store, who.project, settings)
+        except Exception:
+            # The judgement that called for it is stored and acknowledged.
+            _log.exception("the review of project %s failed", who.project.name)
+            return None
+        finally:
+            self._reviewing.release()
 
 
 def let_go_on(store: Store, who: Assessor, actor: str) -> None:

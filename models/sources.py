@@ -65,31 +65,28 @@ def _local_folder(name: str) -> Path | None:
 
 
 def check_folder(folder: Path) -> Path:
-    """`folder`, if it is a Hugging Face model folder with safetensors weights."""
+    """`folder`, if it is a Hugging Face model folder with safetensors weights that were not cut.
+
+    Raises:
+        ModelError: it is not.
+    """
+    from safetensors import SafetensorError, safe_open
+
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} is not a model folder: it has no config.json")
-    if not any(folder.glob("*.safetensors")):
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
         raise ModelError(
             f"{folder} has no weights: a *.safetensors file is needed (pickled weights are not "
             "loaded)"
         )
-    return folder
-
-
-def require_whole(folder: Path) -> None:
-    """Refuse a model folder whose weight files were cut or damaged in their heads.
-
-    Raises:
-        ModelError: one cannot be opened.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weights:
         try:
-            with safe_open(path, "pt"):
+            with safe_open(path, "np"):
                 pass
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path} is no whole safetensors file: {error}") from None
+    return folder
 
 
 def _download(name: str) -> Path:

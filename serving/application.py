@@ -77,7 +77,8 @@ def run_application(application: Any, name: str, prefix: str | None, patience_s:
         try:
             serve.run(application, name=name, route_prefix=prefix, logging_config=_QUIET)
         except Exception as error:
-            failed.append(str(error).strip().splitlines()[-1][:300])
+            said = str(error).strip() or type(error).__name__
+            failed.append(said.splitlines()[-1][:300])
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()

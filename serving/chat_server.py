@@ -80,7 +80,10 @@ class Assistant:
         scorer = [] if self._reward is None else [_scorer(self._config, self._reward)]
         served, name = self._served, self._name
         ingress = _ingress(
-            self._config, self._reward, lambda: _live_tokenizer(served), LiveEngine(served, name)
+            self._config,
+            self._reward,
+            lambda: Path(_live(served).model),
+            lambda: _engine_of(name, _live(served).version),
         )
         run_application(ingress.bind(*scorer), name, "/", READY_S)
 
@@ -135,10 +138,10 @@ def _engine_of(name: str, version: str) -> str:
     return f"{name}-{version}"
 
 
-def _live_tokenizer(served: Served) -> Path:
+def _live(served: Served) -> Live:
     live = served.live()
     assert live is not None, "an engine is started before the ingress"
-    return Path(live.model)
+    return live
 
 
 def from_arguments(arguments: dict[str, Any]) -> Any:
@@ -154,8 +157,8 @@ def from_arguments(arguments: dict[str, Any]) -> Any:
     parts = [_engine(config, str(model))]
     if reward is not None:
         parts.append(_scorer(config, reward))
-    engine = OwnEngine(config.serve.name)
-    return _ingress(config, reward, lambda: model, engine).bind(*parts)
+    name = config.serve.name
+    return _ingress(config, reward, lambda: model, lambda: name).bind(*parts)
 
 
 def _engine(config: ServeConfig, model: str) -> Any:
@@ -176,13 +179,13 @@ def _ingress(
     config: ServeConfig,
     reward: Path | None,
     tokenizer: Callable[[], Path],
-    engine: Callable[[], Any],
+    engine: Callable[[], str],
 ) -> Any:
     """The deployment that requests arrive at.
 
     Args:
         tokenizer: the folder to load it from, asked when a replica starts.
-        engine: the handle of the engine, asked for every request.
+        engine: the Serve application that holds it, asked for every request.
     """
     from ray import serve
 
@@ -204,34 +207,6 @@ def _ingress(
     served: Any = serve.ingress(build)()
     places = 2 * (settings.at_once + settings.waiting) + 8
     return _deployed(served, "chat", settings.ingress, places, settings)
-
-
-class OwnEngine:
-    """The handle of the engine in an application of this name."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __call__(self) -> Any:
-        from ray import serve
-
-        return serve.get_deployment_handle("engine", self._name)
-
-
-class LiveEngine:
-    """The handle of the engine whose version is live."""
-
-    def __init__(self, served: Served, name: str) -> None:
-        self._served, self._name = served, name
-        self._handles: dict[str, Any] = {}
-
-    def __call__(self) -> Any:
-        live = self._served.live()
-        assert live is not None, "an engine is started before the ingress"
-        if live.version not in self._handles:
-            own = OwnEngine(_engine_of(self._name, live.version))
-            self._handles = {live.version: own()}
-        return self._handles[live.version]
 
 
 def _deployed(
@@ -265,10 +240,11 @@ def _deployed(
 
 
 class EngineElsewhere:
-    """A `ChatEngine` behind a Serve handle, which is asked for anew for every request."""
+    """A `ChatEngine` in the Serve application that `application` names, anew for every request."""
 
-    def __init__(self, handle: Callable[[], Any]) -> None:
-        self._handle = handle
+    def __init__(self, application: Callable[[], str]) -> None:
+        self._application = application
+        self._handles: dict[str, Any] = {}
 
     async def write(
         self, prompt_ids: Sequence[int], sampling: Sampling
@@ -284,6 +260,14 @@ class EngineElsewhere:
     async def version(self) -> str:
         """See `ChatEngine.version`."""
         return str(await self._handle().version.remote())
+
+    def _handle(self) -> Any:
+        from ray import serve
+
+        name = self._application()
+        if name not in self._handles:
+            self._handles = {name: serve.get_deployment_handle("engine", name)}
+        return self._handles[name]
 
 
 class ScorerElsewhere:

@@ -18,7 +18,6 @@ it. A judgement is on disk before its answer is sent.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -39,7 +38,7 @@ from starlette.exceptions import HTTPException
 from labelling.database import Database
 from labelling.queue import SHOWN, Queue, Receipt, Shown, Task
 from labelling.report import assessor_figures, report
-from labelling.review import Review, let_go_on, review
+from labelling.review import Reviewer, let_go_on
 from labelling.store import Assessor, State, Store
 from rlhf.config.label import LabelConfig
 from rlhf.errors import DataError, PavlovError
@@ -437,32 +436,6 @@ class _Service:
             let_go_on(self.store, found[0], who.name)
         else:
             self.store.set_state(found[0], states[action], "by the owner", who.name)
-
-
-class Reviewer:
-    """Reviews a project when so many judgements have come since the last time, or the last one that
-    was wanted; one review at a time."""
-
-    def __init__(self, store: Store, config: LabelConfig) -> None:
-        self._store, self._config = store, config
-        self._reviewing = threading.Lock()
-
-    def run(self, who: Assessor) -> Review | None:
-        """Review if it is time; what it finds is stored. None where it is not time, or one is under
-        way."""
-        settings = self._config.label.attention
-        if not self._reviewing.acquire(blocking=False):
-            return None
-        try:
-            if not self._store.review_due(who.project, settings.review_every, who.kind):
-                return None
-            return review(self._store, who.project, settings)
-        except Exception:
-            # The judgement that called for it is stored and acknowledged.
-            _log.exception("the review of project %s failed", who.project.name)
-            return None
-        finally:
-            self._reviewing.release()
 
 
 def _to(request: Request, path: str) -> RedirectResponse:

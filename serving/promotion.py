@@ -32,10 +32,10 @@ from labelling.evidence import Evidence, direct_evidence
 from labelling.records import Kind
 from labelling.store import Store
 from models.chat import ChatTokenizer
+from models.reward_model import RewardModel
 from models.sources import (
     check_folder,
     portable_name,
-    require_whole,
     resolve_policy,
     resolve_reward_model,
     weights_fingerprint,
@@ -43,7 +43,7 @@ from models.sources import (
 from rlhf.config import LabelConfig, runs_path
 from rlhf.errors import ModelError, PavlovError, PromotionError
 
-LEAST_REASON = 10
+_LEAST_REASON = 10
 _LOOK_EVERY_S = 0.5
 
 
@@ -87,9 +87,7 @@ class Served:
         """All of them, oldest first."""
         if not self._lines.is_file():
             return []
-        # A line without its end is one that is being written.
-        lines = self._lines.read_text().split("\n")[:-1]
-        return [Promotion(**json.loads(line)) for line in lines]
+        return [Promotion(**json.loads(line)) for line in self._lines.read_text().splitlines()]
 
     def newest(self) -> Promotion | None:
         """What is to be served, if anything was ever promoted."""
@@ -120,14 +118,12 @@ class Served:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self._live, json.dumps(asdict(live)) + "\n")
 
-    def keep(self, model: Path) -> str:
-        """Keep a policy's weights; returns its version."""
-        version = weights_fingerprint(model)
+    def keep(self, version: str, model: Path) -> None:
+        """Keep the weights of a version."""
         target = self.folder / "versions" / version
         if not target.is_dir():
             with folder_beside(target) as beside:
                 shutil.copytree(model, beside, copy_function=_link_or_copy, dirs_exist_ok=True)
-        return version
 
     def add(self, decide: Callable[[str], Promotion]) -> Promotion:
         """Append what is decided upon what is served, while nobody else decides.
@@ -143,10 +139,8 @@ class Served:
                     "give the server's serve.name with --name"
                 )
             found = decide(before)
-            with self._lines.open("a") as file:
-                file.write(json.dumps(asdict(found)) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            lines = [json.dumps(asdict(each)) + "\n" for each in (*self.promotions(), found)]
+            write_atomically(self._lines, "".join(lines))
         return found
 
 
@@ -175,27 +169,26 @@ def promote(
             "give --project, where judges compared it with the version that is served, or type "
             "out --without-evidence REASON"
         )
-    if override is not None and len(override.strip()) < LEAST_REASON:
+    if override is not None and len(override.strip()) < _LEAST_REASON:
         raise PromotionError(
             f"--without-evidence {override!r} is no reason: it is kept in the record, so say why"
         )
     served = Served(name)
     folder = resolve_policy(run)
-    require_whole(folder)
     version = weights_fingerprint(folder)
 
     def decide(before: str) -> Promotion:
         if version == before:
             raise PromotionError(f"{run} is version {version}, which is served already")
         _require_same_tokens(served, folder, before)
-        found = None
+        told: dict[str, Any] | None = None
         if labels is not None and project is not None:
             found = _evidence(labels, project, folder, version, before, kind)
-        served.keep(folder)
+            told = {"project": project, **asdict(found), "sentence": found.sentence}
+        served.keep(version, folder)
         live = served.live()
         if live is not None and live.version == before:
-            served.keep(Path(live.model))
-        told = None if found is None else _told(found, project)
+            served.keep(before, Path(live.model))
         return Promotion(
             version, before, str(folder), "promote", _who(), time.time(), told, override
         )
@@ -261,7 +254,7 @@ def trained_by(policy: Path) -> set[str] | None:
             run / "reward" if "ensemble" in config else (config.get("reward") or {}).get("model")
         )
         try:
-            card = _card(resolve_reward_model(str(reward)))
+            card = RewardModel.load(resolve_reward_model(str(reward))).card
         except PavlovError:
             return None
         versions |= {card.version, *card.ancestry}
@@ -281,12 +274,6 @@ def _config(run: Path) -> dict[str, Any] | None:
     return config if isinstance(config, dict) and "model" in config.get("policy", {}) else None
 
 
-def _card(folder: Path) -> Any:
-    from models.reward_model import RewardModel
-
-    return RewardModel.load(folder).card
-
-
 def _require_same_tokens(served: Served, folder: Path, before: str) -> None:
     live = served.live()
     now = Path(live.model) if live and live.version == before else served.model(before)
@@ -300,8 +287,6 @@ def _require_same_tokens(served: Served, folder: Path, before: str) -> None:
 def _evidence(
     labels: LabelConfig, project: str, folder: Path, version: str, before: str, kind: Kind
 ) -> Evidence:
-    if kind == "simulated":
-        raise PromotionError("simulated assessors are no evidence; let people compare the versions")
     store = Store(Database(labels.label.url))
     judgements = store.judgements(store.project(project), with_work=True)
     by = trained_by(folder) if kind == "model" else None
@@ -312,21 +297,6 @@ def _evidence(
             f"{before}: {found.sentence}"
         )
     return found
-
-
-def _told(found: Evidence, project: str | None) -> dict[str, Any]:
-    record = found.record
-    return {
-        "project": project,
-        "kind": found.kind,
-        "judgements": found.judgements,
-        "judges": found.judges,
-        "wins": record.wins,
-        "losses": record.losses,
-        "ties": record.ties,
-        "p": record.p,
-        "sentence": found.sentence,
-    }
 
 
 def _who() -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -13,12 +13,13 @@ from cluster.files import write_atomically
 from cluster.layout import usable_cores
 from cluster.progress import Progressing
 from cluster.session import ray_session
-from models.chat import ChatTokenizer
-from models.preferences import read_prompts
+from labelling.forms import work_row
+from labelling.records import Answer, Work
 from models.sources import resolve_policy, weights_fingerprint
 from rlhf.config import ClusterSection, RLSection, RolloutSection, data_path
 from rlhf.errors import DataError, ModelError
 from rlhf.records import Completion, Prompt
+from trainers.prompts import usable_prompts
 from trainers.sampling import requests_for, sample_with_engine
 
 
@@ -46,42 +47,27 @@ def write_pairs(
     if versions[0] == versions[1]:
         raise ModelError(f"{names[0]} and {names[1]} are the same weights ({versions[0]})")
     file = prompts if prompts.is_file() else data_path(str(prompts))
-    found, reports = read_prompts([file])
-    for report in reports:
-        console.print(report.sentence())
-    tokenizers = [ChatTokenizer(folder) for folder in folders]
-    asked = [
-        prompt
-        for prompt in found
-        if all(len(each.prompt_ids(prompt.messages)) <= max_prompt_tokens for each in tokenizers)
-    ]
-    if len(asked) < len(found):
-        console.print(
-            f"left out: {len(found) - len(asked)} prompts longer than {max_prompt_tokens} tokens"
-        )
-    asked = asked[:limit]
-    if not asked:
-        raise DataError(f"{file} has no prompt of at most {max_prompt_tokens} tokens")
+    asked = usable_prompts([file], folders, max_prompt_tokens, console)[:limit]
     settings = RLSection(max_tokens=max_tokens)
     drawn = [
         _answers(folder, asked, settings, max_prompt_tokens, seed, console) for folder in folders
     ]
-    rows = [
-        {
-            "prompt": [asdict(message) for message in prompt.messages],
-            "source": prompt.source,
-            **_told("a", _title(folders[0]), versions[0], one),
-            **_told("b", _title(folders[1]), versions[1], other),
-        }
-        for prompt, one, other in zip(asked, *drawn, strict=True)
-        if one.text.strip() and other.text.strip() and one.text.strip() != other.text.strip()
-    ]
-    if not rows:
+    works = list[Work]()
+    for prompt, *answers in zip(asked, *drawn, strict=True):
+        one, other = (
+            Answer(answer.text, _title(folder), version, answer.finish_reason == "stop")
+            for answer, folder, version in zip(answers, folders, versions, strict=True)
+        )
+        with contextlib.suppress(ValueError):
+            works.append(Work(prompt.messages, one, other, prompt.source))
+    if not works:
         raise DataError("no pair to compare: all answers are equal or empty")
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomically(
+        out, "".join(json.dumps(work_row(work), ensure_ascii=False) + "\n" for work in works)
+    )
     console.print(
-        f"{len(rows)} pairs, {len(asked) - len(rows)} left out (equal or empty answers): {out}"
+        f"{len(works)} pairs, {len(asked) - len(works)} left out (equal or empty answers): {out}"
     )
 
 
@@ -118,12 +104,3 @@ def _answers(
 def _title(folder: Path) -> str:
     """What judges' reports call a policy: its run."""
     return folder.parent.name if folder.name == "policy" else folder.name
-
-
-def _told(side: str, model: str, version: str, answer: Completion) -> dict[str, object]:
-    return {
-        f"answer_{side}": answer.text,
-        f"model_{side}": model,
-        f"checkpoint_{side}": version,
-        f"finished_{side}": answer.finish_reason == "stop",
-    }

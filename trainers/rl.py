@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,12 @@ from cluster.layout import usable_cores
 from cluster.progress import Progressing
 from cluster.session import ray_session, shared_memory_folder
 from models.chat import ChatTokenizer
-from models.preferences import read_prompts
 from models.reward_model import RewardModel
 from models.sources import portable_name, resolve_model, resolve_reward_model
 from rlhf.config import PPOSection, RLConfig, data_path
 from rlhf.errors import (
     ActorLostError,
     CheckpointError,
-    DataError,
     ModelError,
     PavlovError,
     RunError,
@@ -35,6 +32,7 @@ from rlhf.reward_functions import RewardFunctions
 from trainers.domain_shift import shift_threshold
 from trainers.fleet import Fleet, Models
 from trainers.loop import Loop
+from trainers.prompts import usable_prompts
 from trainers.recording import Recorder
 
 Finish = Callable[[Fleet], Awaitable[None]]
@@ -62,7 +60,10 @@ def run_rl(
     models = resolve_models(config)
     policy, reference = resolve_model(models.policy), resolve_model(models.reference)
     RewardFunctions(config.rl.rewards)
-    prompts = usable_prompts(config, policy, console) if prompts is None else prompts
+    if prompts is None:
+        files = [data_path(path) for path in config.data.prompts]
+        limits = config.data.max_prompt_tokens, console, config.data.limit
+        prompts = usable_prompts(files, [policy], *limits)
     require_memory([policy, reference], config)
     folder = RunFolder.claim(folder_path, config.model_dump(mode="json"), resume=resume)
     try:
@@ -111,41 +112,6 @@ def resolve_models(config: RLConfig) -> Models:
     reward = resolve_reward_model(config.reward.model)
     RewardModel.load(reward)
     return Models(policy, reference, reward, critic)
-
-
-def usable_prompts(config: RLConfig, policy: Path, console: Console) -> list[Prompt]:
-    """The prompts that fit into `data.max_prompt_tokens`; what was left out is said.
-
-    Raises:
-        DataError: none is left.
-    """
-    prompts, reports = read_prompts(
-        [data_path(path) for path in config.data.prompts], config.data.limit
-    )
-    for report in reports:
-        console.print(report.sentence())
-    tokenizer = ChatTokenizer(policy)
-    limit = config.data.max_prompt_tokens
-    kept: list[Prompt] = []
-    why: Counter[str] = Counter()
-    for prompt in prompts:
-        try:
-            length = len(tokenizer.prompt_ids(prompt.messages))
-        except ModelError as error:
-            why[str(error)] += 1
-            continue
-        if length <= limit:
-            kept.append(prompt)
-        else:
-            why[f"longer than {limit} tokens"] += 1
-    reasons = "; ".join(f"{count} prompts: {reason}" for reason, count in why.most_common(3))
-    if not kept:
-        raise DataError(f"none of the {len(prompts)} prompts can be used ({reasons})")
-    if reasons:
-        console.print(f"left out: {reasons}")
-    if tokenizer.uses_default_template:
-        console.print(f"{policy.name} has no chat template: Pavlov's default one is used")
-    return kept
 
 
 async def _train(

@@ -202,6 +202,10 @@ def test_a_search_that_is_killed_goes_on_without_repeating_what_is_finished(runs
     summary = json.loads((runs.folder / "search" / "summary.json").read_text())
     objectives = {t["trial"]["number"]: t["objective"] for t in summary["trials"]}
     assert sorted(objectives) == [0, 1, 2]
+    # All start from one policy, which is measured once.
+    assert len(list(trials.glob("*/answers/step-000000.jsonl"))) == 1
+    starts = [runs.rows(f"search/trials/{n:03d}", "evaluations.jsonl")[0] for n in range(3)]
+    assert starts[0] == starts[1] == starts[2] and starts[0]["step"] == 0
     assert summary["winner"]["objective"] == max(objectives.values())
     assert summary["low"] <= summary["difference"] <= summary["high"]
     assert (runs.folder / "search" / "policy" / "model.safetensors").is_file()

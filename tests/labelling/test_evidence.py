@@ -6,6 +6,7 @@ import pytest
 
 from labelling.evidence import direct_evidence, judge_name
 from labelling.records import Answer, Honeypot, Judgement, Verdict, Work
+from rlhf.errors import PromotionError
 from rlhf.records import OVERALL, Message
 
 NEW, OLD = "new-weights", "old-weights"
@@ -92,7 +93,7 @@ def test_a_reward_model_speaks_only_for_what_it_did_not_train():
 
 
 def test_simulated_assessors_are_refused():
-    with pytest.raises(ValueError, match="no evidence"):
+    with pytest.raises(PromotionError, match="no evidence"):
         direct_evidence(wins(20, 0), NEW, OLD, "simulated")
 
 

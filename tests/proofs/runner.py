@@ -157,7 +157,8 @@ def _write_page(area: str, proofs: Sequence[Proof], folder: Path) -> None:
         path = folder / f"{proof.__name__}.json"
         lines += [f"## {proof.__name__}", "", _claim(proof), ""]
         if not path.is_file():
-            lines += [earlier.get(proof.__name__, "**Not run yet.**"), ""]
+            said = earlier.get((proof.__name__, _claim(proof)), "**Not run yet.**")
+            lines += [said, ""]
             continue
         result = json.loads(path.read_text())
         state = "Held" if result["held"] else "**Did not hold**"
@@ -170,11 +171,11 @@ def _write_page(area: str, proofs: Sequence[Proof], folder: Path) -> None:
     page.write_text("\n".join(lines).rstrip() + "\n")
 
 
-def _earlier(page: Path) -> dict[str, str]:
-    """What a page says of each proof below its claim."""
+def _earlier(page: Path) -> dict[tuple[str, str], str]:
+    """What a page says of each proof and its claim."""
     sections = page.read_text().split("\n## ")[1:] if page.is_file() else []
     found = (section.split("\n\n", 2) for section in sections)
-    return {name: said.strip() for name, _, said in found}
+    return {(name, claim): said.strip() for name, claim, said in found}
 
 
 def _cell(value: Any) -> str:

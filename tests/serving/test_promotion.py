@@ -71,7 +71,8 @@ def test_who_was_preferred_is_promoted_and_taken_back(served, labels, tiny_model
     done = promote(str(second_model), "pavlov", labels, "release")
     assert (done.version, done.before, done.override) == (new, old, None)
     assert done.evidence is not None
-    assert (done.evidence["wins"], done.evidence["losses"], done.evidence["judges"]) == (20, 4, 1)
+    assert done.evidence["record"] == {"wins": 20, "losses": 4, "ties": 0}
+    assert (done.evidence["judges"], done.evidence["project"]) == (1, "release")
     assert served.current() == new
     # Weights are kept: the run's folder is not needed any more.
     assert weights_fingerprint(served.model(new)) == new
@@ -156,11 +157,20 @@ def test_nobody_waits_for_a_server_that_has_ended(served, labels, tiny_model, se
     assert served.current() == done.version
 
 
-def test_a_half_written_line_is_not_read(served, labels, second_model):
+def test_who_dies_while_writing_leaves_the_record_as_it_was(
+    served, labels, second_model, monkeypatch
+):
     done = promote(str(second_model), "pavlov", labels, None, override=WHY)
-    with (served.folder / "promotions.jsonl").open("a") as file:
-        file.write('{"version": "half')
-    assert served.newest() == done
+
+    def dies(self: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", dies)
+        with pytest.raises(KeyboardInterrupt):
+            roll_back("pavlov")
+    assert served.promotions() == [done]
+    assert roll_back("pavlov").before == done.version
 
 
 def test_which_reward_models_trained_a_policy(tmp_path, monkeypatch, tiny_model, tiny_reward_model):
