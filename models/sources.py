@@ -85,7 +85,7 @@ def check_folder(folder: Path) -> Path:
             with safe_open(path, "np"):
                 pass
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"{path} is no whole safetensors file: {error}") from None
+            raise ModelError(f"{path} is damaged: {error}") from None
     return folder
 
 

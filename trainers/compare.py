@@ -49,9 +49,11 @@ def write_pairs(
     file = prompts if prompts.is_file() else data_path(str(prompts))
     asked = usable_prompts([file], folders, max_prompt_tokens, console)[:limit]
     settings = RLSection(max_tokens=max_tokens)
-    drawn = [
-        _answers(folder, asked, settings, max_prompt_tokens, seed, console) for folder in folders
-    ]
+    with ray_session("compare", num_cpus=usable_cores()) as run:
+        drawn = [
+            _answers(folder, asked, settings, max_prompt_tokens, seed, run, console)
+            for folder in folders
+        ]
     works = list[Work]()
     for prompt, *answers in zip(asked, *drawn, strict=True):
         one, other = (
@@ -77,15 +79,12 @@ def _answers(
     settings: RLSection,
     max_prompt_tokens: int,
     seed: int,
+    run: str,
     console: Console,
 ) -> list[Completion]:
     """One answer to every prompt, by an engine of its own."""
     requests = requests_for(prompts, 1, settings, seed)
-    title = _title(folder)
-    with (
-        ray_session("compare", num_cpus=usable_cores()) as run,
-        Progressing(console, title, len(requests)) as progress,
-    ):
+    with Progressing(console, _title(folder), len(requests)) as progress:
         drawn = asyncio.run(
             sample_with_engine(
                 str(folder),

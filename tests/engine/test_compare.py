@@ -11,7 +11,6 @@ from rich.console import Console
 
 from labelling.exchange import read_work
 from models.sources import weights_fingerprint
-from rlhf.errors import ModelError
 from tests.conftest import build_tiny_model
 from trainers.compare import write_pairs
 
@@ -26,6 +25,7 @@ def prompts(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_either_policy_answers_every_prompt_and_each_answer_names_its_weights(
     tmp_path: Path, tiny_model: Path
@@ -42,11 +42,3 @@ def test_either_policy_answers_every_prompt_and_each_answer_names_its_weights(
         assert {work.a.checkpoint, work.b.checkpoint} == versions
         assert {work.a.model, work.b.model} == {"first", "second"}
         assert len(work.prompt[-1].content) < 100
-
-
-def test_the_same_weights_twice_are_refused(tmp_path: Path, tiny_model: Path):
-    copy = tmp_path / "copy"
-    shutil.copytree(tiny_model, copy)
-    names = str(tiny_model), str(copy)
-    with pytest.raises(ModelError, match="the same weights"):
-        write_pairs(names, prompts(tmp_path), tmp_path / "out", Console(quiet=True), **SETTINGS)

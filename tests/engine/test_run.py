@@ -251,7 +251,7 @@ def test_a_run_that_is_interrupted_while_its_actors_start_ends_cleanly(runs: Run
     time.sleep(3)
     started = below(process.pid)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
     assert_nothing_left(started, before)
 

@@ -151,17 +151,17 @@ OVERRIDE = ("--without-evidence", "a test of the server")
 
 
 class Load:
-    """Requests without a pause, until the block ends; each answer's version, and when it was asked
-    for and had."""
+    """Four clients who ask again after a pause, until the block ends; each answer's version, and
+    when it was asked for and had."""
 
-    def __init__(self, client: openai.OpenAI) -> None:
+    def __init__(self, client: openai.OpenAI, pause_s: float) -> None:
         self.answers: list[tuple[float, float, str]] = []
         self.failures: list[Exception] = []
-        self._client, self._over = client, threading.Event()
+        self._client, self._pause_s, self._over = client, pause_s, threading.Event()
         self._threads = [threading.Thread(target=self._ask) for _ in range(4)]
 
     def _ask(self) -> None:
-        while not self._over.is_set():
+        while not self._over.wait(self._pause_s):
             began = time.monotonic()
             try:
                 found = ask(self._client, max_tokens=64, extra_body={"best_of": 2})
@@ -192,12 +192,13 @@ def promoted(runs: Path, *arguments: str) -> tuple[float, float]:
     return began, time.monotonic()
 
 
+@pytest.mark.parametrize("pause_s", [2, pytest.param(0, marks=pytest.mark.slow)])
 def test_versions_change_under_load_and_no_request_fails(
-    server, client, runs, tiny_model, tmp_path
+    server, client, runs, tiny_model, tmp_path, pause_s
 ):
     second = build_tiny_model(tmp_path / "run" / "policy", seed=1)
     old, new = weights_fingerprint(tiny_model), weights_fingerprint(second)
-    with Load(client) as load:
+    with Load(client, pause_s) as load:
         time.sleep(2)
         up = promoted(runs, str(tmp_path / "run"), *OVERRIDE)
         time.sleep(2)
