@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 from models.embedded import embedded_model
@@ -102,6 +103,13 @@ def _download(name: str) -> Path:
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from None
     return check_folder(Path(folder))
+
+
+def context_length(folder: Path) -> int | None:
+    """Most tokens that the model reads, if its config says."""
+    config = json.loads((folder / "config.json").read_text())
+    found = {**config, **(config.get("text_config") or {})}.get("max_position_embeddings")
+    return found if isinstance(found, int) else None
 
 
 def weights_fingerprint(folder: Path) -> str:

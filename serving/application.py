@@ -86,8 +86,27 @@ def run_application(application: Any, name: str, prefix: str | None, patience_s:
     if thread.is_alive():
         failed.append(f"it does not run after {patience_s:g} s; is there room for it?")
     if failed:
+        reason = _cause(name) or failed[0]
         serve.delete(name)
-        raise RunError(f"{name} did not start: {failed[0]}")
+        raise RunError(f"{name} did not start: {reason}")
+
+
+def _cause(name: str) -> str:
+    """What the first deployment that failed said at the end of its traceback."""
+    from ray import serve
+
+    application = serve.status().applications.get(name)
+    for deployment in application.deployments.values() if application else ():
+        if deployment.status == "DEPLOY_FAILED":
+            return last_said(deployment.message)
+    return ""
+
+
+def last_said(trace: str) -> str:
+    """The error at the end of a traceback, in one line."""
+    lines = trace.strip().splitlines()
+    first = max((at + 1 for at, line in enumerate(lines) if line.startswith("  ")), default=0)
+    return " ".join(line.strip() for line in lines[first:])[:300]
 
 
 def serve_until_stopped(

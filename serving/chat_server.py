@@ -15,9 +15,15 @@ from actors.chat_scorer import ChatScorer, Verdict
 from cluster.layout import actor_environment, choose_layout, usable_cores
 from cluster.session import ray_session
 from models.reward_model import RewardModel
-from models.sources import resolve_model, resolve_reward_model, weights_fingerprint
+from models.sources import (
+    context_length,
+    resolve_model,
+    resolve_reward_model,
+    weights_fingerprint,
+)
 from rlhf.config import parse_config
 from rlhf.config.serve import ReplicasSection, ServeConfig, ServeSection
+from rlhf.errors import ModelError
 from rlhf.records import Message
 from serving.application import READY_S, choose_port, run_application, serve_until_stopped
 from serving.promotion import Live, Promotion, Served
@@ -33,7 +39,7 @@ def serve_chat(config: ServeConfig, console: Console) -> None:
     `policy.model` where nothing ever was; a promotion while it runs is followed.
 
     Raises:
-        ModelError: policy or reward model cannot be used.
+        ModelError: policy or reward model cannot be used, or the policy's context is too short.
     """
     settings = config.serve
     served = Served(settings.name)
@@ -49,6 +55,7 @@ def serve_chat(config: ServeConfig, console: Console) -> None:
     reward = None if config.reward is None else resolve_reward_model(config.reward).absolute()
     if reward is not None:
         RewardModel.load(reward)
+    _checked_length(config, live.model)
     port = choose_port(settings.host, settings.port)
     with ray_session("serve", num_cpus=usable_cores()):
         assistant = Assistant(config, served, live, reward, console)
@@ -162,11 +169,27 @@ def from_arguments(arguments: dict[str, Any]) -> Any:
 
 
 def _engine(config: ServeConfig, model: str) -> Any:
-    """The deployment of one version's engine."""
+    """The deployment of one version's engine.
+
+    Raises:
+        ModelError: the model's context is shorter than what may be asked.
+    """
     settings = config.serve
-    length = settings.max_prompt_tokens + settings.max_tokens
+    length = _checked_length(config, model)
     deployed = _deployed(ChatEngine, "engine", settings.engine, 4 * settings.at_once, settings)
     return deployed.bind(model, config.engine, length, settings.engine.gpus)
+
+
+def _checked_length(config: ServeConfig, model: str) -> int:
+    """Tokens of the longest conversation and answer together."""
+    length = config.serve.max_prompt_tokens + config.serve.max_tokens
+    most = context_length(Path(model))
+    if most is not None and length > most:
+        raise ModelError(
+            f"serve.max_prompt_tokens + serve.max_tokens = {length}, but {model} reads at most "
+            f"{most} tokens"
+        )
+    return length
 
 
 def _scorer(config: ServeConfig, reward: Path) -> Any:

@@ -255,6 +255,11 @@ def test_truncated_weights_are_one_sentence(place, rl_file, refused, tiny_model)
     assert "is damaged" in refused("rl", rl_file, f"policy.model={cut}", f"reference.model={cut}")
 
 
+def test_a_longer_conversation_than_the_model_reads_is_refused(refused, tiny_model):
+    options = (f"policy.model={tiny_model}", "serve.max_tokens=100000")
+    assert "reads at most" in refused("serve", ROOT / "configs" / "serve.toml", *options)
+
+
 # Help and output
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from models import sources
 from models.sources import (
     check_folder,
+    context_length,
     resolve_model,
     resolve_reward_model,
     weights_fingerprint,
@@ -109,3 +111,13 @@ def test_a_trained_policy_is_found_below_the_runs_folder(model_copy, monkeypatch
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert resolve_model(model_copy.name) == model_copy.resolve()
+
+
+def test_the_context_is_what_the_config_says(model_copy):
+    config = model_copy / "config.json"
+    said = json.loads(config.read_text())
+    assert context_length(model_copy) == said.pop("max_position_embeddings")
+    config.write_text(json.dumps(said))
+    assert context_length(model_copy) is None
+    config.write_text(json.dumps(said | {"text_config": {"max_position_embeddings": 77}}))
+    assert context_length(model_copy) == 77

@@ -1,5 +1,6 @@
 """`pavlov serve` as users start it, asked by OpenAI's own client."""
 
+import math
 import signal
 import threading
 import time
@@ -192,26 +193,44 @@ def promoted(runs: Path, *arguments: str) -> tuple[float, float]:
     return began, time.monotonic()
 
 
-@pytest.mark.parametrize("pause_s", [2, pytest.param(0, marks=pytest.mark.slow)])
-def test_versions_change_under_load_and_no_request_fails(
-    server, client, runs, tiny_model, tmp_path, pause_s
-):
+def hold_versions(load: Load, old: str, new: str, up: tuple[float, float], back: float) -> None:
+    """No request failed, and each answer is of a version that was served at its time: `new` from
+    `up` (started, followed) until `back`, else `old`."""
+    assert not load.failures
+    assert {version for *_, version in load.answers} == {old, new}
+    for began, ended, version in load.answers:
+        if ended < up[0]:
+            assert version == old
+        if began > up[1] and ended < back:
+            assert version == new
+
+
+def test_another_version_is_served_and_no_request_fails(server, client, runs, tiny_model, tmp_path):
     second = build_tiny_model(tmp_path / "run" / "policy", seed=1)
     old, new = weights_fingerprint(tiny_model), weights_fingerprint(second)
-    with Load(client, pause_s) as load:
+    with Load(client, pause_s=2) as load:
+        time.sleep(3)
+        up = promoted(runs, str(tmp_path / "run"), *OVERRIDE)
+        time.sleep(3)
+    hold_versions(load, old, new, up, math.inf)
+    assert ask(client).model_extra["pavlov"]["weight_version"] == new
+
+
+@pytest.mark.slow
+def test_the_version_before_comes_back_under_full_load(server, client, runs, tmp_path):
+    third = build_tiny_model(tmp_path / "run" / "policy", seed=2)
+    new = weights_fingerprint(third)
+    old = ask(client).model_extra["pavlov"]["weight_version"]
+    with Load(client, pause_s=0) as load:
         time.sleep(2)
         up = promoted(runs, str(tmp_path / "run"), *OVERRIDE)
         time.sleep(2)
         back = promoted(runs, "--rollback")
         time.sleep(2)
-    assert not load.failures
-    assert {version for *_, version in load.answers} == {old, new}
-    for began, ended, version in load.answers:
-        if ended < up[0] or began > back[1]:
-            assert version == old
-        if began > up[1] and ended < back[0]:
-            assert version == new
-    assert ask(client).model_extra["pavlov"]["weight_version"] == old
+        after = time.monotonic()
+        time.sleep(2)
+    hold_versions(load, old, new, up, back[0])
+    assert {version for began, _, version in load.answers if began > after} == {old}
 
 
 @pytest.mark.slow

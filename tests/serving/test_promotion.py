@@ -121,7 +121,7 @@ def test_what_cannot_be_served_is_refused(served, labels, foreign_model, tmp_pat
         promote(str(foreign_model), "pavlov", labels, None, override=WHY)
     cut = build_tiny_model(tmp_path / "cut", seed=3) / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:5000])
-    with pytest.raises(ModelError, match="no whole safetensors file"):
+    with pytest.raises(ModelError, match="is damaged"):
         promote(str(cut.parent), "pavlov", labels, None, override=WHY)
     with pytest.raises(ModelError, match="nowhere"):
         promote("nowhere", "pavlov", labels, None, override=WHY)

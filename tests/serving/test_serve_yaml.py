@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, ModelError
 from serving.chat_server import from_arguments
 from tests.conftest import ROOT
 
@@ -15,6 +15,9 @@ def test_the_shipped_file_is_what_serve_takes_and_what_pavlov_builds(tiny_model:
     [application] = ServeDeploySchema.model_validate(file).applications
     assert application.import_path == "serving.chat_server:from_arguments"
     arguments = {**application.args, "policy": {"model": str(tiny_model)}}
+    with pytest.raises(ModelError, match=r"= 1280, but .* reads at most 1024 tokens"):
+        from_arguments(arguments)
+    arguments["serve"]["max_prompt_tokens"] = 512
     assert from_arguments(arguments) is not None
     # Serve finds its deployments by the application's name.
     assert application.name == arguments["serve"]["name"]
