@@ -1,19 +1,21 @@
 """What the algorithms do to the embedded model: the same prompts, ensemble and samples for each.
 
 A cell is a demo run (`trainers/demo.py`) with other settings. The base answers, the comparisons and
-the ensemble are those of the first cell; what differs is the reinforcement learning alone. Every
-cell answers the held-out prompts, and is judged by the ensemble that trained it *and* by the demo's
-rule, which took no part in training.
+the ensemble are those of the first cell made on a machine; what differs is the reinforcement
+learning alone. What a cell gave is kept in ``docs/proofs/algorithms/``. Every cell answers the
+held-out prompts, and is judged by the ensemble that trained it *and* by the demo's rule, which took
+no part in training.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,14 @@ import pyarrow.parquet as pq
 
 from rlhf.config import DemoConfig, load_config
 from rlhf.statistics import paired_interval
-from tests.proofs.runner import PICTURES, ROOT, hold, pavlov, prove, rows
+from tests.proofs.runner import PICTURES, ROOT, commit, hold, pavlov, prove, rows
 
 CONFIG = ROOT / "configs" / "demo.toml"
 # As many samples for each: 16 steps of 36 completions.
 SAME = ("rl.num_steps=16", "rl.prompts_per_step=6", "rl.completions_per_prompt=6")
 SEEDS = (0, 1)
+JUDGES = ("rule", "reward")
+SIDES = ("base", "tuned")
 ALGORITHMS: dict[str, tuple[str, ...]] = {
     "grpo": (),
     "Dr. GRPO": (
@@ -56,52 +60,96 @@ LAGS: dict[str, tuple[str, ...]] = {
     "4, weights": ("rl.max_staleness=4", "rl.off_policy.weights=token"),
 }
 _SHARED = ("base.jsonl", "pairs.parquet", "reward")
+_KEPT = ROOT / "docs" / "proofs" / "algorithms"
+_METRICS = (
+    *("step", "reward/mean", "kl/mean", "entropy/mean", "tokens/step"),
+    *("time/step_s", "time/rollout_s", "time/learn_s", "importance/effective_share"),
+)
 
 
-def cell(name: str, overrides: Sequence[str]) -> Path:
-    """A finished demo of these settings; the folder goes on where it was."""
-    folder = cells() / name
-    if (folder / "summary.json").is_file():
+def cell(name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """What a demo of these settings gave: ``docs/proofs/algorithms/<name>.json``, made where there
+    is none of these settings, so that a round goes on on another machine."""
+    settings = [*SAME, *overrides]
+    path = _KEPT / f"{re.sub('[^a-z0-9]+', '_', name.lower()).strip('_')}.json"
+    if path.is_file() and (kept := json.loads(path.read_text()))["settings"] == settings:
+        return dict(kept)
+    folder = _run(name, settings)
+    found = {
+        "settings": settings,
+        "commit": commit(),
+        "reward_version": json.loads((folder / "reward" / "reward.json").read_text())["version"],
+        "comparison": [
+            {f"{judge}_{side}": row[f"{judge}_{side}"] for judge in JUDGES for side in SIDES}
+            for row in rows(folder / "comparison.jsonl")
+        ],
+        "metrics": [
+            {key: row[key] for key in _METRICS if key in row}
+            for row in rows(folder / "rl" / "metrics.jsonl")
+        ],
+        "lags": _lags(folder / "rl" / "rollouts"),
+    }
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(_lines(found))
+    return found
+
+
+def _run(name: str, settings: Sequence[str]) -> Path:
+    """The folder of a finished demo; one that was interrupted goes on."""
+    cells = ROOT / "runs" / "proofs" / "algorithms" / "cells"
+    folder = cells / name
+    finished = [path.parent for path in sorted(cells.glob("*/summary.json"))]
+    if folder in finished:
         return folder
-    settings = (*SAME, *overrides)
-    first = cells() / "grpo, seed 0"
-    if folder != first and not (folder / "config.json").is_file():
-        cell(first.name, ("seed=0",))
+    if finished and not (folder / "config.json").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         for shared in _SHARED:
-            copy = shutil.copytree if (first / shared).is_dir() else shutil.copy
-            copy(first / shared, folder / shared)
+            source = finished[0] / shared
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / shared)
         # The demo takes a folder for its own by the settings that stand in it.
         config = load_config(DemoConfig, CONFIG, list(settings)).model_dump(mode="json")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    print(f"cell {name}: {' '.join(overrides)}", flush=True)
-    pavlov("demo", *settings, "--out", str(folder), runs=cells())
+    print(f"cell {name}: {' '.join(settings)}", flush=True)
+    pavlov("demo", *settings, "--out", str(folder), runs=cells)
     # 2 GB a cell.
     for large in ("checkpoints", "policy"):
         shutil.rmtree(folder / "rl" / large)
     return folder
 
 
-@cache
-def cells() -> Path:
-    folder = ROOT / "runs" / "proofs" / "algorithms" / "cells"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _lags(rollouts: Path) -> dict[str, int]:
+    """How many completions were so many versions behind."""
+    lags: Counter[int] = Counter()
+    for path in sorted(rollouts.glob("*.parquet")):
+        for row in pq.read_table(path, columns=["step", "oldest_version"]).to_pylist():
+            if row["oldest_version"] is not None:
+                lags[row["step"] - row["oldest_version"]] += 1
+    return {str(lag): count for lag, count in sorted(lags.items())}
 
 
-def judged(folders: Sequence[Path]) -> dict[str, Any]:
+def _lines(found: dict[str, Any]) -> str:
+    """JSON with a line for each row of a table."""
+    parts = []
+    for key, value in found.items():
+        table = isinstance(value, list) and value and isinstance(value[0], dict)
+        lines = ",\n  ".join(json.dumps(row) for row in value) if table else ""
+        said = f"[\n  {lines}\n ]" if table else json.dumps(value)
+        parts.append(f" {json.dumps(key)}: {said}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def judged(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Tuned against base on the held-out prompts, means over seeds and paired over prompts."""
-    tables = [rows(folder / "comparison.jsonl") for folder in folders]
     found: dict[str, Any] = {}
-    for name in ("rule", "reward"):
+    for name in JUDGES:
         differences = [
             [row[f"{name}_tuned"] - row[f"{name}_base"] for row in same]
-            for same in zip(*tables, strict=True)
+            for same in zip(*(each["comparison"] for each in cells), strict=True)
             if all(row["reward_base"] is not None for row in same)
         ]
         found[name] = paired_interval([statistics.fmean(each) for each in differences])
-    metrics = [rows(folder / "rl" / "metrics.jsonl") for folder in folders]
+    metrics = [each["metrics"] for each in cells]
     found["kl"] = statistics.fmean(run[-1]["kl/mean"] for run in metrics)
     found["entropy"] = statistics.fmean(
         run[-1]["entropy/mean"] for run in metrics if run[-1]["entropy/mean"] is not None
@@ -138,7 +186,7 @@ def they_learn(folder: Path) -> dict[str, Any]:
         found = judged([made[name, seed] for seed in SEEDS])
         figures[name] = shown(found)
         if name == "grpo":
-            for judge in ("rule", "reward"):
+            for judge in JUDGES:
                 bars[f"the default is better by the {judge}"] = found[judge][1] > 0
     return hold(bars, figures)
 
@@ -149,8 +197,7 @@ def kl_and_entropy(folder: Path) -> dict[str, Any]:
     docs/pictures/kl_and_entropy.png."""
     curves = {}
     for name, settings in TERMS.items():
-        done = cell(f"terms, {name}", ("seed=0", *FAST, *settings))
-        curves[name] = rows(done / "rl" / "metrics.jsonl")
+        curves[name] = cell(f"terms, {name}", ("seed=0", *FAST, *settings))["metrics"]
     _draw(
         curves,
         {
@@ -187,15 +234,8 @@ def staleness(folder: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     bars: dict[str, bool] = {}
     for name, settings in LAGS.items():
-        done = cell(f"lag {name}", ("seed=0", *settings))
-        metrics = rows(done / "rl" / "metrics.jsonl")
-        lags: dict[int, int] = {}
-        for path in sorted((done / "rl" / "rollouts").glob("*.parquet")):
-            table = pq.read_table(path, columns=["step", "oldest_version"]).to_pylist()
-            for row in table:
-                if row["oldest_version"] is not None:
-                    lag = row["step"] - row["oldest_version"]
-                    lags[lag] = lags.get(lag, 0) + 1
+        done = cell(f"lag {name}" if settings else "grpo, seed 0", ("seed=0", *settings))
+        metrics = done["metrics"]
         found = judged([done])
         tokens = sum(row["tokens/step"] for row in metrics)
         seconds = sum(row["time/step_s"] for row in metrics)
@@ -205,10 +245,10 @@ def staleness(folder: Path) -> dict[str, Any]:
             if "importance/effective_share" in row
         )
         figures[f"max_staleness {name}"] = (
-            f"{tokens / seconds:.0f} tokens/s, lags {dict(sorted(lags.items()))}, effective share "
+            f"{tokens / seconds:.0f} tokens/s, lags {done['lags']}, effective share "
             f"{effective:.3f}, {shown(found)}"
         )
-        bars[f"no lag beyond {name}"] = max(lags) <= int(name[0])
+        bars[f"no lag beyond {name}"] = max(map(int, done["lags"])) <= int(name[0])
     return hold(bars, figures)
 
 

@@ -62,7 +62,7 @@ def prove(area: str, proofs: Sequence[Proof], argv: Sequence[str]) -> int:
             figures = getattr(error, "figures", {"reason": text.splitlines()[-1][:300]})
             result = {"held": False, "figures": figures}
         result |= {"seconds": round(time.monotonic() - started), "date": time.strftime("%Y-%m-%d")}
-        result |= {"commit": _git("rev-parse", "--short", "HEAD"), "changed": bool(_changes())}
+        result |= {"commit": commit()}
         path.write_text(json.dumps(result, indent=2) + "\n")
         print(json.dumps(result, indent=2), flush=True)
     _write_page(area, proofs, folder)
@@ -119,6 +119,11 @@ def _claim(proof: Proof) -> str:
     return " ".join((proof.__doc__ or "").split())
 
 
+def commit() -> str:
+    """Which state of the repository this is."""
+    return _git("rev-parse", "--short", "HEAD") + (" with changes" if _changes() else "")
+
+
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip()
@@ -162,8 +167,8 @@ def _write_page(area: str, proofs: Sequence[Proof], folder: Path) -> None:
             continue
         result = json.loads(path.read_text())
         state = "Held" if result["held"] else "**Did not hold**"
-        commit = result["commit"] + (" with changes" if result["changed"] else "")
-        lines += [f"{state}; {result['seconds']} s on {result['date']}, commit {commit}.", ""]
+        when = f"{result['seconds']} s on {result['date']}, commit {result['commit']}"
+        lines += [f"{state}; {when}.", ""]
         lines += ["| figure | value |", "|---|---|"]
         lines += [f"| {key} | {_cell(value)} |" for key, value in result["figures"].items()]
         lines.append("")
