@@ -1,65 +1,110 @@
-"""The ensemble that chooses among candidates, and says what it does not know."""
+"""A bank of the ensemble that chooses among candidates, and what all banks say together."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from actors.gauges import in_ray_actor
 from actors.reward import EMPTY_REWARD
 from cluster.guard import Guard
-from models.reward_model import RewardModel
+from models.reward_model import BankAnswers, RewardCard, RewardModel, ask_bank, join, scored
+from models.trunk import TokenRow
 from rlhf.records import Message
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What the ensemble says of a candidate, in deviations over its training replies: the mean over
-    members, each member's reward, their disagreement, whether it is out of their domain, and the
-    reward model's version."""
+    members, each member's reward, their disagreement, whether it is out of their domain, the reward
+    model's version, the mean by criterion, and how many members did not answer."""
 
     reward: float
     rewards_K: tuple[float, ...]
     disagreement: float
     domain_shift: bool
     version: str
+    criteria: Mapping[str, float] = field(default_factory=dict)
+    members_missing: int = 0
 
     def lower_bound(self, penalty: float) -> float:
         """What candidates are ranked by: reward less `penalty` times disagreement."""
         return self.reward - penalty * self.disagreement
 
 
-class ChatScorer:
-    """One reward model."""
+def verdict(card: RewardCard, banks: Sequence[BankAnswers]) -> Verdict:
+    """Of one answer, by the banks that spoke of it: at least one. The threshold of domain shift is
+    that of all."""
+    scores = scored(card, join(banks))
+    criteria_C = scores.criteria_KCN[:, :, 0].mean(dim=0).tolist()
+    return Verdict(
+        float(scores.rewards_KN[:, 0].mean()),
+        tuple(scores.rewards_KN[:, 0].tolist()),
+        float(scores.disagreement_N[0]),
+        bool(scores.shifted_N[0]),
+        card.version,
+        dict(zip(card.criteria, criteria_C, strict=True)),
+        card.members - len(scores.rewards_KN),
+    )
 
-    def __init__(self, model: str, gpus: float = 0) -> None:
+
+def empty_verdict(card: RewardCard) -> Verdict:
+    """Of an answer without visible text: what training gives it."""
+    rewards_K = (EMPTY_REWARD,) * card.members
+    criteria = dict.fromkeys(card.criteria, EMPTY_REWARD)
+    return Verdict(EMPTY_REWARD, rewards_K, 0.0, True, card.version, criteria)
+
+
+class ChatScorer:
+    """One bank of a reward model. What comes while a pass runs is read in the next one together, so
+    that candidates of one conversation share their reading of it."""
+
+    def __init__(self, model: str, bank: int, gpus: float = 0) -> None:
         self._guard = Guard(with_parent=in_ray_actor())
-        self._model = RewardModel.load(Path(model))
+        self._model = RewardModel.load(Path(model)).part(bank)
         self._model.trunks("cuda" if gpus else "cpu")
-        # Serve calls from several threads, and a trunk reads one batch at a time.
-        self._turn = threading.Lock()
+        self._waiting: list[tuple[tuple[TokenRow, ...], asyncio.Future[BankAnswers]]] = []
+        self._reading: asyncio.Task[None] | None = None
 
     def version(self) -> str:
         """The reward model's version."""
         return self._model.card.version
 
-    def judge(self, messages: Sequence[Message], text: str, finished: bool) -> Verdict:
-        """What is said of one answer. One without visible text gets what training gives it.
+    async def judge(self, messages: Sequence[Message], text: str, finished: bool) -> BankAnswers:
+        """What the bank's members say of one answer.
 
         Raises:
             ModelError: the answer cannot be tokenised.
         """
-        members = self._model.card.members
-        if not text.strip():
-            return Verdict(EMPTY_REWARD, (EMPTY_REWARD,) * members, 0.0, True, self.version())
-        with self._turn:
-            scores = self._model.score([(messages, text, finished)])
-        return Verdict(
-            float(scores.rewards_KN[:, 0].mean()),
-            tuple(scores.rewards_KN[:, 0].tolist()),
-            float(scores.disagreement_N[0]),
-            bool(scores.shifted_N[0]),
-            self.version(),
-        )
+        row = self._model.tokenise((messages, text, finished))
+        said = asyncio.get_running_loop().create_future()
+        self._waiting.append((row, said))
+        if self._reading is None:
+            self._reading = asyncio.create_task(self._read())
+        return await said
+
+    async def _read(self) -> None:
+        try:
+            while self._waiting:
+                batch, self._waiting = self._waiting, []
+                batch = [(row, said) for row, said in batch if not said.done()]
+                try:
+                    found = await asyncio.to_thread(self._judge, [row for row, _ in batch])
+                    for (_, said), answers in zip(batch, found, strict=True):
+                        if not said.done():
+                            said.set_result(answers)
+                except Exception as error:
+                    for _, said in batch:
+                        if not said.done():
+                            said.set_exception(error)
+        finally:
+            self._reading = None
+
+    def _judge(self, rows: Sequence[tuple[TokenRow, ...]]) -> list[BankAnswers]:
+        if not rows:
+            return []
+        (features_NFH,) = self._model.features(rows)
+        [heads] = self._model.banks
+        return [ask_bank(heads, features_NFH[at : at + 1]) for at in range(len(rows))]

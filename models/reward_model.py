@@ -128,6 +128,18 @@ class RewardCard(_Part):
 
 
 @dataclass(frozen=True, slots=True)
+class BankAnswers:
+    """What the members of one bank say of N replies: rewards of the combination and its parts, in
+    deviations over the training replies; which members are told from each other by disagreement
+    alone (`kin`); and the distance from the training replies in each of the bank's families."""
+
+    rewards_KN: Tensor
+    criteria_KCN: Tensor
+    kin_K: Tensor
+    distances_FN: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Answers:
     """What the members of all banks say of N replies.
 
@@ -150,23 +162,52 @@ class Scores(Answers):
     shifted_N: Tensor
 
 
-def ask(banks: Sequence[Heads], features: RowFeatures) -> Answers:
-    """Every bank's members on its own features of the same replies.
+def ask_bank(heads: Heads, features_NFH: Tensor) -> BankAnswers:
+    """A bank's members on its features."""
+    criteria_KCN = heads.criteria(features_NFH)
+    rewards_KN = heads.combined(criteria_KCN)
+    return BankAnswers(rewards_KN, criteria_KCN, heads.kin_K, heads.distances(features_NFH))
+
+
+def join(banks: Sequence[BankAnswers]) -> Answers:
+    """What banks say together, all of a reward model or those there are.
 
     Disagreement is taken within a family and averaged over families, distance averaged over them.
     """
-    criteria = [h.criteria(f_NFH) for h, f_NFH in zip(banks, features, strict=True)]
-    rewards_KN = torch.cat([h.combined(c_KCN) for h, c_KCN in zip(banks, criteria, strict=True)])
-    distances = [h.distances(f_NFH) for h, f_NFH in zip(banks, features, strict=True)]
+    rewards_KN = torch.cat([bank.rewards_KN for bank in banks])
     kin, offset = [], 0
-    for heads in banks:
-        kin.append(heads.kin_K + offset)
-        offset += int(heads.kin_K.max()) + 1
+    for bank in banks:
+        kin.append(bank.kin_K + offset)
+        offset += int(bank.kin_K.max()) + 1
     return Answers(
         rewards_KN,
-        torch.cat(criteria),
+        torch.cat([bank.criteria_KCN for bank in banks]),
         family_disagreement(rewards_KN, torch.cat(kin)),
-        torch.cat(distances).mean(dim=0),
+        torch.cat([bank.distances_FN for bank in banks]).mean(dim=0),
+    )
+
+
+def ask(banks: Sequence[Heads], features: RowFeatures) -> Answers:
+    """Every bank's members on its own features of the same replies."""
+    return join(list(map(ask_bank, banks, features)))
+
+
+def scored(card: RewardCard, said: Answers) -> Scores:
+    """Answers by the signals and the threshold of the card."""
+    shift_N = shift_score(
+        torch.stack([said.disagreement_N, said.distance_N]),
+        torch.tensor(card.signal_mean),
+        torch.tensor(card.signal_deviation),
+    )
+    # Without a threshold (too few held-out replies to promise the rate) nothing is flagged.
+    threshold = float("inf") if card.threshold is None else card.threshold
+    return Scores(
+        said.rewards_KN,
+        said.criteria_KCN,
+        said.disagreement_N,
+        said.distance_N,
+        shift_N,
+        shift_N > threshold,
     )
 
 
@@ -253,22 +294,12 @@ class RewardModel:
 
     def score_features(self, features: RowFeatures) -> Scores:
         """Scores of trunk features."""
-        said = ask(self.banks, features)
-        shift_N = shift_score(
-            torch.stack([said.disagreement_N, said.distance_N]),
-            torch.tensor(self.card.signal_mean),
-            torch.tensor(self.card.signal_deviation),
-        )
-        # Without a threshold (too few held-out replies to promise the rate) nothing is flagged.
-        threshold = float("inf") if self.card.threshold is None else self.card.threshold
-        return Scores(
-            said.rewards_KN,
-            said.criteria_KCN,
-            said.disagreement_N,
-            said.distance_N,
-            shift_N,
-            shift_N > threshold,
-        )
+        return scored(self.card, ask(self.banks, features))
+
+    def part(self, bank: int) -> RewardModel:
+        """The members of one bank as a reward model of their own, of the same version."""
+        card = self.card.model_copy(update={"banks": (self.card.banks[bank],)})
+        return RewardModel(card, [self.banks[bank]], self._own)
 
     def criterion(self, name: str) -> int:
         """The place of a criterion.

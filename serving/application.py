@@ -139,10 +139,11 @@ def serve_until_stopped(
             except Exception as error:
                 failed.append(error)
 
-        threading.Thread(target=begin, daemon=True).start()
+        beginning = threading.Thread(target=begin, daemon=True)
+        beginning.start()
         address = f"http://{'127.0.0.1' if host in ('', '0.0.0.0') else host}:{port}"
         deadline = time.monotonic() + READY_S
-        while not stop.is_set() and not _answers(address):
+        while not stop.is_set() and (beginning.is_alive() or not _answers(address)):
             if failed:
                 raise failed[0]
             if time.monotonic() > deadline:

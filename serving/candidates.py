@@ -23,13 +23,16 @@ class Engine(Protocol):
 
 
 class Scorer(Protocol):
-    """What judges them: `actors.chat_scorer.ChatScorer`."""
+    """What judges them: `serving.ensemble.Ensemble`."""
 
     async def judge(self, messages: Sequence[Message], text: str, finished: bool) -> Verdict:
-        """See `ChatScorer.judge`."""
+        """See `Ensemble.judge`."""
 
     async def version(self) -> str:
-        """See `ChatScorer.version`."""
+        """See `Ensemble.version`."""
+
+
+_TOLD = ("reward", "criteria", "disagreement", "domain_shift", "members_missing")
 
 
 @dataclass(slots=True)
@@ -83,14 +86,8 @@ class Plan:
 def told(candidate: Candidate) -> dict[str, Any]:
     """What the ensemble says of a candidate, nulls where it was not asked."""
     verdict = candidate.verdict
-    if verdict is None:
-        return {"reward": None, "rewards": None, "disagreement": None, "domain_shift": None}
-    return {
-        "reward": verdict.reward,
-        "rewards": list(verdict.rewards_K),
-        "disagreement": verdict.disagreement,
-        "domain_shift": verdict.domain_shift,
-    }
+    said = {name: verdict and getattr(verdict, name) for name in _TOLD}
+    return said | {"rewards": verdict and list(verdict.rewards_K)}
 
 
 def logprobs_of(

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from actors.chat_engine import ChatEngine, Piece, Sampling
-from actors.chat_scorer import ChatScorer, Verdict
+from actors.chat_scorer import ChatScorer
 from cluster.layout import actor_environment, choose_layout, usable_cores
 from cluster.session import ray_session
-from models.reward_model import RewardModel
+from models.reward_model import BankAnswers, RewardCard, RewardModel
 from models.sources import (
     context_length,
     resolve_model,
@@ -26,6 +26,7 @@ from rlhf.config.serve import ReplicasSection, ServeConfig, ServeSection
 from rlhf.errors import ModelError
 from rlhf.records import Message
 from serving.application import READY_S, choose_port, run_application, serve_until_stopped
+from serving.ensemble import Ensemble
 from serving.promotion import Live, Promotion, Served
 
 _LOOK_EVERY_S = 0.5
@@ -52,13 +53,11 @@ def serve_chat(config: ServeConfig, console: Console) -> None:
     else:
         model = resolve_model(config.policy.model)
         live = Live(weights_fingerprint(model), str(model))
-    reward = None if config.reward is None else resolve_reward_model(config.reward).absolute()
-    if reward is not None:
-        RewardModel.load(reward)
+    judges = _Judges.of(config)
     _checked_length(config, live.model)
     port = choose_port(settings.host, settings.port)
     with ray_session("serve", num_cpus=usable_cores()):
-        assistant = Assistant(config, served, live, reward, console)
+        assistant = Assistant(config, served, live, judges, console)
         serve_until_stopped(assistant, settings.name, settings.host, port, console)
 
 
@@ -72,11 +71,11 @@ class Assistant:
         config: ServeConfig,
         served: Served,
         live: Live,
-        reward: Path | None,
+        judges: _Judges | None,
         console: Console,
     ) -> None:
         self._config, self._served, self._console = config, served, console
-        self._reward, self._live = reward, live
+        self._judges, self._live = judges, live
         self._name = config.serve.name
         self._stopping = threading.Event()
 
@@ -84,15 +83,14 @@ class Assistant:
         """See `Applications`."""
         self._start_engine(self._live)
         self._served.say_live(self._live)
-        scorer = [] if self._reward is None else [_scorer(self._config, self._reward)]
         served, name = self._served, self._name
         ingress = _ingress(
             self._config,
-            self._reward,
+            self._judges,
             lambda: Path(_live(served).model),
             lambda: _engine_of(name, _live(served).version),
         )
-        run_application(ingress.bind(*scorer), name, "/", READY_S)
+        run_application(ingress.bind(*_scorers(self._config, self._judges)), name, "/", READY_S)
 
     def ready(self, address: str) -> str:
         """See `Applications`."""
@@ -160,12 +158,25 @@ def from_arguments(arguments: dict[str, Any]) -> Any:
     """
     config = parse_config(ServeConfig, arguments, "serve.yaml")
     model = resolve_model(config.policy.model)
-    reward = None if config.reward is None else resolve_reward_model(config.reward).absolute()
-    parts = [_engine(config, str(model))]
-    if reward is not None:
-        parts.append(_scorer(config, reward))
+    judges = _Judges.of(config)
     name = config.serve.name
-    return _ingress(config, reward, lambda: model, lambda: name).bind(*parts)
+    ingress = _ingress(config, judges, lambda: model, lambda: name)
+    return ingress.bind(_engine(config, str(model)), *_scorers(config, judges))
+
+
+@dataclass(frozen=True, slots=True)
+class _Judges:
+    """A reward model that can be used: its folder and card."""
+
+    folder: Path
+    card: RewardCard
+
+    @classmethod
+    def of(cls, config: ServeConfig) -> _Judges | None:
+        if config.reward is None:
+            return None
+        folder = resolve_reward_model(config.reward).absolute()
+        return cls(folder, RewardModel.load(folder).card)
 
 
 def _engine(config: ServeConfig, model: str) -> Any:
@@ -192,15 +203,26 @@ def _checked_length(config: ServeConfig, model: str) -> int:
     return length
 
 
-def _scorer(config: ServeConfig, reward: Path) -> Any:
+def _scorers(config: ServeConfig, judges: _Judges | None) -> list[Any]:
+    """A deployment for each of the ensemble's backbones: the others go on where one dies."""
+    if judges is None:
+        return []
     settings = config.serve
-    deployed = _deployed(ChatScorer, "ensemble", settings.scorer, 4 * settings.at_once, settings)
-    return deployed.bind(str(reward), settings.scorer.gpus)
+    return [
+        _deployed(ChatScorer, _bank(number), settings.scorer, 4 * settings.at_once, settings).bind(
+            str(judges.folder), number, settings.scorer.gpus
+        )
+        for number in range(len(judges.card.banks))
+    ]
+
+
+def _bank(number: int) -> str:
+    return f"ensemble-{number}"
 
 
 def _ingress(
     config: ServeConfig,
-    reward: Path | None,
+    judges: _Judges | None,
     tokenizer: Callable[[], Path],
     engine: Callable[[], str],
 ) -> Any:
@@ -222,9 +244,7 @@ def _ingress(
             config,
             ChatTokenizer(tokenizer()),
             EngineElsewhere(engine),
-            None
-            if reward is None
-            else ScorerElsewhere(serve.get_deployment_handle("ensemble", settings.name)),
+            None if judges is None else _ensemble(settings, judges),
         )
 
     served: Any = serve.ingress(build)()
@@ -293,16 +313,26 @@ class EngineElsewhere:
         return self._handles[name]
 
 
-class ScorerElsewhere:
+def _ensemble(settings: ServeSection, judges: _Judges) -> Ensemble:
+    from ray import serve
+
+    handles = [
+        serve.get_deployment_handle(_bank(number), settings.name)
+        for number in range(len(judges.card.banks))
+    ]
+    return Ensemble(judges.card, list(map(BankElsewhere, handles)), settings.patience_s)
+
+
+class BankElsewhere:
     """A `ChatScorer` behind a Serve handle."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
-    async def judge(self, messages: Sequence[Message], text: str, finished: bool) -> Verdict:
+    async def judge(self, messages: Sequence[Message], text: str, finished: bool) -> BankAnswers:
         """See `ChatScorer.judge`."""
-        verdict: Verdict = await self._handle.judge.remote(messages, text, finished)
-        return verdict
+        answers: BankAnswers = await self._handle.judge.remote(messages, text, finished)
+        return answers
 
     async def version(self) -> str:
         """See `ChatScorer.version`."""

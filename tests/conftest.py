@@ -103,9 +103,9 @@ def build_tiny_model(folder: Path, *, chat_template: str | None = CHATML, seed: 
     return folder
 
 
-def build_tiny_reward_model(folder: Path, model: Path) -> Path:
-    """A reward-model folder: four random heads on the whole of a tiny model, two on either family,
-    for the criterion `overall`."""
+def build_tiny_reward_model(folder: Path, *models: Path) -> Path:
+    """A reward-model folder: on the whole of each tiny model four random heads, two on either
+    family, for the criterion `overall`."""
     import torch
 
     from models.chat import ChatTokenizer
@@ -114,19 +114,22 @@ def build_tiny_reward_model(folder: Path, model: Path) -> Path:
     from models.sources import weights_fingerprint
 
     generator = torch.Generator().manual_seed(0)
-    bank = BankCard(
-        model=str(model),
-        model_fingerprint=weights_fingerprint(model),
-        tokenizer_fingerprint=ChatTokenizer(model).fingerprint,
-        families=(FamilyCard(layers=2, pooling="last"), FamilyCard(layers=2, pooling="mean")),
-        groups=tuple(
-            GroupCard(kind="probe", count=2, family=family, l2={"overall": 0.1})
-            for family in range(2)
-        ),
+    banks = tuple(
+        BankCard(
+            model=str(model),
+            model_fingerprint=weights_fingerprint(model),
+            tokenizer_fingerprint=ChatTokenizer(model).fingerprint,
+            families=(FamilyCard(layers=2, pooling="last"), FamilyCard(layers=2, pooling="mean")),
+            groups=tuple(
+                GroupCard(kind="probe", count=2, family=family, l2={"overall": 0.1})
+                for family in range(2)
+            ),
+        )
+        for model in models
     )
     card = RewardCard(
         version="tiny",
-        banks=(bank,),
+        banks=banks,
         dtype="float32",
         max_tokens=128,
         criteria=("overall",),
@@ -141,20 +144,23 @@ def build_tiny_reward_model(folder: Path, model: Path) -> Path:
         data={},
         metrics={},
     )
-    heads = Heads(
-        weights_KCH=torch.randn(4, 1, 128, generator=generator) / 11,
-        family_K=torch.tensor([0, 0, 1, 1]),
-        kin_K=torch.tensor([0, 0, 1, 1]),
-        feature_mean_FH=torch.zeros(2, 128),
-        feature_deviation_FH=torch.ones(2, 128),
-        whitening_FHH=torch.eye(128).repeat(2, 1, 1),
-        member_mean_KC=torch.zeros(4, 1),
-        member_deviation_KC=torch.ones(4, 1),
-        combination_C=torch.ones(1),
-        combined_deviation_K=torch.ones(4),
-    )
+    heads = [
+        Heads(
+            weights_KCH=torch.randn(4, 1, 128, generator=generator) / 11,
+            family_K=torch.tensor([0, 0, 1, 1]),
+            kin_K=torch.tensor([0, 0, 1, 1]),
+            feature_mean_FH=torch.zeros(2, 128),
+            feature_deviation_FH=torch.ones(2, 128),
+            whitening_FHH=torch.eye(128).repeat(2, 1, 1),
+            member_mean_KC=torch.zeros(4, 1),
+            member_deviation_KC=torch.ones(4, 1),
+            combination_C=torch.ones(1),
+            combined_deviation_K=torch.ones(4),
+        )
+        for _ in models
+    ]
     folder.mkdir()
-    RewardModel(card, [heads]).save(folder)
+    RewardModel(card, heads).save(folder)
     return folder
 
 

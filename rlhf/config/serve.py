@@ -58,6 +58,9 @@ class ServeSection(Section):
     disagreement_penalty: NonNegativeFloat = 1.0
     """Standard deviations over members taken from a candidate's mean reward: the lower bound that
     candidates are ranked by."""
+    patience_s: PositiveFloat = 5.0
+    """Seconds that a part of the ensemble is waited for when another has answered; then the members
+    that there are judge alone, and the answer says so."""
     domain_shift: Literal["answer", "notice", "decline"] = "answer"
     """What follows where the ensemble does not know the chosen answer's kind: nothing but the mark,
     `notice_text` below it, or `decline_text` in its place."""
@@ -80,7 +83,7 @@ class ServeSection(Section):
     engine: ReplicasSection = ReplicasSection()
     """vLLM engines."""
     scorer: ReplicasSection = ReplicasSection()
-    """Copies of the ensemble."""
+    """Copies of each of the ensemble's backbones with its members."""
 
     @model_validator(mode="after")
     def _best_of_within_its_limit(self) -> Self:

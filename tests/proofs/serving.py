@@ -25,7 +25,7 @@ from labelling.simulated import rule
 from rlhf.config import DemoConfig, load_config
 from rlhf.statistics import paired_interval
 from tests.conftest import build_tiny_model, build_tiny_reward_model
-from tests.proofs.runner import ROOT, hold, pavlov, prove
+from tests.proofs.runner import ROOT, hold, pavlov, prove, until
 from tests.servers import Server, running
 from trainers.demo import demo_prompts
 
@@ -202,37 +202,16 @@ def dropped(folder: Path) -> dict[str, Any]:
 
 
 def killed(folder: Path) -> dict[str, Any]:
-    """Under load by 8 clients one of two replicas of the engine, of the ensemble and of the ingress
-    is killed with SIGKILL, one kind after the other: what fails had begun before the kill and says
-    so cleanly, and the service returns by itself."""
+    """Under load by 8 clients one of two replicas of the engine and of the ingress, and one of the
+    ensemble's two backbones, are killed with SIGKILL, one after the other: what fails had begun
+    before the kill and says so cleanly, the ensemble goes on with the members it has and says how
+    many are missing, and the service returns by itself."""
     figures: dict[str, Any] = {}
     bars: dict[str, bool] = {}
-    two = [f"serve.{part}.least=2" for part in ("ingress", "engine", "scorer")]
-    two += [f"serve.{part}.most=2" for part in ("ingress", "engine", "scorer")]
-    with _tiny(folder, "engine.kv_cache_gib=0.25", *two) as server:
+    two = [f"serve.{part}.{end}=2" for part in ("ingress", "engine") for end in ("least", "most")]
+    with _tiny(folder, "engine.kv_cache_gib=0.25", *two, backbones=2) as server:
         for part in ("engine", "ensemble", "chat"):
-            done: list[Asked] = []
-            over = threading.Event()
-
-            def one(client: int, done: list[Asked] = done, over: Any = over) -> None:
-                while not over.is_set():
-                    done.append(_ask(server, client, best_of=2))
-
-            threads = [threading.Thread(target=one, args=(n,)) for n in range(8)]
-            for thread in threads:
-                thread.start()
-            time.sleep(8)
-            victim = _replicas(server, part)[0]
-            at = time.monotonic()
-            victim.kill()
-            deadline = time.monotonic() + 120
-            while len(_replicas(server, part)) < 2 and time.monotonic() < deadline:
-                time.sleep(0.5)
-            back = time.monotonic() - at
-            time.sleep(8)
-            over.set()
-            for thread in threads:
-                thread.join()
+            done, at, back = _kill(server, part)
             failed = [each for each in done if each.status != 200]
             late = [each for each in failed if each.began > at + 1]
             figures[part] = {
@@ -240,21 +219,56 @@ def killed(folder: Path) -> dict[str, Any]:
                 "failed": len(failed),
                 "how": dict(Counter(f"{each.status} {each.error}" for each in failed)),
                 "of them begun later than a second after": len(late),
-                "seconds until two run again": round(back, 1),
+                "judged without all members": sum(bool(each.missing) for each in done),
+                "seconds until another stands in its place": round(back, 1),
             }
             bars[f"{part}: no more fail than were there"] = len(failed) <= 8
             bars[f"{part}: none fails that came later"] = not late
             bars[f"{part}: errors are clean"] = all(
                 each.status in (500, 502, 503) for each in failed
             )
-            bars[f"{part}: two run again"] = len(_replicas(server, part)) == 2
             bars[f"{part}: it answers"] = _ask(server, 1).status == 200
+            bars[f"{part}: members are missing only where theirs was killed"] = any(
+                each.missing for each in done
+            ) == (part == "ensemble")
     return hold(bars, figures)
+
+
+def _kill(server: Server, part: str) -> tuple[list[Asked], float, float]:
+    """Kill a replica under load: what was asked, when it was killed, seconds until one stands in
+    its place."""
+    done: list[Asked] = []
+    over = threading.Event()
+
+    def one(client: int) -> None:
+        while not over.is_set():
+            done.append(_ask(server, client, best_of=2))
+
+    threads = [threading.Thread(target=one, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    try:
+        time.sleep(8)
+        [victim, *others] = _replicas(server, part)
+        at = time.monotonic()
+        victim.kill()
+        victim.wait(30)
+        until(lambda: len(_replicas(server, part)) > len(others), part, 120)
+        back = time.monotonic() - at
+        if part == "ensemble":
+            until(lambda: not _ask(server, 1, best_of=2).missing, "all members", 60)
+        time.sleep(8)
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    return done, at, back
 
 
 @dataclass(slots=True)
 class Asked:
-    """A request and what came of it; `read` are the tokens of the conversation."""
+    """A request and what came of it; `read` are the tokens of the conversation,
+    `missing` the members of the ensemble that did not judge."""
 
     client: int
     began: float
@@ -263,6 +277,7 @@ class Asked:
     text: str = ""
     read: int = 0
     whole: bool = False
+    missing: int = 0
     retry_after: str = ""
     error: str = field(default="", repr=False)
 
@@ -300,27 +315,30 @@ def _ask(server: Server, client: int, best_of: int = 1) -> Asked:
         for choice in (choice for chunk in chunks for choice in chunk["choices"]):
             asked.text += choice["delta"].get("content") or ""
             ended = choice["finish_reason"] or ended
-        usage, last = chunks[-1]["usage"], events[-1] == "[DONE]"
+        usage, own = chunks[-1]["usage"], chunks[-1]["pavlov"]
+        last = events[-1] == "[DONE]"
     else:
         found = answer.json()
         asked.text, ended = (
             found["choices"][0]["message"]["content"],
             found["choices"][0]["finish_reason"],
         )
-        usage, last = found["usage"], True
+        usage, own, last = found["usage"], found["pavlov"], True
     asked.read = usage["prompt_tokens"]
+    asked.missing = own["choices"][0]["members_missing"] or 0
     full = usage["completion_tokens"] == longest * best_of
     asked.whole = last and (ended == "stop" or full or best_of > 1)
     return asked
 
 
 @contextmanager
-def _tiny(folder: Path, *overrides: str) -> Iterator[Server]:
-    """A server of a random tiny model and ensemble."""
+def _tiny(folder: Path, *overrides: str, backbones: int = 1) -> Iterator[Server]:
+    """A server of a random tiny model, and an ensemble on so many of them."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     model = build_tiny_model(folder / "model")
-    reward = build_tiny_reward_model(folder / "reward", model)
+    others = [build_tiny_model(folder / f"other-{n}", seed=n) for n in range(1, backbones)]
+    reward = build_tiny_reward_model(folder / "reward", model, *others)
     command = (
         *("serve", CONFIG, "serve.port=0", f"policy.model={model}", f"reward={reward}"),
         *("serve.max_tokens=500", "serve.requests_per_minute=1000000", "engine.dtype=float32"),

@@ -1,0 +1,108 @@
+"""The ensemble as it is asked for a verdict: its banks stand apart, and the others go on without
+one that is away."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
+
+from actors.chat_scorer import Verdict, empty_verdict, verdict
+from models.reward_model import BankAnswers, RewardCard
+from rlhf.errors import ModelError, RunError
+from rlhf.records import Message
+
+Said = TypeVar("Said")
+_ASK_AGAIN_S = 0.5
+_log = logging.getLogger(__name__)
+
+
+class Bank(Protocol):
+    """The members on one backbone: `actors.chat_scorer.ChatScorer`, here or elsewhere."""
+
+    async def judge(self, messages: Sequence[Message], text: str, finished: bool) -> BankAnswers:
+        """See `ChatScorer.judge`."""
+
+    async def version(self) -> str:
+        """See `ChatScorer.version`."""
+
+
+class Ensemble:
+    """All banks of a reward model. One that fails or is slow is left out until it answers again.
+
+    Args:
+        patience_s: how long the others wait for a bank when one has answered.
+    """
+
+    def __init__(self, card: RewardCard, banks: Sequence[Bank], patience_s: float) -> None:
+        self._card, self._banks, self._patience_s = card, banks, patience_s
+        self._away: dict[Bank, asyncio.Task[None]] = {}
+
+    async def version(self) -> str:
+        """The reward model's version, if a bank answers.
+
+        Raises:
+            RunError: none does.
+        """
+        return (await self._asked(lambda bank: bank.version()))[0]
+
+    async def judge(self, messages: Sequence[Message], text: str, finished: bool) -> Verdict:
+        """What the members that answer say of an answer.
+
+        Raises:
+            ModelError: it cannot be tokenised.
+            RunError: none answers.
+        """
+        if not text.strip():
+            return empty_verdict(self._card)
+        said = await self._asked(lambda bank: bank.judge(messages, text, finished))
+        return verdict(self._card, said)
+
+    async def _asked(self, call: Callable[[Bank], Coroutine[Any, Any, Said]]) -> list[Said]:
+        """What those that answer say, in the order of the banks."""
+        banks = [bank for bank in self._banks if bank not in self._away] or self._banks
+        asked = {bank: asyncio.ensure_future(call(bank)) for bank in banks}
+        try:
+            pending, patience = set(asked.values()), None
+            while pending:
+                done, pending = await asyncio.wait(
+                    pending, timeout=patience, return_when=asyncio.FIRST_COMPLETED
+                )
+                if not done:
+                    break
+                if any(each.exception() is None for each in done):
+                    patience = self._patience_s
+        finally:
+            for each in asked.values():
+                each.cancel()
+        said, errors = list[Said](), list[BaseException]()
+        for bank, each in asked.items():
+            error = each.exception() if each.done() else TimeoutError()
+            if isinstance(error, ModelError):
+                raise error
+            if error is None:
+                said.append(each.result())
+            else:
+                errors.append(error)
+                self._miss(bank)
+        if not said:
+            raise RunError(f"no member of the ensemble answers: {errors[0]}")
+        return said
+
+    def _miss(self, bank: Bank) -> None:
+        if bank not in self._away:
+            _log.warning("a part of the ensemble does not answer; the others go on")
+            self._away[bank] = asyncio.create_task(self._back(bank))
+
+    async def _back(self, bank: Bank) -> None:
+        """Wait until a bank answers again."""
+        try:
+            while True:
+                try:
+                    await bank.version()
+                    return
+                except Exception:
+                    await asyncio.sleep(_ASK_AGAIN_S)
+        finally:
+            del self._away[bank]

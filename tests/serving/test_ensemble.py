@@ -1,0 +1,138 @@
+"""The ensemble goes on with the members that answer."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.reward_model import BankAnswers, RewardCard, RewardModel
+from rlhf.errors import ModelError, RunError
+from rlhf.records import Message
+from serving.ensemble import Ensemble
+
+ASK = (Message("user", "What is a cat?"),)
+PATIENCE_S = 0.3
+
+
+class Bank:
+    """Two members that say `reward` after a while, or fail."""
+
+    def __init__(self, reward: float, wait_s: float = 0.0, error: Exception | None = None) -> None:
+        self.reward, self.wait_s, self.error = reward, wait_s, error
+        self.left = 0
+
+    async def judge(self, messages: Sequence[Message], text: str, finished: bool) -> BankAnswers:
+        try:
+            await asyncio.sleep(self.wait_s)
+        except asyncio.CancelledError:
+            self.left += 1
+            raise
+        if self.error:
+            raise self.error
+        rewards_KN = torch.full((2, 1), self.reward)
+        kin_K = torch.tensor([0, 0])
+        return BankAnswers(rewards_KN, rewards_KN.unsqueeze(1), kin_K, torch.zeros(1, 1))
+
+    async def version(self) -> str:
+        await self.judge((), "", True)
+        return "tiny"
+
+
+@pytest.fixture
+def card(tiny_reward_model: Path) -> RewardCard:
+    return RewardModel.load(tiny_reward_model).card
+
+
+def judged(card: RewardCard, *banks: Bank, text: str = "An animal."):
+    return asyncio.run(Ensemble(card, banks, PATIENCE_S).judge(ASK, text, True))
+
+
+def test_all_that_answer_count(card):
+    found = judged(card, Bank(1.0, 0.05), Bank(3.0))
+    assert found.rewards_K == (1.0, 1.0, 3.0, 3.0)
+    assert found.reward == 2.0 and found.members_missing == 0
+
+
+def test_who_fails_or_is_slow_is_left_out_and_it_is_said(card):
+    slow = Bank(3.0, 60)
+    began = time.monotonic()
+    for absent in (slow, Bank(3.0, error=RuntimeError("died"))):
+        found = judged(card, Bank(1.0), absent)
+        assert found.rewards_K == (1.0, 1.0) and found.members_missing == 2
+    assert time.monotonic() - began < 30
+    assert slow.left >= 1
+
+
+def test_who_comes_within_patience_counts(card):
+    assert judged(card, Bank(1.0), Bank(3.0, PATIENCE_S / 3)).members_missing == 0
+
+
+def test_the_first_answer_is_waited_for_beyond_patience(card):
+    assert judged(card, Bank(1.0, 2 * PATIENCE_S), Bank(3.0, 2 * PATIENCE_S)).reward == 2.0
+
+
+def test_without_any_there_is_no_verdict(card):
+    absent = Bank(1.0, error=RuntimeError("died"))
+    with pytest.raises(RunError, match="no member of the ensemble answers: died"):
+        judged(card, absent, absent)
+
+
+def test_an_answer_that_cannot_be_read_is_nobodys_absence(card):
+    with pytest.raises(ModelError, match="no token"):
+        judged(card, Bank(1.0), Bank(1.0, error=ModelError("no token")))
+
+
+def test_an_empty_answer_asks_nobody(card):
+    assert judged(card, Bank(1.0, error=RuntimeError("died")), text=" \n").domain_shift
+
+
+def test_it_is_there_while_one_bank_is(card):
+    absent = Bank(1.0, error=RuntimeError("died"))
+    assert asyncio.run(Ensemble(card, [absent, Bank(1.0)], PATIENCE_S).version()) == "tiny"
+    with pytest.raises(RunError, match="no member"):
+        asyncio.run(Ensemble(card, [absent], PATIENCE_S).version())
+
+
+def test_who_was_away_is_not_waited_for_and_counts_again_when_it_is_back(card):
+    other = Bank(3.0, 60)
+    ensemble = Ensemble(card, [Bank(1.0), other], PATIENCE_S)
+
+    async def three() -> list[tuple[int, float]]:
+        found = []
+        for wait_s in (60, 60, 0):
+            other.wait_s = wait_s
+            if not wait_s:
+                # What asks whether it is back was begun when it was slow.
+                for task in ensemble._away.values():
+                    task.cancel()
+                await asyncio.sleep(0)
+            began = time.monotonic()
+            said = await ensemble.judge(ASK, "An animal.", True)
+            found.append((said.members_missing, time.monotonic() - began))
+        return found
+
+    (first, waited), (second, at_once), (third, _) = asyncio.run(three())
+    assert (first, second, third) == (2, 2, 0)
+    assert waited >= PATIENCE_S > at_once
+
+
+def test_who_failed_counts_again_by_itself(card):
+    other = Bank(3.0, error=RuntimeError("died"))
+    ensemble = Ensemble(card, [Bank(1.0), other], PATIENCE_S)
+
+    async def until_back() -> list[int]:
+        missing = [(await ensemble.judge(ASK, "An animal.", True)).members_missing]
+        await asyncio.sleep(0.01)
+        other.error = None
+        for _ in range(200):
+            missing.append((await ensemble.judge(ASK, "An animal.", True)).members_missing)
+            if not missing[-1]:
+                break
+            await asyncio.sleep(0.05)
+        return missing
+
+    missing = asyncio.run(until_back())
+    assert missing[:2] == [2, 2] and missing[-1] == 0
