@@ -47,8 +47,9 @@ test: setup  ## the tests (those marked slow: pytest -m slow)
 prove-%: setup  ## the long proofs of an area (foundation, reward, algorithms, sft, labelling, serving), resumable; writes docs/proofs/
 	$(python) -m tests.proofs.$*
 
-bench: setup  ## speed, as ratios: benchmarks/
+bench: setup  ## speed, as ratios: benchmarks/ (after make demo, whose models are served)
 	$(python) -m benchmarks.packing
+	$(python) -m benchmarks.serving
 
 check: setup  ## lint, format and types
 	$(python) -m ruff check .
