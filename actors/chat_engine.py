@@ -16,6 +16,7 @@ from cluster.guard import Guard
 from models.chat import ChatTokenizer
 from models.sources import resolve_model, weights_fingerprint
 from rlhf.config import RolloutSection
+from rlhf.records import FinishReason
 
 _LOOK_EVERY_S = 0.5
 
@@ -51,7 +52,7 @@ class Piece:
     text: str
     tokens: int
     version: str
-    ended: str | None = None
+    ended: FinishReason | None = None
     chosen_T: tuple[TokenLogprob, ...] = ()
     alternatives_T: tuple[tuple[TokenLogprob, ...], ...] = ()
 

@@ -84,7 +84,7 @@ class ChatTokenizer:
                 add_generation_prompt=True,
                 tokenize=False,
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
             raise ModelError(
                 f"the chat template refuses this conversation: {_first_line(error)}"
             ) from None

@@ -5,11 +5,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from actors.chat_engine import Piece, Sampling, TokenLogprob
 from actors.chat_scorer import Verdict
-from rlhf.records import Message
+from rlhf.records import FinishReason, Message
+from serving.openai_answers import Judgement, Logprobs, ToldPosition, ToldToken, Usage
+
+LEAST_LOGPROB = -9999.0
+"""What an impossible token is given: JSON has no infinity."""
 
 
 class Engine(Protocol):
@@ -32,9 +36,6 @@ class Scorer(Protocol):
         """See `Ensemble.version`."""
 
 
-_TOLD = ("reward", "criteria", "disagreement", "domain_shift", "members_missing")
-
-
 @dataclass(slots=True)
 class Candidate:
     """One answer as it grows."""
@@ -43,10 +44,16 @@ class Candidate:
     text: str = ""
     tokens: int = 0
     version: str = ""
-    ended: str | None = None
+    ended: FinishReason | None = None
     chosen_T: list[TokenLogprob] = field(default_factory=list)
     alternatives_T: list[Sequence[TokenLogprob]] = field(default_factory=list)
     verdict: Verdict | None = None
+
+    @property
+    def reason(self) -> FinishReason:
+        """Why a whole candidate ended."""
+        assert self.ended is not None, "the engine says why it stops"
+        return self.ended
 
     def add(self, piece: Piece) -> None:
         """Take in what was written."""
@@ -72,7 +79,7 @@ class Plan:
     held: bool
     created: int
 
-    def usage(self, drawn: Sequence[Candidate]) -> dict[str, int]:
+    def usage(self, drawn: Sequence[Candidate]) -> Usage:
         """Tokens read, and tokens written for all candidates."""
         written = sum(candidate.tokens for candidate in drawn)
         read = len(self.prompt_ids)
@@ -83,28 +90,34 @@ class Plan:
         }
 
 
-def told(candidate: Candidate) -> dict[str, Any]:
+def told(candidate: Candidate) -> Judgement:
     """What the ensemble says of a candidate, nulls where it was not asked."""
     verdict = candidate.verdict
-    said = {name: verdict and getattr(verdict, name) for name in _TOLD}
-    return said | {"rewards": verdict and list(verdict.rewards_K)}
+    return {
+        "reward": verdict.reward if verdict else None,
+        "rewards": list(verdict.rewards_K) if verdict else None,
+        "criteria": dict(verdict.criteria) if verdict else None,
+        "disagreement": verdict.disagreement if verdict else None,
+        "domain_shift": verdict.domain_shift if verdict else None,
+        "members_missing": verdict.members_missing if verdict else None,
+    }
 
 
 def logprobs_of(
     plan: Plan, chosen_T: Sequence[TokenLogprob], alternatives_T: Sequence[Sequence[TokenLogprob]]
-) -> dict[str, Any] | None:
+) -> Logprobs | None:
     """In OpenAI's form; None where they were not asked for."""
     if plan.sampling.logprobs is None:
         return None
 
-    def one(token: TokenLogprob) -> dict[str, Any]:
+    def one(token: TokenLogprob) -> ToldToken:
         return {
             "token": token.text,
-            "logprob": token.logprob,
+            "logprob": max(token.logprob, LEAST_LOGPROB),
             "bytes": list(token.text.encode()),
         }
 
-    content = [
+    content: list[ToldPosition] = [
         {**one(token), "top_logprobs": [one(other) for other in others]}
         for token, others in zip(chosen_T, alternatives_T, strict=True)
     ]

@@ -23,7 +23,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
-from typing import Any
+from functools import partial
 from uuid import uuid4
 
 from fastapi import FastAPI, Request
@@ -37,12 +37,25 @@ from actors.chat_engine import Piece, Sampling
 from models.chat import ChatTokenizer
 from rlhf.config.serve import ServeConfig
 from rlhf.errors import ModelError
-from rlhf.records import Message
+from rlhf.records import FinishReason, Message
 from serving.candidates import Candidate, Engine, Plan, Scorer, logprobs_of, told
+from serving.openai_answers import (
+    ChatChunk,
+    ChatCompletion,
+    Choice,
+    ChunkChoice,
+    Delta,
+    Health,
+    Logprobs,
+    ModelList,
+    Own,
+    ServedModel,
+)
 from serving.openai_form import ChatRequest, RefusedError, as_refused, install_errors
+from serving.openapi_document import STREAM, document, errors
+from serving.strict_json import StrictRoute
 
-BODY_LIMIT_BYTES = 1 << 20
-Chunks = AsyncGenerator[dict[str, Any], None]
+Chunks = AsyncGenerator[ChatChunk, None]
 
 
 def chat_app(
@@ -67,27 +80,40 @@ class _Chat:
         self.app = self._app()
 
     def _app(self) -> FastAPI:
-        app = FastAPI(title="Pavlov", docs_url=None, redoc_url=None)
+        app = FastAPI(title="Pavlov", docs_url=None, redoc_url=None, redirect_slashes=False)
+        app.router.route_class = StrictRoute
+        scored = self.scorer is not None
+        app.openapi = partial(document, app, self.settings, scored)  # type: ignore[method-assign]
         install_errors(app)
         app.middleware("http")(self._guard)
 
-        @app.get("/health")
+        @app.get("/health", response_model=Health, responses=errors(503, 504))
         async def health() -> Response:
             await asyncio.wait_for(self._versions(), 10)
             return JSONResponse({"status": "ok"})
 
-        @app.get("/metrics")
+        @app.get("/metrics", response_class=PlainTextResponse)
         def metrics() -> Response:
             return PlainTextResponse(generate_latest(self.metrics.registry))
 
-        @app.get("/v1/models")
-        async def models() -> dict[str, Any]:
+        @app.get("/v1/models", responses=errors(503))
+        async def models() -> ModelList:
             weights, reward = await self._versions()
-            model = {"id": self.settings.name, "object": "model", "created": self.started}
-            model |= {"owned_by": "pavlov", "weight_version": weights, "reward_version": reward}
+            model: ServedModel = {
+                "id": self.settings.name,
+                "object": "model",
+                "created": self.started,
+                "owned_by": "pavlov",
+                "weight_version": weights,
+                "reward_version": reward,
+            }
             return {"object": "list", "data": [model]}
 
-        @app.post("/v1/chat/completions")
+        @app.post(
+            "/v1/chat/completions",
+            response_model=ChatCompletion,
+            responses={200: STREAM, **errors(400, 404, 413, 503, 504)},
+        )
         async def completions(body: ChatRequest) -> Response:
             return await self.complete(body)
 
@@ -96,7 +122,7 @@ class _Chat:
     async def _guard(
         self, request: Request, go_on: Callable[[Request], Awaitable[Response]]
     ) -> Response:
-        if request.url.path in ("/health", "/metrics"):
+        if request.scope["path"] in ("/health", "/metrics"):
             return await go_on(request)
         try:
             self._admit(request)
@@ -106,10 +132,7 @@ class _Chat:
         return await go_on(request)
 
     def _admit(self, request: Request) -> None:
-        """Who may ask, how often, and how much."""
-        length = request.headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > BODY_LIMIT_BYTES:
-            raise RefusedError(413, f"a request has at most {BODY_LIMIT_BYTES} bytes")
+        """Who may ask, and how often."""
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         key = key.strip() if scheme.lower() == "bearer" else ""
         whose = f"address {request.client.host if request.client else ''}"
@@ -133,7 +156,8 @@ class _Chat:
             RefusedError: it asks for what there is not, or there is no room.
         """
         messages = body.conversation(self.settings.system)
-        plan = self._plan(body, messages)
+        # A long conversation takes up to a second to tokenise, in which others are answered.
+        plan = await asyncio.to_thread(self._plan, body, messages)
         if self.inside >= self.settings.at_once + self.settings.waiting:
             self.metrics.refused.inc()
             error = RefusedError(429, "all places are taken", code="overloaded")
@@ -183,13 +207,20 @@ class _Chat:
             )
         if self.scorer is None and (best_of > n or body.score):
             raise RefusedError(
-                400, "there is no reward model here to choose or to score by", param="best_of"
+                400,
+                "there is no reward model here to choose or to score by",
+                param="best_of" if best_of > n else "score",
             )
+        lengths = {
+            "max_completion_tokens": body.max_completion_tokens,
+            "max_tokens": body.max_tokens,
+        }
+        for field, length in lengths.items():
+            if (length or 0) > settings.max_tokens:
+                raise RefusedError(
+                    400, f"{length} tokens are more than {settings.max_tokens}", param=field
+                )
         longest = body.max_completion_tokens or body.max_tokens or settings.max_tokens
-        if longest > settings.max_tokens:
-            raise RefusedError(
-                400, f"{longest} tokens are more than {settings.max_tokens}", param="max_tokens"
-            )
         if body.top_logprobs is not None and not body.logprobs:
             raise RefusedError(400, "top_logprobs without logprobs", param="top_logprobs")
         try:
@@ -271,9 +302,9 @@ class _Chat:
 
     # Its form
 
-    def _said(self, body: ChatRequest, plan: Plan, drawn: Sequence[Candidate]) -> dict[str, Any]:
+    def _said(self, body: ChatRequest, plan: Plan, drawn: Sequence[Candidate]) -> ChatCompletion:
         chosen = self._chosen(plan, drawn)
-        choices = [
+        choices: list[Choice] = [
             {
                 "index": place,
                 "message": {
@@ -282,7 +313,7 @@ class _Chat:
                     "refusal": None,
                 },
                 "logprobs": logprobs_of(plan, candidate.chosen_T, candidate.alternatives_T),
-                "finish_reason": candidate.ended,
+                "finish_reason": candidate.reason,
             }
             for place, candidate in enumerate(chosen)
         ]
@@ -302,15 +333,15 @@ class _Chat:
         plan: Plan,
         chosen: Sequence[Candidate],
         drawn: Sequence[Candidate],
-    ) -> dict[str, Any]:
+    ) -> Own:
         """What only Pavlov says of an answer."""
         best = chosen[0].verdict
-        own: dict[str, Any] = {
+        own: Own = {
             "weight_version": chosen[0].version,
-            "reward_version": best and best.version,
-            "reward": best and best.reward,
-            "disagreement": best and best.disagreement,
-            "domain_shift": best and best.domain_shift,
+            "reward_version": best.version if best else None,
+            "reward": best.reward if best else None,
+            "disagreement": best.disagreement if best else None,
+            "domain_shift": best.domain_shift if best else None,
             "choices": [told(candidate) for candidate in chosen],
         }
         if body.candidates:
@@ -324,7 +355,7 @@ class _Chat:
                 events = self._held(body, plan) if plan.held else self._flowing(body, plan)
                 async with aclosing(events):
                     async for chunk in events:
-                        yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+                        yield f"data: {json.dumps(chunk, ensure_ascii=False, allow_nan=False)}\n\n"
             yield "data: [DONE]\n\n"
         except Exception as error:
             refused = as_refused(error)
@@ -341,7 +372,7 @@ class _Chat:
                 candidate.add(piece)
                 said = logprobs_of(plan, piece.chosen_T, piece.alternatives_T)
                 if piece.text or said:
-                    delta = {"content": piece.text}
+                    delta: Delta = {"content": piece.text}
                     yield self._chunk(plan, candidate.index, delta, logprobs=said)
                 if piece.ended:
                     if plan.judged:
@@ -358,7 +389,7 @@ class _Chat:
         for place, candidate in enumerate(chosen):
             yield self._chunk(plan, place, {"role": "assistant", "content": ""})
             said = logprobs_of(plan, candidate.chosen_T, candidate.alternatives_T)
-            delta = {"content": self._shown(candidate)}
+            delta: Delta = {"content": self._shown(candidate)}
             yield self._chunk(plan, place, delta, logprobs=said)
             yield self._chunk(plan, place, {}, ended=candidate.ended)
         yield self._last(body, plan, chosen, drawn)
@@ -369,7 +400,7 @@ class _Chat:
         plan: Plan,
         chosen: Sequence[Candidate],
         drawn: Sequence[Candidate],
-    ) -> dict[str, Any]:
+    ) -> ChatChunk:
         chunk = self._chunk(plan, None, {})
         chunk["pavlov"] = self._own(body, plan, chosen, drawn)
         if body.stream_options is not None and body.stream_options.include_usage:
@@ -380,12 +411,12 @@ class _Chat:
         self,
         plan: Plan,
         choice: int | None,
-        delta: dict[str, str],
+        delta: Delta,
         *,
-        ended: str | None = None,
-        logprobs: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        choices = []
+        ended: FinishReason | None = None,
+        logprobs: Logprobs | None = None,
+    ) -> ChatChunk:
+        choices: list[ChunkChoice] = []
         if choice is not None:
             choices.append(
                 {

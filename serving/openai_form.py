@@ -7,26 +7,59 @@ plain text for an answer to that.
 from __future__ import annotations
 
 import logging
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+)
 from starlette.exceptions import HTTPException
 
 from rlhf.errors import ModelError
 from rlhf.records import Message
+from serving.openai_answers import ErrorAnswer
 
 MAX_STOPS = 4
+MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
+SEEDS = 2**63
+"""Seeds lie below it, and not below its negative."""
+_MAX_SHOWN = 100
 _log = logging.getLogger(__name__)
+
+
+def _one_or_many(value: object) -> str | None:
+    return "(text)" if isinstance(value, str) else "(list)" if isinstance(value, list) else None
+
+
+def _off(value: bool) -> bool:
+    if value:
+        raise ValueError("only false is supported")
+    return value
+
+
+_Text = Annotated[str, Tag("(text)")]
+# Without it the error of a list would be that it is no string.
+_OneOrMany = Discriminator(
+    _one_or_many, custom_error_type="one_or_many", custom_error_message="a text or a list"
+)
+_Zero = Annotated[float, Field(ge=0, le=0)]
+# Literal[False] takes 0 as well.
+_False = Annotated[bool, AfterValidator(_off), WithJsonSchema({"type": "boolean", "const": False})]
 
 
 class TextPart(BaseModel):
     """Text within a message that is a list of parts."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     type: Literal["text"]
     text: str
 
@@ -34,9 +67,9 @@ class TextPart(BaseModel):
 class ChatMessage(BaseModel):
     """A turn. ``developer`` is what newer clients call ``system``."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", strict=True)
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Annotated[_Text | Annotated[list[TextPart], Tag("(list)")], _OneOrMany]
 
     def message(self) -> Message:
         """The turn as the models take it."""
@@ -48,8 +81,15 @@ class ChatMessage(BaseModel):
 class StreamOptions(BaseModel):
     """What a stream carries beside text."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", strict=True)
     include_usage: bool = False
+
+
+class ResponseFormat(BaseModel):
+    """The one form an answer has."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: Literal["text"]
 
 
 class ChatRequest(BaseModel):
@@ -60,7 +100,7 @@ class ChatRequest(BaseModel):
     `candidates` asks for all of them.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     model: str = ""
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)]
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -68,41 +108,33 @@ class ChatRequest(BaseModel):
     n: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
+    stop: (
+        Annotated[
+            Annotated[_Text, Field(max_length=MAX_STOP_CHARS)]
+            | Annotated[
+                list[Annotated[str, Field(max_length=MAX_STOP_CHARS)]],
+                Field(max_length=MAX_STOPS),
+                Tag("(list)"),
+            ],
+            _OneOrMany,
+        ]
+        | None
+    ) = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    logprobs: bool | None = None
+    seed: Annotated[int, Field(ge=-SEEDS, lt=SEEDS)] | None = None
+    logprobs: Annotated[bool | None, Field(examples=[True])] = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     user: Annotated[str, Field(max_length=256)] | None = None
     # Taken where they ask for what is done anyway.
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
-    response_format: Annotated[dict[str, Any], Field(max_length=1)] | None = None
+    presence_penalty: _Zero | None = None
+    frequency_penalty: _Zero | None = None
+    response_format: ResponseFormat | None = None
     metadata: dict[str, str] | None = None
-    store: Literal[False] | None = None
+    store: _False | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
     score: bool | None = None
     candidates: bool | None = None
-
-    @field_validator("stop")
-    @classmethod
-    def _few(cls, value: str | list[str] | None) -> str | list[str] | None:
-        if isinstance(value, list) and len(value) > MAX_STOPS:
-            raise ValueError(f"at most {MAX_STOPS} texts")
-        return value
-
-    @field_validator("response_format")
-    @classmethod
-    def _text_alone(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        if value not in (None, {"type": "text"}):
-            raise ValueError('only {"type": "text"} is supported')
-        return value
-
-    @field_validator("presence_penalty", "frequency_penalty", mode="before")
-    @classmethod
-    def _whole(cls, value: object) -> object:
-        return 0 if value == 0 and not isinstance(value, bool) else value
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -129,21 +161,16 @@ class RefusedError(Exception):
 
     def response(self, headers: dict[str, str] | None = None) -> JSONResponse:
         """The error in OpenAI's form."""
-        return JSONResponse(
-            {
-                "error": {
-                    "message": self.message,
-                    "type": _TYPES.get(
-                        self.status,
-                        "server_error" if self.status >= 500 else "invalid_request_error",
-                    ),
-                    "param": self.param,
-                    "code": self.code,
-                }
-            },
-            self.status,
-            headers,
-        )
+        other = "server_error" if self.status >= 500 else "invalid_request_error"
+        answer: ErrorAnswer = {
+            "error": {
+                "message": self.message,
+                "type": _TYPES.get(self.status, other),
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+        return JSONResponse(answer, self.status, headers)
 
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -191,11 +218,10 @@ async def _other(request: Request, error: Exception) -> Response:
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    parts = (str(part) for part in first["loc"][1:])
+    place = ".".join(part for part in parts if part not in ("(text)", "(list)"))[:_MAX_SHOWN]
     if first["type"] == "extra_forbidden":
         message = f"{place} is not supported"
-    elif first["type"] == "json_invalid":
-        message, place = "the body is not JSON", ""
     elif not place:
         message = "the body is no JSON object"
     else:
