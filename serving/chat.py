@@ -3,6 +3,7 @@
 | path                 | does                                      |
 |----------------------|-------------------------------------------|
 | /v1/chat/completions | an answer, whole or as server-sent events |
+| /v1/feedback         | what a user says of answers               |
 | /v1/models           | the one model that is served              |
 | /health              | 200 when engine and ensemble answer       |
 | /metrics             | this replica's counters for Prometheus    |
@@ -39,6 +40,7 @@ from rlhf.config.serve import ServeConfig
 from rlhf.errors import ModelError
 from rlhf.records import Message
 from serving.candidates import Candidate, Engine, Plan, Scorer, logprobs_of, told
+from serving.feedback import Feedback, install_feedback
 from serving.openai_form import ChatRequest, RefusedError, as_refused, install_errors
 
 BODY_LIMIT_BYTES = 1 << 20
@@ -46,18 +48,28 @@ Chunks = AsyncGenerator[dict[str, Any], None]
 
 
 def chat_app(
-    config: ServeConfig, tokenizer: ChatTokenizer, engine: Engine, scorer: Scorer | None
+    config: ServeConfig,
+    tokenizer: ChatTokenizer,
+    engine: Engine,
+    scorer: Scorer | None,
+    feedback: Feedback | None = None,
 ) -> FastAPI:
-    """The application; `scorer` is None where there is no reward model."""
-    return _Chat(config, tokenizer, engine, scorer).app
+    """The application; `scorer` is None where there is no reward model, `feedback` where none is
+    taken."""
+    return _Chat(config, tokenizer, engine, scorer, feedback).app
 
 
 class _Chat:
     def __init__(
-        self, config: ServeConfig, tokenizer: ChatTokenizer, engine: Engine, scorer: Scorer | None
+        self,
+        config: ServeConfig,
+        tokenizer: ChatTokenizer,
+        engine: Engine,
+        scorer: Scorer | None,
+        feedback: Feedback | None,
     ) -> None:
         self.settings, self.tokenizer = config.serve, tokenizer
-        self.engine, self.scorer = engine, scorer
+        self.engine, self.scorer, self.feedback = engine, scorer, feedback
         self.started = int(time.time())
         self.limit = RateLimitItemPerMinute(self.settings.requests_per_minute)
         self.limiter = MovingWindowRateLimiter(MemoryStorage())
@@ -91,6 +103,8 @@ class _Chat:
         async def completions(body: ChatRequest) -> Response:
             return await self.complete(body)
 
+        if self.feedback is not None:
+            install_feedback(app, self.feedback)
         return app
 
     async def _guard(
@@ -119,6 +133,7 @@ class _Chat:
                 raise RefusedError(401, "no such API key", code="invalid_api_key")
         if not self.limiter.hit(self.limit, whose):
             raise RefusedError(429, "too many requests", code="rate_limit_exceeded")
+        request.state.whose = whose
 
     async def _versions(self) -> tuple[str, str | None]:
         weights = await self.engine.version()
@@ -311,11 +326,20 @@ class _Chat:
             "reward": best and best.reward,
             "disagreement": best and best.disagreement,
             "domain_shift": best and best.domain_shift,
-            "choices": [told(candidate) for candidate in chosen],
+            "choices": [self._told(body, plan, each, self._shown(each)) for each in chosen],
         }
         if body.candidates:
-            own["candidates"] = [{"text": each.text, **told(each)} for each in drawn]
+            own["candidates"] = [
+                {"text": each.text, **self._told(body, plan, each, each.text)} for each in drawn
+            ]
         return own
+
+    def _told(
+        self, body: ChatRequest, plan: Plan, candidate: Candidate, text: str
+    ) -> dict[str, Any]:
+        if self.feedback is None:
+            return told(candidate)
+        return {**told(candidate), "receipt": self.feedback.receipt(body, plan, candidate, text)}
 
     async def _events(self, body: ChatRequest, plan: Plan) -> AsyncIterator[str]:
         """Server-sent events. An error once they have begun is an event of its own."""
