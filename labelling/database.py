@@ -30,26 +30,26 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 
 
 class Database:
-    """An open database at the newest schema.
+    """An open database at the newest schema. `setting` is what errors call its URL.
 
     Raises:
         DataError: the URL is none, the file is no database, or its schema is a newer Pavlov's.
         ResourceError: there is no answer at the URL.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, setting: str = "label.database") -> None:
         try:
             self.url = make_url(url)
             self.sqlite = self.url.get_backend_name() == "sqlite"
             self._engine = _engine(url, sqlite=self.sqlite)
         except (ArgumentError, NoSuchModuleError, ImportError):
             raise DataError(
-                f"label.database = {_hidden(url)!r} is no URL of SQLite (sqlite:///labels.db) or "
+                f"{setting} = {_hidden(url)!r} is no URL of SQLite (sqlite:///labels.db) or "
                 "PostgreSQL (postgresql://user:password@host/name)"
             ) from None
         if self.sqlite and self.file is None:
             raise DataError(
-                f"label.database = {url!r} would be gone with the process; name a file: "
+                f"{setting} = {url!r} would be gone with the process; name a file: "
                 "sqlite:///labels.db"
             )
         if self.file is not None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from labelling.agreement import alpha_interval
 from labelling.comparison import Comparison, WinMatrix, holm, majorities
+from labelling.feedback import reactions
 from labelling.labels import counted
 from labelling.quality import AssessorQuality, Interval, assessor_quality, position_bias
 from labelling.records import Judgement, Kind
@@ -51,6 +52,7 @@ def report(store: Store, of: Project, config: LabelConfig, kind: Kind = "person"
             "count": bias.decided,
         },
         "assessors": assessor_figures(found, everybody),
+        "reactions": reactions(store, of, kind),
         **compared(work),
     }
 

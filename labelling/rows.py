@@ -7,7 +7,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -16,6 +16,7 @@ from sqlalchemy import Connection, and_, insert, select, update
 from labelling.records import Answer, Honeypot, Judgement, Kind, Work, flipped
 from labelling.tables import answer, assignment, audit, demand, honeypot, judgement, pair, prompt
 from rlhf.errors import DataError
+from rlhf.records import Message
 
 if TYPE_CHECKING:
     from labelling.store import Project
@@ -55,8 +56,7 @@ def _digest(*parts: object) -> str:
 
 def put_work(db: Connection, into: Project, work: Work, judges: int) -> tuple[Put, bool]:
     """The pair's place, and whether it was known."""
-    messages = [{"role": each.role, "content": each.content} for each in work.prompt]
-    put, known = _place(db, into, messages, (work.a, work.b), work.source)
+    put, known = _place(db, into, _rows_of(work.prompt), (work.a, work.b), work.source)
     if work.honeypot is not None:
         verdict = work.honeypot.verdict
         test = replace(work.honeypot, verdict=flipped(verdict) if put.swapped else verdict)
@@ -92,28 +92,12 @@ def _place(
     source: str,
 ) -> tuple[Put, bool]:
     """Where two answers to a prompt stand, and whether they did already."""
-    prompt_id = _one(
-        db, prompt, {"project_id": into.id, "digest": _digest(messages)}, {"messages": messages}
-    )
-    digests = [_digest(each.text, each.model, each.checkpoint) for each in answers]
+    prompt_id = _prompt(db, into, messages)
+    digests = [_answer_digest(each) for each in answers]
     if digests[0] == digests[1]:
         raise DataError("two answers that are one and the same")
     swapped = digests[0] > digests[1]
-    ids = [
-        _one(
-            db,
-            answer,
-            {"prompt_id": prompt_id, "digest": digest},
-            {
-                "text": each.text,
-                "words": len(each.text.split()),
-                "model": each.model,
-                "checkpoint": each.checkpoint,
-                "finished": each.finished,
-            },
-        )
-        for digest, each in zip(digests, answers, strict=True)
-    ]
+    ids = [_answer(db, prompt_id, each) for each in answers]
     key = _digest(messages, *sorted(digests))[:24]
     where = and_(pair.c.project_id == into.id, pair.c.key == key)
     known = db.execute(select(pair.c.id).where(where)).scalar_one_or_none()
@@ -125,6 +109,36 @@ def _place(
         {"prompt_id": prompt_id, "a_id": a_id, "b_id": b_id, "source": source},
     )
     return Put(pair_id, key, swapped), known is not None
+
+
+def put_answer(db: Connection, into: Project, to: Sequence[Message], given: Answer) -> int:
+    """The id of an answer to a prompt, both put there where they are not known."""
+    return _answer(db, _prompt(db, into, _rows_of(to)), given)
+
+
+def _rows_of(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": each.role, "content": each.content} for each in messages]
+
+
+def _prompt(db: Connection, into: Project, messages: list[dict[str, str]]) -> int:
+    key = {"project_id": into.id, "digest": _digest(messages)}
+    return _one(db, prompt, key, {"messages": messages})
+
+
+def _answer_digest(given: Answer) -> str:
+    return _digest(given.text, given.model, given.checkpoint)
+
+
+def _answer(db: Connection, prompt_id: int, given: Answer) -> int:
+    values = {
+        "text": given.text,
+        "words": len(given.text.split()),
+        "model": given.model,
+        "checkpoint": given.checkpoint,
+        "finished": given.finished,
+    }
+    key = {"prompt_id": prompt_id, "digest": _answer_digest(given)}
+    return _one(db, answer, key, values)
 
 
 def is_honeypot(db: Connection, pair_id: int) -> bool:

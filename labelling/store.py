@@ -166,13 +166,13 @@ class Store:
 
         Assessors who are not known are made, without a way to sign in.
         """
-        people: dict[tuple[str, str], int] = {}
+        people: dict[tuple[str, Kind], int] = {}
 
         def put(db: Connection, given: Judgement) -> bool:
             found = put_judged(db, into, given)
             who = (given.assessor, given.kind)
             if who not in people:
-                people[who] = _assessor_elsewhere(db, into, given)
+                people[who] = assessor_elsewhere(db, into, *who)
             return take_judgement(db, into, given, found, people[who])
 
         return self._in_parts(into, judgements, put, actor, "import judgements")
@@ -424,20 +424,25 @@ def _new(into: Project, name: str, kind: str, role: str, token: str) -> dict[str
     }
 
 
-def _assessor_elsewhere(db: Connection, into: Project, given: Judgement) -> int:
+def assessor_elsewhere(db: Connection, into: Project, name: str, kind: Kind) -> int:
+    """The id of somebody who judges elsewhere; made, without a way to sign in, where not known.
+
+    Raises:
+        DataError: they are known as another kind.
+    """
     row = db.execute(
         select(assessor.c.id, assessor.c.kind).where(
-            assessor.c.project_id == into.id, assessor.c.name == given.assessor
+            assessor.c.project_id == into.id, assessor.c.name == name
         )
     ).one_or_none()
     if row is None:
-        values = _new(into, given.assessor, given.kind, "assessor", secrets.token_urlsafe(24))
+        values = _new(into, name, kind, "assessor", secrets.token_urlsafe(24))
         key = db.execute(insert(assessor).values(values)).inserted_primary_key
         assert key is not None
         return int(key[0])
-    if row.kind != given.kind:
+    if row.kind != kind:
         raise DataError(
-            f"project {into.name} knows {given.assessor} as {row.kind}, the file as {given.kind}; "
+            f"project {into.name} knows {name} as {row.kind}, the file as {kind}; "
             "give one of them another name"
         )
     return int(row.id)

@@ -6,7 +6,8 @@
        │           └─────< pair >── honeypot        two answers to a prompt, and the known verdict
        │                    └──< demand             judges wanted and taken, by kind of assessor
        ├──< assessor ──< assignment ── judgement    an assignment has one judgement at most
-       │                     └── feedback           what was said when a honeypot was missed
+       │        │            └── feedback           what was said when a honeypot was missed
+       │        └──< showing                        an answer as the chat server showed it
        └──< audit                                   append only: the database refuses changes
 
 Times are seconds since 1970. The answers of a pair are a and b; which of them stood first is the
@@ -221,6 +222,27 @@ feedback = Table(
     Column("assignment_id", ForeignKey("assignment.id"), primary_key=True),
     Column("text", Text, nullable=False),
     Column("given", Float, nullable=False),
+)
+
+showing = Table(
+    "showing",
+    metadata,
+    Column("id", String(24), primary_key=True),
+    Column("answer_id", ForeignKey("answer.id"), nullable=False),
+    Column("assessor_id", ForeignKey("assessor.id"), nullable=False),
+    # How the answer came about, and what the ensemble said of it.
+    Column("completion", Text, nullable=False),
+    Column("sampling", JSON, nullable=False),
+    Column("verdict", JSON, nullable=False),
+    Column("answered", Float, nullable=False),
+    # The wording and its version.
+    Column("consent", JSON, nullable=False),
+    # None where the answer stood beside another: then there is a judgement.
+    Column("thumb", String(4)),
+    Column("comment", Text, nullable=False),
+    Column("at", Float, nullable=False),
+    UniqueConstraint("answer_id", "assessor_id"),
+    _one_of("thumb", "up", "down"),
 )
 
 audit = Table(

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
+from cluster.files import in_ray_job
 from cluster.session import free_port
-from rlhf.errors import ResourceError, RunError
+from rlhf.errors import ConfigError, ResourceError, RunError
 
 READY_S = 180.0
 _GONE_S = 20.0
@@ -45,6 +46,19 @@ def choose_port(host: str, port: int, patience_s: float = _GONE_S) -> int:
                     "another, or 0 for one that is free"
                 ) from None
         time.sleep(0.2)
+
+
+def refuse_temporary_file(setting: str, database: str) -> None:
+    """Of a submitted Ray job only absolute files outlive it.
+
+    Raises:
+        ConfigError: `database`, an SQLAlchemy URL, is of a relative one.
+    """
+    if database.startswith("sqlite") and in_ray_job() and not database.startswith("sqlite:////"):
+        raise ConfigError(
+            f"{setting} = {database!r} inside a Ray job would lie in Ray's temporary copy of the "
+            "code; give an absolute path (sqlite:////…) or a PostgreSQL URL"
+        )
 
 
 class Applications(Protocol):

@@ -3,6 +3,7 @@
 | path                 | does                                      |
 |----------------------|-------------------------------------------|
 | /v1/chat/completions | an answer, whole or as server-sent events |
+| /v1/feedback         | what a user says of answers               |
 | /v1/models           | the one model that is served              |
 | /health              | 200 when engine and ensemble answer       |
 | /metrics             | this replica's counters for Prometheus    |
@@ -39,6 +40,7 @@ from rlhf.config.serve import ServeConfig
 from rlhf.errors import ModelError
 from rlhf.records import FinishReason, Message
 from serving.candidates import Candidate, Engine, Plan, Scorer, logprobs_of, told
+from serving.feedback import Feedback, install_feedback
 from serving.openai_answers import (
     ChatChunk,
     ChatCompletion,
@@ -46,6 +48,7 @@ from serving.openai_answers import (
     ChunkChoice,
     Delta,
     Health,
+    Judgement,
     Logprobs,
     ModelList,
     Own,
@@ -59,18 +62,28 @@ Chunks = AsyncGenerator[ChatChunk, None]
 
 
 def chat_app(
-    config: ServeConfig, tokenizer: ChatTokenizer, engine: Engine, scorer: Scorer | None
+    config: ServeConfig,
+    tokenizer: ChatTokenizer,
+    engine: Engine,
+    scorer: Scorer | None,
+    feedback: Feedback | None = None,
 ) -> FastAPI:
-    """The application; `scorer` is None where there is no reward model."""
-    return _Chat(config, tokenizer, engine, scorer).app
+    """The application; `scorer` is None where there is no reward model, `feedback` where none is
+    taken."""
+    return _Chat(config, tokenizer, engine, scorer, feedback).app
 
 
 class _Chat:
     def __init__(
-        self, config: ServeConfig, tokenizer: ChatTokenizer, engine: Engine, scorer: Scorer | None
+        self,
+        config: ServeConfig,
+        tokenizer: ChatTokenizer,
+        engine: Engine,
+        scorer: Scorer | None,
+        feedback: Feedback | None,
     ) -> None:
         self.settings, self.tokenizer = config.serve, tokenizer
-        self.engine, self.scorer = engine, scorer
+        self.engine, self.scorer, self.feedback = engine, scorer, feedback
         self.started = int(time.time())
         self.limit = RateLimitItemPerMinute(self.settings.requests_per_minute)
         self.limiter = MovingWindowRateLimiter(MemoryStorage())
@@ -117,6 +130,8 @@ class _Chat:
         async def completions(body: ChatRequest) -> Response:
             return await self.complete(body)
 
+        if self.feedback is not None:
+            install_feedback(app, self.feedback)
         return app
 
     async def _guard(
@@ -142,6 +157,7 @@ class _Chat:
                 raise RefusedError(401, "no such API key", code="invalid_api_key")
         if not self.limiter.hit(self.limit, whose):
             raise RefusedError(429, "too many requests", code="rate_limit_exceeded")
+        request.state.whose = whose
 
     async def _versions(self) -> tuple[str, str | None]:
         weights = await self.engine.version()
@@ -342,11 +358,19 @@ class _Chat:
             "reward": best.reward if best else None,
             "disagreement": best.disagreement if best else None,
             "domain_shift": best.domain_shift if best else None,
-            "choices": [told(candidate) for candidate in chosen],
+            "choices": [self._told(body, plan, each, self._shown(each)) for each in chosen],
         }
         if body.candidates:
-            own["candidates"] = [{"text": each.text, **told(each)} for each in drawn]
+            own["candidates"] = [
+                {"text": each.text, **self._told(body, plan, each, each.text)} for each in drawn
+            ]
         return own
+
+    def _told(self, body: ChatRequest, plan: Plan, candidate: Candidate, text: str) -> Judgement:
+        said = told(candidate)
+        if self.feedback is not None:
+            said["receipt"] = self.feedback.receipt(body, plan, candidate, text)
+        return said
 
     async def _events(self, body: ChatRequest, plan: Plan) -> AsyncIterator[str]:
         """Server-sent events. An error once they have begun is an event of its own."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +15,7 @@ from rich.console import Console
 from actors.chat_engine import ChatEngine, Piece, Sampling
 from actors.chat_scorer import ChatScorer
 from cluster.layout import actor_environment, choose_layout, usable_cores
-from cluster.session import ray_session
+from cluster.session import node_address, ray_session
 from models.reward_model import BankAnswers, RewardCard, RewardModel
 from models.sources import (
     context_length,
@@ -25,8 +27,15 @@ from rlhf.config import parse_config
 from rlhf.config.serve import ReplicasSection, ServeConfig, ServeSection
 from rlhf.errors import ModelError
 from rlhf.records import Message
-from serving.application import READY_S, choose_port, run_application, serve_until_stopped
+from serving.application import (
+    READY_S,
+    choose_port,
+    refuse_temporary_file,
+    run_application,
+    serve_until_stopped,
+)
 from serving.ensemble import Ensemble
+from serving.feedback import Feedback
 from serving.promotion import Live, Promotion, Served
 
 _LOOK_EVERY_S = 0.5
@@ -41,8 +50,10 @@ def serve_chat(config: ServeConfig, console: Console) -> None:
 
     Raises:
         ModelError: policy or reward model cannot be used, or the policy's context is too short.
+        DataError, ResourceError: `serve.feedback` cannot be used.
     """
     settings = config.serve
+    _try_feedback(settings)
     served = Served(settings.name)
     if newest := served.newest():
         live = Live(newest.version, str(served.model(newest.version)), newest.at)
@@ -138,6 +149,13 @@ class Assistant:
         run_application(_engine(self._config, live.model), name, None, READY_S)
 
 
+def _try_feedback(settings: ServeSection) -> None:
+    """Open where feedback goes, so that what is wrong with it is said at the start."""
+    if settings.feedback is not None:
+        refuse_temporary_file("serve.feedback", settings.feedback)
+        Feedback(settings, b"").close()
+
+
 def _engine_of(name: str, version: str) -> str:
     """What the Serve application is called that holds a version's engine."""
     return f"{name}-{version}"
@@ -155,8 +173,10 @@ def from_arguments(arguments: dict[str, Any]) -> Any:
 
     Raises:
         ConfigError: as the TOML file of the same content.
+        DataError, ResourceError: `serve.feedback` cannot be used.
     """
     config = parse_config(ServeConfig, arguments, "serve.yaml")
+    _try_feedback(config.serve)
     model = resolve_model(config.policy.model)
     judges = _Judges.of(config)
     name = config.serve.name
@@ -235,6 +255,7 @@ def _ingress(
     from ray import serve
 
     settings = config.serve
+    key = secrets.token_bytes(32)
 
     def build() -> Any:
         from models.chat import ChatTokenizer
@@ -245,15 +266,24 @@ def _ingress(
             ChatTokenizer(tokenizer()),
             EngineElsewhere(engine),
             None if judges is None else _ensemble(settings, judges),
+            None if settings.feedback is None else Feedback(settings, key),
         )
 
     served: Any = serve.ingress(build)()
     places = 2 * (settings.at_once + settings.waiting) + 8
-    return _deployed(served, "chat", settings.ingress, places, settings)
+    # SQLite's file is on this node.
+    sqlite = (settings.feedback or "").startswith("sqlite")
+    here = {f"node:{node_address()}": 0.001} if sqlite else {}
+    return _deployed(served, "chat", settings.ingress, places, settings, here)
 
 
 def _deployed(
-    target: Any, name: str, replicas: ReplicasSection, at_once: int, settings: ServeSection
+    target: Any,
+    name: str,
+    replicas: ReplicasSection,
+    at_once: int,
+    settings: ServeSection,
+    resources: Mapping[str, float] = MappingProxyType({}),
 ) -> Any:
     from ray import serve
 
@@ -276,6 +306,7 @@ def _deployed(
         ray_actor_options={
             "num_cpus": replicas.cpus,
             "num_gpus": replicas.gpus,
+            "resources": dict(resources),
             "runtime_env": {"env_vars": actor_environment(layout, replicas.gpus)},
         },
         **options,

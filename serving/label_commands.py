@@ -230,6 +230,8 @@ def as_lines(found: dict[str, Any]) -> list[str]:
             f"{share(each['honeypot'])}, again {share(each['consistency'])}, others "
             f"{share(each['agreement'])}" + (f"  ({each['reason']})" if each["reason"] else "")
         )
+    for version, thumbs in found["reactions"].items():
+        lines.append(f"thumbs         {version}: {thumbs['up']} up, {thumbs['down']} down")
     for one, row in found["win_matrix"].items():
         for other, record in row.items():
             if one < other:

@@ -6,15 +6,20 @@ from typing import Any
 
 from rich.console import Console
 
-from cluster.files import in_ray_job
 from cluster.layout import usable_cores
 from cluster.session import node_address, ray_session
 from labelling.database import Database
 from labelling.store import Store
 from rlhf.config import data_path
 from rlhf.config.label import LabelConfig
-from rlhf.errors import ConfigError, DataError
-from serving.application import READY_S, choose_port, run_application, serve_until_stopped
+from rlhf.errors import DataError
+from serving.application import (
+    READY_S,
+    choose_port,
+    refuse_temporary_file,
+    run_application,
+    serve_until_stopped,
+)
 
 _AT_ONCE = 64
 _WAITING = 2000
@@ -28,12 +33,8 @@ def serve_labels(config: LabelConfig, console: Console, project: str | None = No
     """
     settings = config.label
     guidelines = _guidelines(settings.guidelines)
+    refuse_temporary_file("label.database", settings.database)
     database = Database(settings.url)
-    if database.sqlite and in_ray_job() and not settings.database.startswith("sqlite:////"):
-        raise ConfigError(
-            f"label.database = {settings.database!r} inside a Ray job would lie in Ray's temporary "
-            "copy of the code; give an absolute path (sqlite:////…) or a PostgreSQL URL"
-        )
     if project is not None:
         Store(database).project(project)
     # This process holds the file, whichever replica writes it: a replica that dies is replaced.

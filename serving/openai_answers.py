@@ -115,6 +115,8 @@ class Judgement(TypedDict):
     """Whether the text is of a kind the ensemble does not know."""
     members_missing: Count | None
     """Members that did not answer; the others judged alone."""
+    receipt: NotRequired[str]
+    """What /v1/feedback takes for this text, where feedback is taken."""
 
 
 @_exactly
@@ -201,3 +203,12 @@ class ChatChunk(TypedDict):
     choices: list[ChunkChoice]
     usage: NotRequired[Usage]
     pavlov: NotRequired[Own]
+
+
+@_exactly
+class FeedbackAnswer(TypedDict):
+    """Feedback that is kept."""
+
+    object: Literal["feedback"]
+    id: str
+    project: str

@@ -16,7 +16,9 @@ _REF = "#/components/schemas/{model}"
 _MEANS = {
     400: "The request is not as it must be",
     401: "No such API key",
+    403: "Not taken from who gives it",
     404: "No such model",
+    409: "It contradicts what stays",
     413: "The body is too large",
     429: "Too many requests, or no room",
     503: "The assistant is away for a moment",

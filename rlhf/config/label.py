@@ -21,6 +21,14 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
+def database_url(database: str) -> str:
+    """A database as configured, a relative SQLite file made absolute, the driver named."""
+    if match := re.fullmatch(r"sqlite(?:\+\w+)?:///(.+)", database):
+        path = match.group(1)
+        return f"sqlite:///{path if path == ':memory:' else runs_path(path)}"
+    return re.sub(r"^postgres(ql)?://", "postgresql+pg8000://", database)
+
+
 class AttentionSection(Section):
     """Quality control of assessors."""
 
@@ -101,11 +109,8 @@ class LabelSection(Section):
 
     @property
     def url(self) -> str:
-        """`database`, a relative SQLite file made absolute, the driver named."""
-        if match := re.fullmatch(r"sqlite(?:\+\w+)?:///(.+)", self.database):
-            path = match.group(1)
-            return f"sqlite:///{path if path == ':memory:' else runs_path(path)}"
-        return re.sub(r"^postgres(ql)?://", "postgresql+pg8000://", self.database)
+        """See `database_url`."""
+        return database_url(self.database)
 
 
 class SimulatedSection(Section):

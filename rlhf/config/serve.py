@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from rlhf.config.actors import RolloutSection
+from rlhf.config.label import database_url
 from rlhf.config.section import Gpus, Section
 
 
@@ -78,6 +79,11 @@ class ServeSection(Section):
     """Requests that wait; one more is refused with 429."""
     timeout_s: PositiveFloat = 300.0
     """Seconds after which an answer is given up."""
+    feedback: str | None = None
+    """A labelling database (as label.database) for what users say of answers; without one nothing
+    is asked or kept."""
+    feedback_project: str = "feedback"
+    """The project in it; made where there is none."""
     ingress: ReplicasSection = ReplicasSection(cpus=0)
     """Where requests arrive."""
     engine: ReplicasSection = ReplicasSection()
@@ -95,6 +101,16 @@ class ServeSection(Section):
         return self
 
     @model_validator(mode="after")
+    def _one_ingress_writes_sqlite(self) -> Self:
+        if self.ingress.most > 1 and (self.feedback or "").startswith("sqlite"):
+            raise ValueError(
+                f"serve.ingress.most = {self.ingress.most} with serve.feedback = "
+                f"{self.feedback!r}: SQLite has one server; set most to 1, or feedback to a "
+                "PostgreSQL URL"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _keys_where_others_can_ask(self) -> Self:
         if not self.keys and self.host not in ("127.0.0.1", "localhost", "::1"):
             raise ValueError(
@@ -102,6 +118,11 @@ class ServeSection(Section):
                 "list the SHA-256 of your keys, or listen on 127.0.0.1"
             )
         return self
+
+    @property
+    def feedback_url(self) -> str | None:
+        """See `database_url`."""
+        return None if self.feedback is None else database_url(self.feedback)
 
 
 class AssistantSection(Section):
