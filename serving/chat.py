@@ -6,6 +6,7 @@
 | /v1/models           | the one model that is served              |
 | /health              | 200 when engine and ensemble answer       |
 | /metrics             | this replica's counters for Prometheus    |
+| /                    | the page (`serving/chat_page.py`)         |
 
 ::
 
@@ -39,6 +40,7 @@ from rlhf.config.serve import ServeConfig
 from rlhf.errors import ModelError
 from rlhf.records import Message
 from serving.candidates import Candidate, Engine, Plan, Scorer, logprobs_of, told
+from serving.chat_page import add_chat_page, is_open
 from serving.openai_form import ChatRequest, RefusedError, as_refused, install_errors
 
 BODY_LIMIT_BYTES = 1 << 20
@@ -70,6 +72,7 @@ class _Chat:
         app = FastAPI(title="Pavlov", docs_url=None, redoc_url=None)
         install_errors(app)
         app.middleware("http")(self._guard)
+        add_chat_page(app, self.settings, self.scorer is not None)
 
         @app.get("/health")
         async def health() -> Response:
@@ -96,7 +99,7 @@ class _Chat:
     async def _guard(
         self, request: Request, go_on: Callable[[Request], Awaitable[Response]]
     ) -> Response:
-        if request.url.path in ("/health", "/metrics"):
+        if request.url.path in ("/health", "/metrics") or is_open(request.url.path):
             return await go_on(request)
         try:
             self._admit(request)
@@ -257,11 +260,18 @@ class _Chat:
 
     def _shown(self, candidate: Candidate) -> str:
         """Its text, or what stands for it where the ensemble does not know its kind."""
-        if candidate.verdict is None or not candidate.verdict.domain_shift:
-            return candidate.text
-        if self.settings.domain_shift == "decline":
+        if self._declined(candidate):
             return self.settings.decline_text
         return candidate.text + self._notice(candidate)
+
+    def _declined(self, candidate: Candidate) -> bool:
+        shifted = candidate.verdict is not None and candidate.verdict.domain_shift
+        return shifted and self.settings.domain_shift == "decline"
+
+    def _logprobs(self, plan: Plan, candidate: Candidate) -> dict[str, Any] | None:
+        if self._declined(candidate):
+            return None
+        return logprobs_of(plan, candidate.chosen_T, candidate.alternatives_T)
 
     def _notice(self, candidate: Candidate) -> str:
         shifted = candidate.verdict is not None and candidate.verdict.domain_shift
@@ -281,7 +291,7 @@ class _Chat:
                     "content": self._shown(candidate),
                     "refusal": None,
                 },
-                "logprobs": logprobs_of(plan, candidate.chosen_T, candidate.alternatives_T),
+                "logprobs": self._logprobs(plan, candidate),
                 "finish_reason": candidate.ended,
             }
             for place, candidate in enumerate(chosen)
@@ -314,7 +324,11 @@ class _Chat:
             "choices": [told(candidate) for candidate in chosen],
         }
         if body.candidates:
-            own["candidates"] = [{"text": each.text, **told(each)} for each in drawn]
+            # As each would have been sent: what is declined is told nowhere.
+            own["candidates"] = [
+                {"text": self._shown(each), "finish_reason": each.ended, **told(each)}
+                for each in drawn
+            ]
         return own
 
     async def _events(self, body: ChatRequest, plan: Plan) -> AsyncIterator[str]:
@@ -357,8 +371,8 @@ class _Chat:
         chosen = self._chosen(plan, drawn)
         for place, candidate in enumerate(chosen):
             yield self._chunk(plan, place, {"role": "assistant", "content": ""})
-            said = logprobs_of(plan, candidate.chosen_T, candidate.alternatives_T)
             delta = {"content": self._shown(candidate)}
+            said = self._logprobs(plan, candidate)
             yield self._chunk(plan, place, delta, logprobs=said)
             yield self._chunk(plan, place, {}, ended=candidate.ended)
         yield self._last(body, plan, chosen, drawn)
