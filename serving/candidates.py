@@ -100,6 +100,7 @@ def told(candidate: Candidate) -> Judgement:
         "disagreement": verdict.disagreement if verdict else None,
         "domain_shift": verdict.domain_shift if verdict else None,
         "members_missing": verdict.members_missing if verdict else None,
+        "receipt": None,
     }
 
 

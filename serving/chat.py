@@ -7,6 +7,7 @@
 | /v1/models           | the one model that is served              |
 | /health              | 200 when engine and ensemble answer       |
 | /metrics             | this replica's counters for Prometheus    |
+| /                    | the page (`serving/chat_page.py`)         |
 
 ::
 
@@ -40,6 +41,7 @@ from rlhf.config.serve import ServeConfig
 from rlhf.errors import ModelError
 from rlhf.records import FinishReason, Message
 from serving.candidates import Candidate, Engine, Plan, Scorer, logprobs_of, told
+from serving.chat_page import add_chat_page, is_open
 from serving.feedback import Feedback, install_feedback
 from serving.openai_answers import (
     ChatChunk,
@@ -99,6 +101,7 @@ class _Chat:
         app.openapi = partial(document, app, self.settings, scored)  # type: ignore[method-assign]
         install_errors(app)
         app.middleware("http")(self._guard)
+        add_chat_page(app, self.settings, scored)
 
         @app.get("/health", response_model=Health, responses=errors(503, 504))
         async def health() -> Response:
@@ -137,7 +140,7 @@ class _Chat:
     async def _guard(
         self, request: Request, go_on: Callable[[Request], Awaitable[Response]]
     ) -> Response:
-        if request.scope["path"] in ("/health", "/metrics"):
+        if request.scope["path"] in ("/health", "/metrics") or is_open(request.scope["path"]):
             return await go_on(request)
         try:
             self._admit(request)
@@ -304,11 +307,18 @@ class _Chat:
 
     def _shown(self, candidate: Candidate) -> str:
         """Its text, or what stands for it where the ensemble does not know its kind."""
-        if candidate.verdict is None or not candidate.verdict.domain_shift:
-            return candidate.text
-        if self.settings.domain_shift == "decline":
+        if self._declined(candidate):
             return self.settings.decline_text
         return candidate.text + self._notice(candidate)
+
+    def _declined(self, candidate: Candidate) -> bool:
+        shifted = candidate.verdict is not None and candidate.verdict.domain_shift
+        return shifted and self.settings.domain_shift == "decline"
+
+    def _logprobs(self, plan: Plan, candidate: Candidate) -> Logprobs | None:
+        if self._declined(candidate):
+            return None
+        return logprobs_of(plan, candidate.chosen_T, candidate.alternatives_T)
 
     def _notice(self, candidate: Candidate) -> str:
         shifted = candidate.verdict is not None and candidate.verdict.domain_shift
@@ -328,7 +338,7 @@ class _Chat:
                     "content": self._shown(candidate),
                     "refusal": None,
                 },
-                "logprobs": logprobs_of(plan, candidate.chosen_T, candidate.alternatives_T),
+                "logprobs": self._logprobs(plan, candidate),
                 "finish_reason": candidate.reason,
             }
             for place, candidate in enumerate(chosen)
@@ -361,8 +371,11 @@ class _Chat:
             "choices": [self._told(body, plan, each, self._shown(each)) for each in chosen],
         }
         if body.candidates:
+            # As each would have been sent: what is declined is told nowhere.
+            texts = [self._shown(each) for each in drawn]
             own["candidates"] = [
-                {"text": each.text, **self._told(body, plan, each, each.text)} for each in drawn
+                {"text": text, "finish_reason": each.reason, **self._told(body, plan, each, text)}
+                for each, text in zip(drawn, texts, strict=True)
             ]
         return own
 
@@ -412,7 +425,7 @@ class _Chat:
         chosen = self._chosen(plan, drawn)
         for place, candidate in enumerate(chosen):
             yield self._chunk(plan, place, {"role": "assistant", "content": ""})
-            said = logprobs_of(plan, candidate.chosen_T, candidate.alternatives_T)
+            said = self._logprobs(plan, candidate)
             delta: Delta = {"content": self._shown(candidate)}
             yield self._chunk(plan, place, delta, logprobs=said)
             yield self._chunk(plan, place, {}, ended=candidate.ended)

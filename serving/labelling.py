@@ -26,8 +26,6 @@ from typing import Annotated, Any
 from fastapi import BackgroundTasks, Depends, FastAPI, Form, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
-from fastapi.staticfiles import StaticFiles
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
@@ -43,20 +41,13 @@ from labelling.store import Assessor, State, Store
 from rlhf.config.label import LabelConfig
 from rlhf.errors import DataError, PavlovError
 from rlhf.records import OVERALL
-from serving.safe_markdown import safe_markdown
+from serving.pages import add_pages, page
 
 COOKIE = "pavlov_token"
 _TOLD_EVERY = 10
 BODY_LIMIT_BYTES = 64 * 1024
 _HERE = Path(__file__).parent
 _LABELS = {"first": "First", "second": "Second", "tie": "Equal", "bad": "Both bad"}
-_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; "
-    "img-src 'self' data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "same-origin",
-    "Cache-Control": "no-store",
-}
 _log = logging.getLogger(__name__)
 
 
@@ -103,12 +94,6 @@ class _Service:
         self.limit = RateLimitItemPerMinute(config.label.requests_per_minute)
         self.limiter = MovingWindowRateLimiter(MemoryStorage())
         self.guidelines = guidelines or (_HERE / "guidelines.md").read_text()
-        self.pages = Environment(
-            loader=FileSystemLoader(_HERE / "templates"),
-            autoescape=True,
-            undefined=StrictUndefined,
-        )
-        self.pages.filters["markdown"] = safe_markdown
         self.app = self._app()
 
     def _app(self) -> FastAPI:
@@ -119,7 +104,7 @@ class _Service:
         app.exception_handler(RequestValidationError)(self._malformed)
         app.exception_handler(PavlovError)(self._mistaken)
         app.exception_handler(OperationalError)(self._busy)
-        app.mount("/static", StaticFiles(directory=_HERE / "static"))
+        add_pages(app)
         signed_in = Depends(self.assessor)
 
         @app.get("/health")
@@ -279,24 +264,16 @@ class _Service:
     async def _guard(
         self, request: Request, go_on: Callable[[Request], Awaitable[Response]]
     ) -> Response:
-        """Bodies are small, forms come from our own page, and answers carry what the browser needs
-        to know."""
+        """Bodies are small, and forms come from our own page."""
         length = request.headers.get("content-length", "0")
         origin = request.headers.get("origin")
-        answer: Response
-        if "chunked" in request.headers.get("transfer-encoding", "") or not length.isdigit():
-            answer = JSONResponse({"error": "say how long the body is"}, 411)
-        elif int(length) > BODY_LIMIT_BYTES:
-            answer = JSONResponse({"error": f"at most {BODY_LIMIT_BYTES} bytes"}, 413)
-        elif origin and request.method == "POST" and not _same(origin, request):
-            answer = JSONResponse({"error": f"a form of another site, {origin[:80]}"}, 403)
-        else:
-            answer = await go_on(request)
-        static = request.url.path.startswith("/static/")
-        for name, value in _HEADERS.items():
-            if not (static and name == "Cache-Control"):
-                answer.headers.setdefault(name, value)
-        return answer
+        if "chunked" in request.headers.get("transfer-encoding", "") or not length.isdecimal():
+            return JSONResponse({"error": "say how long the body is"}, 411)
+        if int(length) > BODY_LIMIT_BYTES:
+            return JSONResponse({"error": f"at most {BODY_LIMIT_BYTES} bytes"}, 413)
+        if origin and request.method == "POST" and not _same(origin, request):
+            return JSONResponse({"error": f"a form of another site, {origin[:80]}"}, 403)
+        return await go_on(request)
 
     async def _refused(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -343,10 +320,8 @@ class _Service:
         **values: Any,
     ) -> HTMLResponse:
         """A page with what every page needs."""
-        base = f"{request.scope.get('root_path', '').rstrip('/')}/"
-        known = {"who": None, "said": None, "base": base}
-        html = self.pages.get_template(template).render(known | values)
-        return HTMLResponse(html, status, headers)
+        known = {"who": None, "said": None} | values
+        return page(request, template, status=status, headers=headers, **known)
 
     def task_page(
         self,

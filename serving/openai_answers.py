@@ -115,15 +115,16 @@ class Judgement(TypedDict):
     """Whether the text is of a kind the ensemble does not know."""
     members_missing: Count | None
     """Members that did not answer; the others judged alone."""
-    receipt: NotRequired[str]
-    """What /v1/feedback takes for this text, where feedback is taken."""
+    receipt: str | None
+    """What /v1/feedback takes for this text; null where no feedback is taken."""
 
 
 @_exactly
 class JudgedCandidate(Judgement):
-    """A candidate, sent or not."""
+    """A candidate, sent or not, as it would have been sent."""
 
     text: str
+    finish_reason: FinishReason
 
 
 @_exactly

@@ -183,6 +183,34 @@ def test_what_follows_on_domain_shift_is_configured(tiny_model, response, said):
     assert streamed == said
 
 
+def test_what_is_declined_is_told_nowhere(tiny_model):
+    verdicts = (verdict(1.0, shift=True), verdict(0.5))
+    chat = Chat(tiny_model, Scorer(*verdicts), domain_shift="decline", decline_text="No.")
+    ask = {"best_of": 2, "candidates": True, "logprobs": True}
+    whole = chat.ask(**ask)
+    assert [each["text"] for each in whole.json()["pavlov"]["candidates"]] == ["No.", "answer 1"]
+    assert whole.json()["choices"][0]["logprobs"] is None
+    for text in (whole.text, chat.ask(stream=True, **ask).text):
+        assert "No." in text and "answer 0" not in text and '"token"' not in text
+
+
+def test_the_page_is_open_and_tells_the_browser_to_fetch_nothing_elsewhere(tiny_model):
+    chat = Chat(tiny_model, keys=[hashlib.sha256(b"mine").hexdigest()])
+    client = chat.client
+    page = client.get("/")
+    assert page.status_code == 200 and 'id="key"' in page.text
+    assert page.headers["content-security-policy"].startswith("default-src 'none'; ")
+    assert client.get("/static/chat.js").status_code == 200
+    assert client.get("/static/../chat.py").status_code == 401
+    ask = {"texts": ["**a** <b>", "[x](javascript:y)"]}
+    assert client.post("/markdown", json=ask).status_code == 401
+    client.headers["Authorization"] = "Bearer mine"
+    first, second = client.post("/markdown", json=ask).json()["html"]
+    assert "<strong>a</strong> &lt;b&gt;" in first and "<a" not in second
+    large = client.post("/markdown", json={"texts": ["a" * BODY_LIMIT_BYTES]})
+    assert large.status_code == 413
+
+
 def test_settings_reach_the_engine(tiny_model):
     chat = Chat(tiny_model, system="Be brief.")
     chat.ask(temperature=0.5, top_p=0.9, stop="x", max_tokens=7, seed=-1, n=3)
