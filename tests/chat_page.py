@@ -17,8 +17,11 @@ from actors.chat_engine import Piece, Sampling
 from actors.chat_scorer import Verdict
 from models.chat import ChatTokenizer
 from rlhf.config import ServeConfig, parse_config
+from rlhf.config.serve import ServeSection
 from rlhf.records import Message
 from serving.chat import chat_app
+from serving.feedback import Feedback, FeedbackRequest
+from serving.openai_answers import FeedbackAnswer
 from tests.browser import new_page
 
 
@@ -68,6 +71,18 @@ class Scorer:
         return "reward-1"
 
 
+class Noted(Feedback):
+    """Notes what it is given."""
+
+    def __init__(self, settings: ServeSection, key: bytes) -> None:
+        super().__init__(settings, key)
+        self.given: list[dict[str, Any]] = []
+
+    def take(self, body: FeedbackRequest, whose: str) -> FeedbackAnswer:
+        self.given.append(body.model_dump(exclude_defaults=True))
+        return super().take(body, whose)
+
+
 @contextlib.contextmanager
 def served(app: Any) -> Iterator[str]:
     """An application on a port that the system hands out; yields its address."""
@@ -89,19 +104,14 @@ def served(app: Any) -> Iterator[str]:
 def chat_page(
     model: Path, engine: Engine, scorer: Scorer | None = None, width: int = 1280, **serve: Any
 ) -> Iterator[Any]:
-    """The page, opened. What it sends to /v1/feedback is noted in `page.feedback`."""
+    """The page, opened. What it sends to /v1/feedback is noted in `page.feedback`, and kept where
+    `feedback` names a database."""
     reward = {} if scorer is None else {"reward": "somewhere"}
     config = parse_config(ServeConfig, {"serve": serve, **reward}, "test")
-    app = chat_app(config, ChatTokenizer(model), engine, scorer)
-    feedback: list[Any] = []
-
-    @app.post("/v1/feedback")
-    def note(body: dict[str, Any]) -> dict[str, str]:
-        feedback.append(body)
-        return {"object": "feedback", "id": str(len(feedback)), "project": "chat"}
-
+    feedback = None if config.serve.feedback is None else Noted(config.serve, b"a key of the test")
+    app = chat_app(config, ChatTokenizer(model), engine, scorer, feedback)
     with served(app) as address, new_page(width) as page:
-        page.feedback = feedback
+        page.feedback = [] if feedback is None else feedback.given
         page.set_default_timeout(10_000)
         page.goto(f"{address}/")
         page.locator("#composer :focus").wait_for()

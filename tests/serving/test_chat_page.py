@@ -2,12 +2,16 @@
 
 import hashlib
 import json
+from functools import partial
 
 import pytest
 
-import serving.chat
 from actors.chat_scorer import Verdict
+from labelling.database import Database
+from labelling.feedback import CONSENT, reactions
+from labelling.store import Store
 from models.chat import ChatTokenizer
+from rlhf.records import Message
 from tests.browser import WIDTHS, chromium
 from tests.chat_page import Engine, Scorer, ask, chat_page
 from tests.label_service import HOSTILE
@@ -29,12 +33,9 @@ def scorer() -> Scorer:
 
 
 @pytest.fixture
-def receipts(monkeypatch):
-    """Answers carry one, as where feedback is kept."""
-    told = serving.chat.told
-    monkeypatch.setattr(
-        "serving.chat.told", lambda each: {**told(each), "receipt": f"receipt {each.index}"}
-    )
+def labels(tmp_path) -> str:
+    """A labelling database for feedback."""
+    return f"sqlite:///{tmp_path / 'labels.db'}"
 
 
 def user(text: str) -> dict[str, str]:
@@ -263,12 +264,12 @@ def test_events_are_read_wherever_their_bytes_are_cut(tiny_model):
 
 
 @pytest.mark.parametrize("chance", [0, 1])
-def test_a_choice_of_two_is_sent_in_the_order_shown_after_consent(tiny_model, receipts, chance):
+def test_a_choice_of_two_arrives_in_the_labelling_store_after_consent(tiny_model, labels, chance):
     engine = Engine(*TEXTS)
-    with chat_page(tiny_model, engine, scorer(), 390 if chance else 1280) as page:
+    width = 390 if chance else 1280
+    with chat_page(tiny_model, engine, scorer(), width, feedback=labels) as page:
         page.evaluate("n => { crypto.getRandomValues = (to) => to.fill(n); }", chance)
         shown = [TEXTS[chance], TEXTS[1 - chance]]
-        receipt = [f"receipt {chance}", f"receipt {1 - chance}"]
 
         # By keyboard alone.
         page.keyboard.press("Tab")
@@ -285,19 +286,19 @@ def test_a_choice_of_two_is_sent_in_the_order_shown_after_consent(tiny_model, re
         assert (places[0]["y"] < places[1]["y"]) == bool(chance)  # one below the other on a phone
         page.keyboard.press("2")
         page.locator("#consent button[value=send]:focus").wait_for()
-        assert "stored" in page.locator("#consent").inner_text() and page.feedback == []
+        assert CONSENT in page.locator("#consent").inner_text() and page.feedback == []
         page.keyboard.press("Enter")
         page.locator(".settled", has_text="The second answer goes on. Thank you.").wait_for()
-        body = {
-            "messages": [user("Pasta?")],
-            "answers": [
-                {"text": text, "receipt": each} for text, each in zip(shown, receipt, strict=True)
-            ],
-            "verdict": "second",
-            "comment": "",
-            "consent": True,
-        }
-        assert page.feedback == [body]
+        [body] = page.feedback
+        assert [each["text"] for each in body["answers"]] == shown
+        assert (body["verdict"], body["consent"]) == ("second", True)
+        store = Store(Database(labels))
+        [judged] = store.judgements(store.project("feedback"), with_work=True)
+        assert judged.work.prompt == (Message("user", "Pasta?"),)
+        answers = {"a": judged.work.a, "b": judged.work.b}
+        assert answers[judged.first].text == shown[0]
+        assert answers[judged.verdicts["overall"]].text == shown[1]
+        assert judged.work.a.checkpoint == judged.work.b.checkpoint == "3f9a52c07be1"
         assert "reward" in page.locator(".turn").inner_text()
 
         # The chosen one goes on; consent is not asked for again.
@@ -316,8 +317,8 @@ def test_a_choice_of_two_is_sent_in_the_order_shown_after_consent(tiny_model, re
         assert page.errors == [] and page.elsewhere == []
 
 
-def test_thumbs_are_sent_only_by_those_who_agree(tiny_model, receipts):
-    with chat_page(tiny_model, Engine(TEXTS[0])) as page:
+def test_thumbs_are_sent_only_by_those_who_agree(tiny_model, labels):
+    with chat_page(tiny_model, Engine(*TEXTS), feedback=labels) as page:
         ask(page, "Pasta?")
         page.get_by_label("Bad answer").click()
         page.get_by_text("Not now").click()
@@ -329,18 +330,14 @@ def test_thumbs_are_sent_only_by_those_who_agree(tiny_model, receipts):
         page.get_by_label("Good answer").click()
         page.locator("#consent button[value=send]").click()
         page.locator(".thumb[value=up][aria-pressed=true]").wait_for()
-        body = {
-            "messages": [user("Pasta?")],
-            "answers": [{"text": TEXTS[0], "receipt": "receipt 0"}],
-            "verdict": "up",
-            "comment": "",
-            "consent": True,
-        }
-        assert page.feedback == [body]
+        store = Store(Database(labels))
+        thumbs = partial(reactions, store, store.project("feedback"))
+        assert thumbs() == {"3f9a52c07be1": {"up": 1, "down": 0}}
         ask(page, "Rice?")
         page.get_by_label("Bad answer").last.click()
         page.locator(".thumb[value=down][aria-pressed=true]").wait_for()
         assert [each["verdict"] for each in page.feedback] == ["up", "down"]
+        assert thumbs() == {"3f9a52c07be1": {"up": 1, "down": 1}}
         assert page.errors == []
 
 

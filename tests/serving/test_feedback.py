@@ -137,7 +137,7 @@ def test_without_a_database_there_are_no_receipts_and_no_such_path(tiny_model):
     config = parse_config(ServeConfig, {}, "test")
     client = TestClient(chat_app(config, ChatTokenizer(tiny_model), Engine(), None))
     answer = client.post("/v1/chat/completions", json={**ASK, "candidates": True}).json()
-    assert "receipt" not in json.dumps(answer)
+    assert answer["pavlov"]["choices"][0]["receipt"] is None
     refused = client.post("/v1/feedback", json={})
     assert refused.status_code == 404 and refused.json()["error"]["message"] == "Not Found"
 
@@ -227,16 +227,16 @@ def test_every_candidate_and_every_stream_has_receipts_of_what_it_shows(tiny_mod
     scorer = Scorer(verdict(1.0, 0.1, True), verdict(0.5))
     chat = Chat(tiny_model, url, scorer, domain_shift="notice", notice_text="Unsure.")
     answer = chat.ask(best_of=2, candidates=True)
-    raw = [
+    drawn = [
         {name: each[name] for name in ("text", "receipt")}
         for each in answer["pavlov"]["candidates"]
     ]
-    assert [each["text"] for each in raw] == ["answer 0", "answer 1"]
-    assert chat.say("first", raw).status_code == 200
+    assert [each["text"] for each in drawn] == ["answer 0\n\nUnsure.", "answer 1"]
+    assert chat.say("first", drawn).status_code == 200
     # The chosen one and the candidate that it is are one answer.
-    chosen = {"text": "answer 0\n\nUnsure.", "receipt": answer["pavlov"]["choices"][0]["receipt"]}
+    chosen = {"text": drawn[0]["text"], "receipt": answer["pavlov"]["choices"][0]["receipt"]}
     assert chat.say("up", [chosen]).status_code == 200
-    twice = chat.say("tie", [chosen, raw[0]]).json()["error"]
+    twice = chat.say("tie", [chosen, drawn[0]]).json()["error"]
     assert twice["param"] == "answers" and "one and the same" in twice["message"]
 
     for more in ({"best_of": 2}, {"score": True}):

@@ -219,6 +219,9 @@ def test_a_bad_body_is_refused(served, body, code):
 def test_large_bodies_and_forms_of_other_sites_are_refused(served):
     client = served.client()
     assert client.post("/api/next", content=b"x" * (BODY_LIMIT_BYTES + 1)).status_code == 413
+    assert (
+        client.get("/health", headers={"Content-Length": "²".encode("latin-1")}).status_code == 411
+    )
     other = client.post("/signout", headers={"Origin": "https://elsewhere.example"})
     assert other.status_code == 403
     own = client.post("/signout", headers={"Origin": "http://testserver"}, follow_redirects=False)
