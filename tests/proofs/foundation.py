@@ -8,10 +8,8 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +22,7 @@ import torch
 
 from tests.conftest import build_tiny_model, build_tiny_reward_model
 from tests.leftovers import alive, assert_nothing_left, below, shared_memory
+from tests.proofs.ray_cluster import cluster
 from tests.proofs.runner import ROOT, pavlov, prove, rows, start, until
 
 FLOAT32 = [f'{section}.dtype="float32"' for section in ("policy", "reference", "rollout")]
@@ -153,95 +152,34 @@ def job(folder: Path) -> dict[str, Any]:
     reward = f"reward.model={hh_reward(folder.parent)}"
     shutil.rmtree(folder / "rl_hh_cpu", ignore_errors=True)
     before = shared_memory()
-    with cluster() as (submit, ray_cli, session):
+    with cluster(ROOT) as ray:
         data = os.environ.get("PAVLOV_DATA") or str((ROOT / "../shared/data").resolve())
         command = ["python", "pavlov.py", "rl", "configs/rl_hh_cpu.toml", "rl.num_steps=4", reward]
-        refused = submit("refused", {}, command)
+        refused = ray.submit("refused", {}, command)
         assert "lie in Ray's temporary copy" in refused, refused[-2000:]
         assert "PAVLOV_RUNS" in refused
         variables = {"PAVLOV_RUNS": str(folder), "PAVLOV_DATA": data}
-        submit("first", variables, command, wait=False)
+        ray.submit("first", variables, command, wait=False)
         metrics = folder / "rl_hh_cpu" / "metrics.jsonl"
         until(lambda: len(rows(metrics)) >= 1, "a step of the job", 600)
-        listed = ray_cli("list", "actors", "--filter", "state=ALIVE", "--limit", "100")
+        listed = ray.ray("list", "actors", "--filter", "state=ALIVE", "--limit", "100")
         actors = ["rollout-0", "reward-0", "reference-0", "learner-0"]
         assert all(name in listed for name in actors), listed
-        copies = list(session().glob("runtime_resources/working_dir_files/_ray_pkg_*"))
+        copies = list(ray.session.glob("runtime_resources/working_dir_files/_ray_pkg_*"))
         sent = {path.name for copy in copies if copy.is_dir() for path in copy.iterdir()}
         assert "pavlov.py" in sent
         unwanted = {"runs", ".venv", ".git", "tests", ".mypy_cache", ".ruff_cache"} & sent
         assert not unwanted, unwanted
-        ray_cli("job", "stop", "first")
-        until(lambda: "was stopped" in ray_cli("job", "status", "first"), "the job's stop", 60)
+        ray.ray("job", "stop", "first")
+        until(lambda: "was stopped" in ray.ray("job", "status", "first"), "the job's stop", 60)
         stopped_after = len(rows(metrics))
-        again = submit("again", variables, [*command, "--resume"])
+        again = ray.submit("again", variables, [*command, "--resume"])
         assert "succeeded" in again, again[-2000:]
         assert "resuming" in again
         steps = [row["step"] for row in rows(metrics)]
         assert steps == [0, 1, 2, 3]
     assert_nothing_left([], before)
     return {"steps when stopped": stopped_after, "steps in the end": len(steps), "actors": actors}
-
-
-@contextlib.contextmanager
-def cluster() -> Iterator[tuple[Any, Any, Any]]:
-    """A cluster by `ray start --head`, with a token, as the README says; ended after use."""
-    home = Path(tempfile.mkdtemp(prefix="pavlov-proof-"))
-    ray = str(Path(sys.executable).with_name("ray"))
-    port, dashboard = free_ports(2)
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(home / "token"),
-        "RAY_process_group_cleanup_enabled": "true",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_TMPDIR": str(home),
-    }
-    (home / "token").write_text("a-token-of-this-proof-alone-0123456789")
-    address = f"http://127.0.0.1:{dashboard}"
-
-    def call(*arguments: str) -> str:
-        done = subprocess.run(
-            [ray, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
-        return done.stdout + done.stderr
-
-    def submit(name: str, variables: dict[str, str], command: list[str], wait: bool = True) -> str:
-        return call(
-            *("job", "submit", "--address", address, "--submission-id", name),
-            *([] if wait else ["--no-wait"]),
-            *("--working-dir", ".", "--"),
-            *("env", *(f"{key}={value}" for key, value in variables.items())),
-            *command,
-        )
-
-    def cli(*arguments: str) -> str:
-        return call(*arguments, "--address", address)
-
-    began = call(
-        *("start", "--head", "--port", str(port), "--dashboard-port", str(dashboard)),
-        *("--num-cpus", "2", "--disable-usage-stats", "--temp-dir", str(home / "ray")),
-    )
-    try:
-        assert "Ray runtime started" in began, began[-2000:]
-        yield submit, cli, lambda: (home / "ray" / "session_latest").resolve()
-    finally:
-        mine = [p for p in psutil.process_iter() if _mentions(p, str(home))]
-        for process in mine:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.terminate()
-        psutil.wait_procs(mine, timeout=10)
-        for process in alive(mine):
-            process.kill()
-        shutil.rmtree(home, ignore_errors=True)
-
-
-def _mentions(process: psutil.Process, word: str) -> bool:
-    try:
-        return any(word in part for part in process.cmdline())
-    except psutil.Error:
-        return False
 
 
 def orphans(folder: Path) -> dict[str, Any]:
@@ -350,17 +288,6 @@ def peak_memory() -> Iterator[dict[str, float]]:
     finally:
         ended.set()
         watcher.join()
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that the system hands out."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [int(one.getsockname()[1]) for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 if __name__ == "__main__":

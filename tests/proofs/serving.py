@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import statistics
+import subprocess
 import sys
 import threading
 import time
@@ -20,13 +21,16 @@ from typing import Any
 import httpx
 import openai
 import psutil
+import yaml
 
 from actors.chat_scorer import Verdict
+from cluster.session import free_port
 from labelling.simulated import rule
 from rlhf.config import DemoConfig, load_config
 from rlhf.statistics import paired_interval
 from tests.chat_page import Engine, Scorer, ask, chat_page
 from tests.conftest import build_tiny_model, build_tiny_reward_model
+from tests.proofs.ray_cluster import cluster
 from tests.proofs.runner import PICTURES, ROOT, hold, pavlov, prove, until
 from tests.servers import Server, running
 from trainers.demo import demo_prompts
@@ -91,13 +95,13 @@ def crowd(folder: Path) -> dict[str, Any]:
     429, and the server recovers. Latencies are reported, not judged."""
     done: list[Asked] = []
     with _tiny(folder, "serve.at_once=32", "serve.waiting=32") as server:
-        expected = {n: _ask(server, n) for n in range(_CLIENTS)}
+        expected = {n: _ask(server.address, n) for n in range(_CLIENTS)}
         over = time.monotonic() + _SECONDS
         early: list[float] = []
 
         def one(client: int) -> None:
             while time.monotonic() < over:
-                done.append(_ask(server, client))
+                done.append(_ask(server.address, client))
 
         def watch() -> None:
             time.sleep(_SECONDS / 4)
@@ -107,9 +111,9 @@ def crowd(folder: Path) -> dict[str, Any]:
         late = _memory_gib(server)
 
         burst: list[Asked] = []
-        _at_once([lambda n=n: burst.append(_ask(server, n % _CLIENTS)) for n in range(100)])
+        _at_once([lambda n=n: burst.append(_ask(server.address, n % _CLIENTS)) for n in range(100)])
         refused = [each for each in burst if each.status == 429]
-        after = _ask(server, 0)
+        after = _ask(server.address, 0)
     answered = [each for each in done if each.status == 200]
     texts = {each.text: n for n, each in expected.items()}
     same = [each for each in answered if each.text == expected[each.client].text]
@@ -148,7 +152,7 @@ def crowd(folder: Path) -> dict[str, Any]:
 def dropped(folder: Path) -> dict[str, Any]:
     """1,000 clients ask for long answers and go away: nothing is written for them any more."""
     with _tiny(folder, "serve.at_once=32", "serve.waiting=1000") as server:
-        alone = _ask(server, 3)
+        alone = _ask(server.address, 3)
         host, port = re.findall(r"//([\w.]+):(\d+)", server.address)[0]
         body = json.dumps(
             {
@@ -186,7 +190,7 @@ def dropped(folder: Path) -> dict[str, Any]:
         time.sleep(5)
         written = _metric(server, "pavlov_chat_tokens_total") - tokens
         busy = _engine_seconds(server) - busy
-        after = _ask(server, 3)
+        after = _ask(server.address, 3)
     figures = {
         **left,
         "seconds until nothing was inside": settled,
@@ -206,8 +210,8 @@ def dropped(folder: Path) -> dict[str, Any]:
 def killed(folder: Path) -> dict[str, Any]:
     """Under load by 8 clients one of two replicas of the engine and of the ingress, and one of the
     ensemble's two backbones, are killed with SIGKILL, one after the other: what fails had begun
-    before the kill and says so cleanly (a stream may break off, without its end), the ensemble goes on with the members it has and says how
-    many are missing, and the service returns by itself."""
+    before the kill and says so cleanly (a stream may break off, without its end), the ensemble goes
+    on with the members it has and says how many are missing, and the service returns by itself."""
     figures: dict[str, Any] = {}
     bars: dict[str, bool] = {}
     two = [f"serve.{part}.{end}=2" for part in ("ingress", "engine") for end in ("least", "most")]
@@ -229,7 +233,7 @@ def killed(folder: Path) -> dict[str, Any]:
             bars[f"{part}: errors are clean"] = all(
                 each.status in (500, 502, 503) or each.broke_off for each in failed
             )
-            bars[f"{part}: it answers"] = _ask(server, 1).status == 200
+            bars[f"{part}: it answers"] = _ask(server.address, 1).status == 200
             bars[f"{part}: members are missing only where theirs was killed"] = any(
                 each.missing for each in done
             ) == (part == "ensemble")
@@ -244,7 +248,7 @@ def _kill(server: Server, part: str) -> tuple[list[Asked], float, float]:
 
     def one(client: int) -> None:
         while not over.is_set():
-            done.append(_ask(server, client, best_of=2))
+            done.append(_ask(server.address, client, best_of=2))
 
     threads = [threading.Thread(target=one, args=(n,)) for n in range(8)]
     for thread in threads:
@@ -258,7 +262,7 @@ def _kill(server: Server, part: str) -> tuple[list[Asked], float, float]:
         until(lambda: len(_replicas(server, part)) > len(others), part, 120)
         back = time.monotonic() - at
         if part == "ensemble":
-            until(lambda: not _ask(server, 1, best_of=2).missing, "all members", 60)
+            until(lambda: not _ask(server.address, 1, best_of=2).missing, "all members", 60)
         time.sleep(8)
     finally:
         over.set()
@@ -289,7 +293,7 @@ class Asked:
         return bool(self.client % 2) and self.error == httpx.RemoteProtocolError.__name__
 
 
-def _ask(server: Server, client: int, best_of: int = 1) -> Asked:
+def _ask(address: str, client: int, best_of: int = 1) -> Asked:
     """A question that only this client asks, answered greedily; every second client streams."""
     words = " ".join(_WORDS[(client + n) % len(_WORDS)] for n in range(1 + client))
     longest = 16 + client
@@ -303,7 +307,7 @@ def _ask(server: Server, client: int, best_of: int = 1) -> Asked:
     }
     asked = Asked(client, time.monotonic())
     try:
-        answer = httpx.post(f"{server.address}/v1/chat/completions", json=body, timeout=300)
+        answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=300)
     except httpx.TransportError as error:
         asked.error = type(error).__name__
         return asked
@@ -419,6 +423,92 @@ def _replicas(server: Server, part: str) -> list[psutil.Process]:
     return found
 
 
+_LANGCHAIN = """
+import json, sys
+from langchain_openai import ChatOpenAI
+
+options = {"base_url": sys.argv[1], "api_key": "none", "model": "pavlov", "max_tokens": 12}
+chat = ChatOpenAI(**options, temperature=0, extra_body={"best_of": 2})
+whole = chat.invoke([("system", "Be brief."), ("human", "What is a cat?")])
+print(json.dumps({
+    "whole": whole.content,
+    "tokens": whole.usage_metadata,
+    "streamed": "".join(part.content for part in chat.stream("What is a cat?")),
+    "alone": chat.invoke("What is a cat?").content,
+    "batch": [each.content for each in chat.batch(["What is a cat?", "What is a dog?"])],
+    "logprobs": len(ChatOpenAI(**options, logprobs=True).invoke("What is a cat?")
+        .response_metadata["logprobs"]["content"]),
+}))
+"""
+
+
+def second_client(folder: Path) -> dict[str, Any]:
+    """LangChain's `ChatOpenAI`, unmodified and in an environment of its own (its packages are not
+    Pavlov's): a whole answer, a stream that says the same, a batch, logprobs."""
+    with _tiny(folder) as server:
+        python = folder / "environment" / "bin" / "python"
+        subprocess.run([sys.executable, "-m", "venv", str(folder / "environment")], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-qq", "langchain-openai"], check=True)
+        done = subprocess.run(
+            [str(python), "-c", _LANGCHAIN, f"{server.address}/v1"],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        listed = [str(python), "-m", "pip", "list", "--format=json"]
+        packages = json.loads(subprocess.run(listed, capture_output=True, check=True).stdout)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = json.loads(done.stdout)
+    versions = {each["name"]: each["version"] for each in packages}
+    figures = {
+        "langchain-openai": versions["langchain-openai"],
+        "openai": versions["openai"],
+        "tokens": said["tokens"]["total_tokens"],
+    }
+    bars = {
+        "the stream says what the whole answer says": said["streamed"] == said["alone"] != "",
+        "each of a batch has its own": said["batch"][0] == said["alone"] != said["batch"][1],
+        "tokens are counted": said["tokens"]["output_tokens"] > 0,
+        "every token has its logprob": 0 < said["logprobs"] <= 12,
+    }
+    return hold(bars, figures)
+
+
+def deployed(folder: Path) -> dict[str, Any]:
+    """configs/serve.yaml with a random tiny model and ensemble in it, by `serve deploy` to a Ray
+    that was started in another folder, with Pavlov installed: it answers, and `serve shutdown` ends
+    it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir(parents=True)
+    model = build_tiny_model(folder / "model")
+    reward = build_tiny_reward_model(folder / "reward", model)
+    port = free_port()
+    file = yaml.safe_load((ROOT / "configs" / "serve.yaml").read_text())
+    file["http_options"]["port"] = port
+    [application] = file["applications"]
+    arguments = application["args"]
+    arguments |= {"policy": {"model": str(model)}, "reward": str(reward)}
+    arguments["serve"] |= {"max_prompt_tokens": 500}
+    arguments["engine"] |= {"dtype": "float32"}
+    (elsewhere / "serve.yaml").write_text(yaml.safe_dump(file))
+    address = f"http://127.0.0.1:{port}"
+    with cluster(elsewhere) as ray:
+        began = time.monotonic()
+        said = ray.call("serve", "deploy", "serve.yaml", "--address", ray.address)
+        assert "successfully" in said, said[-2000:]
+        try:
+            until(lambda: _ask(address, 1, best_of=2).status == 200, "an answer", 180)
+        except AssertionError as error:
+            status = ray.call("serve", "status", "--address", ray.address)
+            raise AssertionError(f"{error}: {status[-2000:]}") from None
+        took = time.monotonic() - began
+        health = httpx.get(f"{address}/health", timeout=30).status_code
+        ray.call("serve", "shutdown", "-y", "--address", ray.address)
+        until(lambda: not _ask(address, 1).status, "the end", 60)
+    return hold({"it is healthy": health == 200}, {"seconds until it answers": round(took)})
+
+
 _ANSWERS = {
     """Three things matter most:
 
@@ -464,7 +554,7 @@ def page(folder: Path) -> dict[str, Any]:
     return hold({"no errors": not any(figures.values())}, figures)
 
 
-PROOFS = [best_of_eight, crowd, dropped, killed, page]
+PROOFS = [best_of_eight, crowd, dropped, killed, second_client, deployed, page]
 
 
 if __name__ == "__main__":
