@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from actors.gauges import in_ray_actor
@@ -33,6 +33,11 @@ class Sampling:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     logprobs: int | None = None
+
+    def one(self, candidate: int) -> Sampling:
+        """How this candidate alone is drawn."""
+        seed = None if self.seed is None else (self.seed + candidate) % 2**63
+        return replace(self, candidates=1, seed=seed)
 
 
 @dataclass(frozen=True, slots=True)

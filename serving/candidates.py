@@ -10,7 +10,7 @@ from typing import Protocol
 from actors.chat_engine import Piece, Sampling, TokenLogprob
 from actors.chat_scorer import Verdict
 from rlhf.records import FinishReason, Message
-from serving.openai_answers import Judgement, Logprobs, ToldPosition, ToldToken, Usage
+from serving.openai_answers import Judgement, Logprobs, Outcome, ToldPosition, ToldToken, Usage
 
 LEAST_LOGPROB = -9999.0
 """What an impossible token is given: JSON has no infinity."""
@@ -48,6 +48,15 @@ class Candidate:
     chosen_T: list[TokenLogprob] = field(default_factory=list)
     alternatives_T: list[Sequence[TokenLogprob]] = field(default_factory=list)
     verdict: Verdict | None = None
+    beginning: Verdict | None = None
+    """What was said of it when it had begun."""
+    rejected: bool = False
+    """Given up then; `verdict` is of its beginning."""
+
+    @property
+    def outcome(self) -> Outcome:
+        """Why it ended, or that it was given up."""
+        return "rejected" if self.rejected else self.reason
 
     @property
     def reason(self) -> FinishReason:
@@ -78,6 +87,11 @@ class Plan:
     judged: bool
     held: bool
     created: int
+
+    @property
+    def chooses(self) -> bool:
+        """Whether there are more candidates than are sent."""
+        return self.sampling.candidates > self.n
 
     def usage(self, drawn: Sequence[Candidate]) -> Usage:
         """Tokens read, and tokens written for all candidates."""

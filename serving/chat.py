@@ -35,11 +35,12 @@ from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from actors.chat_engine import Piece, Sampling
+from actors.chat_engine import Sampling
 from models.chat import ChatTokenizer
 from rlhf.config.serve import ServeConfig
 from rlhf.errors import ModelError
 from rlhf.records import FinishReason, Message
+from serving.best_of import BestOf
 from serving.candidates import Candidate, Engine, Plan, Scorer, logprobs_of, told
 from serving.chat_page import add_chat_page, is_open
 from serving.feedback import Feedback, install_feedback
@@ -92,6 +93,7 @@ class _Chat:
         self.turns = asyncio.Semaphore(self.settings.at_once)
         self.inside = 0
         self.metrics = _Metrics()
+        self.best = BestOf(self.settings, engine, scorer, self.metrics.tokens.inc)
         self.app = self._app()
 
     def _app(self) -> FastAPI:
@@ -187,7 +189,7 @@ class _Chat:
             )
         async with self._turn():
             async with asyncio.timeout(self.settings.timeout_s):
-                drawn = await self._draw(plan)
+                drawn = await self.best.draw(plan)
                 said = self._said(body, plan, drawn)
         return JSONResponse(said)
 
@@ -271,40 +273,6 @@ class _Chat:
         name = f"chatcmpl-{uuid4().hex}"
         return Plan(name, messages, prompt_ids, sampling, n, judged, held, int(time.time()))
 
-    async def _draw(self, plan: Plan) -> list[Candidate]:
-        """All candidates, whole; each is scored while others are still written."""
-        drawn = [Candidate(at) for at in range(plan.sampling.candidates)]
-        async with asyncio.TaskGroup() as scoring, aclosing(self._pieces(plan)) as pieces:
-            async for piece in pieces:
-                candidate = drawn[piece.candidate]
-                candidate.add(piece)
-                if piece.ended and plan.judged:
-                    scoring.create_task(self._judge(plan, candidate))
-        return drawn
-
-    async def _pieces(self, plan: Plan) -> AsyncGenerator[Piece, None]:
-        async with aclosing(self.engine.write(plan.prompt_ids, plan.sampling)) as pieces:
-            async for piece in pieces:
-                self.metrics.tokens.inc(piece.tokens)
-                yield piece
-
-    async def _judge(self, plan: Plan, candidate: Candidate) -> None:
-        assert self.scorer is not None
-        finished = candidate.ended == "stop"
-        candidate.verdict = await self.scorer.judge(plan.messages, candidate.text, finished)
-
-    def _chosen(self, plan: Plan, drawn: Sequence[Candidate]) -> list[Candidate]:
-        """The n that are sent: with the highest lower bound, or those there are."""
-        if plan.sampling.candidates == plan.n:
-            return list(drawn)
-        penalty = self.settings.disagreement_penalty
-
-        def bound(candidate: Candidate) -> float:
-            assert candidate.verdict is not None
-            return candidate.verdict.lower_bound(penalty)
-
-        return sorted(drawn, key=bound, reverse=True)[: plan.n]
-
     def _shown(self, candidate: Candidate) -> str:
         """Its text, or what stands for it where the ensemble does not know its kind."""
         if self._declined(candidate):
@@ -329,7 +297,7 @@ class _Chat:
     # Its form
 
     def _said(self, body: ChatRequest, plan: Plan, drawn: Sequence[Candidate]) -> ChatCompletion:
-        chosen = self._chosen(plan, drawn)
+        chosen = self.best.chosen(plan, drawn)
         choices: list[Choice] = [
             {
                 "index": place,
@@ -374,7 +342,7 @@ class _Chat:
             # As each would have been sent: what is declined is told nowhere.
             texts = [self._shown(each) for each in drawn]
             own["candidates"] = [
-                {"text": text, "finish_reason": each.reason, **self._told(body, plan, each, text)}
+                {"text": text, "finish_reason": each.outcome, **self._told(body, plan, each, text)}
                 for each, text in zip(drawn, texts, strict=True)
             ]
         return own
@@ -403,7 +371,7 @@ class _Chat:
         drawn = [Candidate(at) for at in range(plan.sampling.candidates)]
         for candidate in drawn:
             yield self._chunk(plan, candidate.index, {"role": "assistant", "content": ""})
-        async with aclosing(self._pieces(plan)) as pieces:
+        async with aclosing(self.best.pieces(plan, plan.sampling)) as pieces:
             async for piece in pieces:
                 candidate = drawn[piece.candidate]
                 candidate.add(piece)
@@ -413,7 +381,7 @@ class _Chat:
                     yield self._chunk(plan, candidate.index, delta, logprobs=said)
                 if piece.ended:
                     if plan.judged:
-                        await self._judge(plan, candidate)
+                        await self.best.judge(plan, candidate)
                     if notice := self._notice(candidate):
                         yield self._chunk(plan, candidate.index, {"content": notice})
                     yield self._chunk(plan, candidate.index, {}, ended=piece.ended)
@@ -421,8 +389,8 @@ class _Chat:
 
     async def _held(self, body: ChatRequest, plan: Plan) -> Chunks:
         """The chosen ones, once they are chosen."""
-        drawn = await self._draw(plan)
-        chosen = self._chosen(plan, drawn)
+        drawn = await self.best.draw(plan)
+        chosen = self.best.chosen(plan, drawn)
         for place, candidate in enumerate(chosen):
             yield self._chunk(plan, place, {"role": "assistant", "content": ""})
             said = self._logprobs(plan, candidate)

@@ -15,6 +15,8 @@ from typing_extensions import TypedDict
 from rlhf.records import FinishReason
 
 _exactly = with_config(ConfigDict(extra="forbid", use_attribute_docstrings=True))
+Outcome = FinishReason | Literal["rejected"]
+"""Why a candidate ended; ``rejected``: given up early, being far behind."""
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -124,7 +126,7 @@ class JudgedCandidate(Judgement):
     """A candidate, sent or not, as it would have been sent."""
 
     text: str
-    finish_reason: FinishReason
+    finish_reason: Outcome
 
 
 @_exactly

@@ -59,6 +59,12 @@ class ServeSection(Section):
     disagreement_penalty: NonNegativeFloat = 1.0
     """Standard deviations over members taken from a candidate's mean reward: the lower bound that
     candidates are ranked by."""
+    reject_after: NonNegativeInt = 0
+    """Tokens after which candidates that are far behind are given up; 0: none is. On CPU it costs
+    more than it saves (docs/serving.md)."""
+    reject_margin: NonNegativeFloat = 0.5
+    """How far behind: deviations between the most that a beginning may be worth (its reward plus
+    the penalty) and the lower bound of the last one that would be sent."""
     patience_s: PositiveFloat = 5.0
     """Seconds that a part of the ensemble is waited for when another has answered; then the members
     that there are judge alone, and the answer says so."""

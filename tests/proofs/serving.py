@@ -294,13 +294,14 @@ class Asked:
 
 
 def _ask(address: str, client: int, best_of: int = 1) -> Asked:
-    """A question that only this client asks, answered greedily; every second client streams."""
+    """A question that only this client asks, with its own seed; every second client streams."""
     words = " ".join(_WORDS[(client + n) % len(_WORDS)] for n in range(1 + client))
     longest = 16 + client
     body: dict[str, Any] = {
         "messages": [{"role": "user", "content": f"Question {client}: {words}?"}],
         "max_tokens": longest,
-        "temperature": 0 if best_of == 1 else 1,
+        "temperature": 1,
+        "seed": client,
         "best_of": best_of,
         "stream": bool(client % 2),
         "stream_options": {"include_usage": True},
