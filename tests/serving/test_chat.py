@@ -319,7 +319,9 @@ def test_no_place_is_a_429_and_places_are_given_back(tiny_model):
             tasks = [
                 asyncio.create_task(client.post("/v1/chat/completions", json=ASK)) for _ in range(4)
             ]
-            await asyncio.sleep(0.2)
+            async with asyncio.timeout(30):
+                while sum(task.done() for task in tasks) < 2:
+                    await asyncio.sleep(0.01)
             chat.engine.wait.set()
             answers = await asyncio.gather(*tasks)
             assert all("retry-after" in a.headers for a in answers if a.status_code == 429)
