@@ -28,12 +28,14 @@ from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from uuid import uuid4
 
+from anyio import CancelScope
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.types import Receive, Scope, Send
 
 from actors.chat_engine import Sampling
 from models.chat import ChatTokenizer
@@ -184,9 +186,7 @@ class _Chat:
             error = RefusedError(429, "all places are taken", code="overloaded")
             return error.response({"Retry-After": "2"})
         if body.stream:
-            return StreamingResponse(
-                self._events(body, plan), media_type="text/event-stream", headers=_UNBUFFERED
-            )
+            return _EventStream(self._events(body, plan), headers=_UNBUFFERED)
         async with self._turn():
             async with asyncio.timeout(self.settings.timeout_s):
                 drawn = await self.best.draw(plan)
@@ -353,7 +353,7 @@ class _Chat:
             said["receipt"] = self.feedback.receipt(body, plan, candidate, text)
         return said
 
-    async def _events(self, body: ChatRequest, plan: Plan) -> AsyncIterator[str]:
+    async def _events(self, body: ChatRequest, plan: Plan) -> AsyncGenerator[str, None]:
         """Server-sent events. An error once they have begun is an event of its own."""
         try:
             async with self._turn(), asyncio.timeout(self.settings.timeout_s):
@@ -438,6 +438,24 @@ class _Chat:
             "model": self.settings.name,
             "choices": choices,
         }
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events, whose generator is closed at once when the client has left: it holds a
+    place, and nobody else would close it before the garbage collector."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[str, None], headers: dict[str, str]) -> None:
+        super().__init__(events, headers=headers)
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            with CancelScope(shield=True):
+                await self._events.aclose()
 
 
 class _Metrics:

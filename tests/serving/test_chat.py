@@ -1,6 +1,8 @@
 """The chat interface, with an engine and an ensemble that do as they are told."""
 
 import asyncio
+import contextlib
+import gc
 import hashlib
 import json
 import math
@@ -354,3 +356,45 @@ def test_too_slow_an_answer_is_given_up_and_its_writing_stopped(tiny_model):
 def test_settings_that_clash_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         parse_config(ServeConfig, values, "test")
+
+
+def test_who_leaves_a_stream_gives_up_the_place_at_once(tiny_model):
+    chat = Chat(tiny_model)
+    body = json.dumps({**ASK, "stream": True}).encode()
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.1"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/v1/chat/completions",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+        "client": ("127.0.0.1", 1),
+    }
+
+    async def leave() -> None:
+        asked = [{"type": "http.request", "body": body}]
+        begun = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            return asked.pop() if asked else await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                begun.set()
+                # Nobody takes what is sent any more.
+                await asyncio.Event().wait()
+
+        # As Ray Serve does when a client has left.
+        answering = asyncio.create_task(chat.client.app(scope, receive, send))
+        await begun.wait()
+        answering.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await answering
+        assert "pavlov_chat_requests_inside 0.0" in chat.client.get("/metrics").text
+
+    gc.disable()
+    try:
+        asyncio.run(leave())
+    finally:
+        gc.enable()
