@@ -45,48 +45,94 @@ _WORDS = ("water", "rice", "bread", "pasta", "nets", "river", "town", "cat")
 def best_of_eight(folder: Path) -> dict[str, Any]:
     """With the demo's policy and reward model, `best_of = 8` against 1 on 100 held-out prompts, by
     the demo's rule, which did not choose: the paired interval lies above 0."""
-    demo = folder / "demo"
-    if not (demo / "summary.json").is_file():
-        pavlov("demo", "--out", str(demo), runs=folder)
-    config = load_config(DemoConfig, ROOT / "configs" / "demo.toml", [])
-    prompts = demo_prompts("heldout", _HELD_OUT)
-    scores: dict[int, list[float]] = {1: [], 8: []}
-    rewards, shifted = [], 0
-    command = ("serve", CONFIG, "serve.port=0", f"policy.model={demo / 'policy'}")
-    with running(*command, f"reward={demo / 'reward'}", runs=folder) as server:
-        client = _client(server)
-        for number, prompt in enumerate(prompts):
-            turns: list[Any] = [
-                {"role": turn.role, "content": turn.content} for turn in prompt.messages
-            ]
-            for best_of, found in scores.items():
-                answer = client.chat.completions.create(
-                    model="pavlov",
-                    messages=turns,
-                    max_tokens=config.rl.max_tokens,
-                    temperature=config.rl.temperature,
-                    seed=1000 * number,
-                    extra_body={"best_of": best_of, "score": True},
-                )
-                [choice] = answer.choices
-                finished = choice.finish_reason == "stop"
-                text = choice.message.content or ""
-                found.append(rule(turns[-1]["content"], text, finished=finished))
-                if best_of == 8:
-                    own = _own(answer)
-                    rewards.append(own["reward"])
-                    shifted += own["domain_shift"]
-    difference = [many - one for many, one in zip(scores[8], scores[1], strict=True)]
-    mean, low, high = paired_interval(difference)
+    with _demo(folder) as server:
+        one, eight = _answered(server, 1), _answered(server, 8)
+    mean, low, high = paired_interval(_less(eight.rules, one.rules))
     figures = {
-        "prompts": len(prompts),
-        "rule, best of 1": statistics.fmean(scores[1]),
-        "rule, best of 8": statistics.fmean(scores[8]),
+        "prompts": len(one.rules),
+        "rule, best of 1": statistics.fmean(one.rules),
+        "rule, best of 8": statistics.fmean(eight.rules),
         "difference": f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]",
-        "mean reward of the chosen": statistics.fmean(rewards),
-        "chosen out of domain": shifted / len(prompts),
+        "mean reward of the chosen": statistics.fmean(eight.rewards),
+        "chosen out of domain": eight.shifted / len(eight.rules),
     }
     return hold({"best of 8 is surely better by the rule": low > 0}, figures)
+
+
+def given_up(folder: Path) -> dict[str, Any]:
+    """The same with candidates that are far behind given up after 10 tokens (`serve.reject_after`)
+    and with all written, on the same prompts and seeds: tokens, time, and what it does to the
+    answers by the rule and by the ensemble. Reported, not judged: by default it is off."""
+    with _demo(folder) as server:
+        whole = _answered(server, 8)
+    with _demo(folder, "serve.reject_after=10") as server:
+        early = _answered(server, 8)
+    figures: dict[str, Any] = {
+        "given up, of eight": early.rejected / len(early.rules),
+        "tokens, of those of all written": early.tokens / whole.tokens,
+        "seconds, of those of all written": early.seconds / whole.seconds,
+    }
+    for name in ("rules", "rewards"):
+        mean, low, high = paired_interval(_less(getattr(early, name), getattr(whole, name)))
+        figures[f"difference by {name}"] = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return hold({"some are given up": early.rejected > 0}, figures)
+
+
+@dataclass(slots=True)
+class Answered:
+    """What came of the held-out prompts."""
+
+    rules: list[float] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    shifted: int = 0
+    rejected: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def _answered(server: Server, best_of: int) -> Answered:
+    """The demo's held-out prompts, answered as the demo samples and scored by its rule."""
+    config = load_config(DemoConfig, ROOT / "configs" / "demo.toml", [])
+    client, found = _client(server), Answered()
+    for number, prompt in enumerate(demo_prompts("heldout", _HELD_OUT)):
+        turns: list[Any] = [
+            {"role": turn.role, "content": turn.content} for turn in prompt.messages
+        ]
+        began = time.monotonic()
+        answer = client.chat.completions.create(
+            model="pavlov",
+            messages=turns,
+            max_tokens=config.rl.max_tokens,
+            temperature=config.rl.temperature,
+            seed=1000 * number,
+            extra_body={"best_of": best_of, "score": True, "candidates": True},
+        )
+        found.seconds += time.monotonic() - began
+        [choice], own = answer.choices, _own(answer)
+        finished = choice.finish_reason == "stop"
+        text = choice.message.content or ""
+        found.rules.append(rule(turns[-1]["content"], text, finished=finished))
+        found.rewards.append(own["reward"])
+        found.shifted += own["domain_shift"]
+        found.rejected += sum(each["finish_reason"] == "rejected" for each in own["candidates"])
+        assert answer.usage is not None
+        found.tokens += answer.usage.completion_tokens
+    return found
+
+
+def _less(many: list[float], few: list[float]) -> list[float]:
+    return [more - less for more, less in zip(many, few, strict=True)]
+
+
+@contextmanager
+def _demo(folder: Path, *overrides: str) -> Iterator[Server]:
+    """A server of the demo's policy and reward model; the demo is run once."""
+    demo = folder.parent / "demo"
+    if not (demo / "summary.json").is_file():
+        pavlov("demo", "--out", str(demo), runs=folder.parent)
+    command = ("serve", CONFIG, "serve.port=0", f"policy.model={demo / 'policy'}")
+    with running(*command, f"reward={demo / 'reward'}", *overrides, runs=folder) as server:
+        yield server
 
 
 def crowd(folder: Path) -> dict[str, Any]:
@@ -559,7 +605,7 @@ def page(folder: Path) -> dict[str, Any]:
     return hold({"no errors": not any(figures.values())}, figures)
 
 
-PROOFS = [best_of_eight, crowd, dropped, killed, second_client, deployed, page]
+PROOFS = [best_of_eight, given_up, crowd, dropped, killed, second_client, deployed, page]
 
 
 if __name__ == "__main__":
