@@ -11,6 +11,8 @@ import httpx
 import openai
 import pytest
 
+from labelling.database import Database
+from labelling.store import Store
 from models.sources import weights_fingerprint
 from tests.commands import Commands
 from tests.conftest import build_tiny_model
@@ -25,12 +27,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("serve")
 
 
+def labels(runs: Path) -> str:
+    return f"sqlite:///{runs / 'labels.db'}"
+
+
 @pytest.fixture(scope="module")
 def server(runs: Path, tiny_model: Path, tiny_reward_model: Path) -> Iterator[Server]:
     command = (
         *("serve", "configs/serve.toml", "serve.port=0", f"policy.model={tiny_model}"),
         *(f"reward={tiny_reward_model}", "serve.max_prompt_tokens=200", "serve.max_tokens=500"),
         *("engine.dtype=float32", "serve.at_once=8", "serve.waiting=8"),
+        f"serve.feedback={labels(runs)}",
     )
     with running(*command, runs=runs) as found:
         yield found
@@ -123,6 +130,31 @@ def test_each_of_many_gets_its_own_answer_and_a_crowd_is_told_to_come_back(clien
     same = sum(text == alone[number % 4] for number, text in found.items())
     assert same >= 0.7 * len(found)
     assert ask(client).choices
+
+
+def test_the_page_and_the_document_are_there(server):
+    page = httpx.get(f"{server.address}/")
+    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+    assert httpx.get(f"{server.address}/static/chat.js").status_code == 200
+    paths = httpx.get(f"{server.address}/openapi.json").json()["paths"]
+    assert {"/v1/chat/completions", "/v1/feedback"} <= set(paths)
+
+
+def test_what_a_user_says_of_two_answers_arrives_in_the_labelling_store(server, client, runs):
+    answer = ask(client, n=2, temperature=1.0, seed=3)
+    shown = [
+        {"text": choice.message.content, "receipt": own["receipt"]}
+        for choice, own in zip(answer.choices, answer.model_extra["pavlov"]["choices"], strict=True)
+    ]
+    body = {"messages": ASK, "answers": shown, "verdict": "second", "consent": True}
+    kept = httpx.post(f"{server.address}/v1/feedback", json=body)
+    assert kept.status_code == 200, kept.text
+    store = Store(Database(labels(runs)))
+    [judged] = store.judgements(store.project("feedback"), with_work=True)
+    assert judged.work is not None
+    better = {"a": judged.work.a, "b": judged.work.b}[judged.verdicts["overall"]]
+    assert better.text == shown[1]["text"]
+    assert better.checkpoint == answer.model_extra["pavlov"]["weight_version"]
 
 
 def test_who_leaves_stops_the_writing(server, client):
