@@ -19,6 +19,8 @@ from rlhf.config import RolloutSection
 from rlhf.records import FinishReason
 
 _LOOK_EVERY_S = 0.5
+_GREEDY = 1e-5
+"""Below this temperature vLLM takes the likeliest token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +116,10 @@ class ChatEngine:
         from vllm.sampling_params import RequestOutputKind
 
         self._requests += 1
+        # Without chance all candidates are one, and vLLM does not write it several times.
+        copies = sampling.candidates if sampling.temperature < _GREEDY else 1
         parameters = SamplingParams(
-            n=sampling.candidates,
+            n=sampling.candidates // copies,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
@@ -133,7 +137,9 @@ class ChatEngine:
         try:
             async for output in stream:
                 for part in output.outputs:
-                    yield _piece(part, sampling.logprobs, self._version)
+                    piece = _piece(part, sampling.logprobs, self._version)
+                    for copy in range(copies):
+                        yield replace(piece, candidate=piece.candidate + copy)
             ended = True
         finally:
             if not ended:

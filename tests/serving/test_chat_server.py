@@ -85,6 +85,39 @@ def test_stop_ends_an_answer_before_the_text(client):
     assert cut.finish_reason == "stop"
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"temperature": 0, "n": 3, "logprobs": True},
+        {"temperature": 0, "extra_body": {"best_of": 2}},
+        {"temperature": 1e-9, "n": 2},
+        {"temperature": 1e-3},
+        {"temperature": 2, "top_p": 1e-12},
+        {"seed": 2**63 - 1, "n": 2},
+        {"seed": -(2**63)},
+        {"logprobs": True, "top_logprobs": 20},
+        {"logprobs": True, "top_logprobs": 0, "stream": True},
+        {"stop": ["x" * 256] * 4},
+        {"stop": ""},
+        {"max_tokens": 1},
+        {"max_tokens": 500, "stop": "e"},
+        {"messages": [{"role": "user", "content": ""}]},
+        {"messages": [{"role": "user", "content": "\x00 🧀 \u202e"}]},
+        {"messages": [{"role": "assistant", "content": "A cat"}]},
+        {"messages": [{"role": "system", "content": "Be brief."}]},
+    ],
+)
+def test_what_is_odd_and_allowed_is_answered(client, odd):
+    answer = ask(client, **odd)
+    if odd.get("stream"):
+        assert [choice.finish_reason for chunk in answer for choice in chunk.choices][-1]
+        return
+    assert len(answer.choices) == odd.get("n", 1)
+    assert all(choice.finish_reason in ("stop", "length") for choice in answer.choices)
+    if odd.get("temperature", 1) < 1e-5:
+        assert len({choice.message.content for choice in answer.choices}) == 1
+
+
 def test_best_of_takes_the_highest_lower_bound_by_the_ensemble(client):
     found = ask(client, seed=3, extra_body={"best_of": 6, "candidates": True})
     own = found.model_extra["pavlov"]
