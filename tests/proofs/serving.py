@@ -26,6 +26,7 @@ import yaml
 from actors.chat_scorer import Verdict
 from cluster.session import free_port
 from labelling.simulated import rule
+from models.sources import weights_fingerprint
 from rlhf.config import DemoConfig, load_config
 from rlhf.statistics import paired_interval
 from tests.chat_page import Engine, Scorer, ask, chat_page
@@ -296,6 +297,23 @@ def killed(folder: Path) -> dict[str, Any]:
 def _kill(server: Server, part: str) -> tuple[list[Asked], float, float]:
     """Kill a replica under load: what was asked, when it was killed, seconds until one stands in
     its place."""
+    with _under_load(server) as done:
+        time.sleep(8)
+        [victim, *others] = _replicas(server, part)
+        at = time.monotonic()
+        victim.kill()
+        victim.wait(30)
+        until(lambda: len(_replicas(server, part)) > len(others), part, 120)
+        back = time.monotonic() - at
+        if part == "ensemble":
+            until(lambda: not _ask(server.address, 1, best_of=2).missing, "all members", 60)
+        time.sleep(8)
+    return done, at, back
+
+
+@contextmanager
+def _under_load(server: Server) -> Iterator[list[Asked]]:
+    """Eight clients who ask without a pause; yields what was asked, as it grows."""
     done: list[Asked] = []
     over = threading.Event()
 
@@ -307,21 +325,57 @@ def _kill(server: Server, part: str) -> tuple[list[Asked], float, float]:
     for thread in threads:
         thread.start()
     try:
-        time.sleep(8)
-        [victim, *others] = _replicas(server, part)
-        at = time.monotonic()
-        victim.kill()
-        victim.wait(30)
-        until(lambda: len(_replicas(server, part)) > len(others), part, 120)
-        back = time.monotonic() - at
-        if part == "ensemble":
-            until(lambda: not _ask(server.address, 1, best_of=2).missing, "all members", 60)
-        time.sleep(8)
+        yield done
     finally:
         over.set()
         for thread in threads:
             thread.join()
-    return done, at, back
+
+
+def promoted(folder: Path) -> dict[str, Any]:
+    """Under load by 8 clients another version is promoted, and the one before it rolled back to: no
+    request fails, and every answer is of a version that was served at its time."""
+    with _tiny(folder) as server:
+        run = build_tiny_model(folder / "run" / "policy", seed=7).parent
+        old = weights_fingerprint(folder / "model")
+        new = weights_fingerprint(run / "policy")
+        with _under_load(server) as done:
+            time.sleep(5)
+            up = _promote(folder, str(run), "--without-evidence", "a proof of the server")
+            time.sleep(5)
+            back = _promote(folder, "--rollback")
+            time.sleep(5)
+    failed = [each for each in done if each.status != 200]
+    served = {
+        "before": {each.version for each in done if each.began + each.seconds < up[0]},
+        "between": {
+            each.version
+            for each in done
+            if each.began > up[1] and each.began + each.seconds < back[0]
+        },
+        "after": {each.version for each in done if each.began > back[1]},
+    }
+    figures = {
+        "requests": len(done),
+        "failed": len(failed),
+        "of the promoted version": sum(each.version == new for each in done),
+        "seconds to promote": up[1] - up[0],
+        "seconds to roll back": back[1] - back[0],
+    }
+    bars = {
+        "none has failed": not failed,
+        "all are of the one or the other": {each.version for each in done} == {old, new},
+        "each is of what was served": [*served.values()] == [{old}, {new}, {old}],
+    }
+    return hold(bars, figures)
+
+
+def _promote(runs: Path, *arguments: str) -> tuple[float, float]:
+    """When it was begun, and when the server had followed."""
+    began = time.monotonic()
+    said = pavlov("promote", *arguments, runs=runs).stdout
+    assert said.rstrip().endswith("is served"), said
+    return began, time.monotonic()
 
 
 @dataclass(slots=True)
@@ -337,6 +391,7 @@ class Asked:
     read: int = 0
     whole: bool = False
     missing: int = 0
+    version: str = ""
     retry_after: str = ""
     error: str = field(default="", repr=False)
 
@@ -391,6 +446,7 @@ def _ask(address: str, client: int, best_of: int = 1) -> Asked:
         usage, own, last = found["usage"], found["pavlov"], True
     asked.read = usage["prompt_tokens"]
     asked.missing = own["choices"][0]["members_missing"] or 0
+    asked.version = own["weight_version"]
     full = usage["completion_tokens"] == longest * best_of
     asked.whole = last and (ended == "stop" or full or best_of > 1)
     return asked
@@ -608,7 +664,7 @@ def page(folder: Path) -> dict[str, Any]:
     return hold({"no errors": not any(figures.values())}, figures)
 
 
-PROOFS = [best_of_eight, given_up, crowd, dropped, killed, second_client, deployed, page]
+PROOFS = [best_of_eight, given_up, crowd, dropped, killed, promoted, second_client, deployed, page]
 
 
 if __name__ == "__main__":
