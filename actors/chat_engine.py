@@ -20,7 +20,7 @@ from rlhf.records import FinishReason
 
 _LOOK_EVERY_S = 0.5
 _GREEDY = 1e-5
-"""Below this temperature vLLM takes the likeliest token."""
+"""Below this temperature the likeliest token is taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +117,11 @@ class ChatEngine:
 
         self._requests += 1
         # Without chance all candidates are one, and vLLM does not write it several times.
-        copies = sampling.candidates if sampling.temperature < _GREEDY else 1
+        greedy = sampling.temperature < _GREEDY
+        copies = sampling.candidates if greedy else 1
         parameters = SamplingParams(
             n=sampling.candidates // copies,
-            temperature=sampling.temperature,
+            temperature=0.0 if greedy else sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
             seed=sampling.seed,

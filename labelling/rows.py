@@ -97,11 +97,11 @@ def _place(
     if digests[0] == digests[1]:
         raise DataError("two answers that are one and the same")
     swapped = digests[0] > digests[1]
-    ids = [_answer(db, prompt_id, each) for each in answers]
+    # In one order, so that two who put them there at once do not wait for each other.
+    a_id, b_id = [_answer(db, prompt_id, each) for each in sorted(answers, key=_answer_digest)]
     key = _digest(messages, *sorted(digests))[:24]
     where = and_(pair.c.project_id == into.id, pair.c.key == key)
     known = db.execute(select(pair.c.id).where(where)).scalar_one_or_none()
-    a_id, b_id = reversed(ids) if swapped else ids
     pair_id = known or _one(
         db,
         pair,

@@ -17,6 +17,9 @@ from actors.chat_scorer import Verdict
 from rlhf.config.serve import ServeSection
 from serving.candidates import Candidate, Engine, Plan, Scorer
 
+_SHORT_STOP = 16
+"""Characters."""
+
 
 class BestOf:
     """Draws and chooses by an engine and an ensemble; `written` is told of tokens."""
@@ -51,14 +54,27 @@ class BestOf:
         """All candidates, whole but for those that were given up."""
         drawn = [Candidate(at) for at in range(plan.sampling.candidates)]
         settings = self._settings
-        apart = plan.chooses and 0 < settings.reject_after < plan.sampling.max_tokens
+        # Text that may be the start of a stop is held back by the engine.
+        held_back = max(map(len, plan.sampling.stop), default=0)
+        apart = (
+            plan.chooses
+            and 0 < settings.reject_after < plan.sampling.max_tokens
+            and held_back <= _SHORT_STOP
+        )
         async with asyncio.TaskGroup() as group:
             if apart:
                 for candidate in drawn:
                     group.create_task(self._write_apart(plan, candidate, drawn, group))
             else:
                 await self._write_together(plan, drawn, group)
+        if plan.chooses:
+            await self._judge_evenly(plan, [each for each in drawn if not each.rejected])
         return drawn
+
+    async def _judge_evenly(self, plan: Plan, drawn: Sequence[Candidate]) -> None:
+        """Candidates that not the same members have judged are not comparable: judge them again."""
+        if len({each.verdict and each.verdict.members_missing for each in drawn}) > 1:
+            await asyncio.gather(*(self.judge(plan, each) for each in drawn))
 
     async def _write_together(
         self, plan: Plan, drawn: Sequence[Candidate], group: asyncio.TaskGroup
@@ -83,7 +99,8 @@ class BestOf:
                 candidate.add(piece)
                 if candidate.rejected:
                     return
-                if not begun and candidate.tokens >= self._settings.reject_after:
+                long = candidate.tokens >= self._settings.reject_after
+                if long and candidate.text.strip() and not begun:
                     begun = True
                     group.create_task(self._begin(plan, candidate, drawn))
         await self.judge(plan, candidate)

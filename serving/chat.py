@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -39,7 +40,7 @@ from starlette.types import Receive, Scope, Send
 
 from actors.chat_engine import Sampling
 from models.chat import ChatTokenizer
-from rlhf.config.serve import ServeConfig
+from rlhf.config.serve import LOOPBACK, ServeConfig
 from rlhf.errors import ModelError
 from rlhf.records import FinishReason, Message
 from serving.best_of import BestOf
@@ -61,6 +62,7 @@ from serving.openai_answers import (
 )
 from serving.openai_form import ChatRequest, RefusedError, as_refused, install_errors
 from serving.openapi_document import STREAM, document, errors
+from serving.pages import path_of
 from serving.strict_json import StrictRoute
 
 Chunks = AsyncGenerator[ChatChunk, None]
@@ -116,9 +118,9 @@ class _Chat:
         def metrics() -> Response:
             return PlainTextResponse(generate_latest(self.metrics.registry))
 
-        @app.get("/v1/models", responses=errors(503))
+        @app.get("/v1/models", responses=errors(503, 504))
         async def models() -> ModelList:
-            weights, reward = await self._versions()
+            weights, reward = await asyncio.wait_for(self._versions(), 10)
             model: ServedModel = {
                 "id": self.settings.name,
                 "object": "model",
@@ -144,14 +146,25 @@ class _Chat:
     async def _guard(
         self, request: Request, go_on: Callable[[Request], Awaitable[Response]]
     ) -> Response:
-        if request.scope["path"] in ("/health", "/metrics") or is_open(request.scope["path"]):
+        path = path_of(request.scope)
+        if path in ("/health", "/metrics"):
             return await go_on(request)
         try:
-            self._admit(request)
+            self._require_own_name(request)
+            if not is_open(path):
+                self._admit(request)
         except RefusedError as error:
             wait = {"Retry-After": "5"} if error.status == 429 else None
             return error.response(wait)
         return await go_on(request)
+
+    def _require_own_name(self, request: Request) -> None:
+        """Without keys only programs of this machine are let in, and not pages of other sites that
+        have their name resolved to it."""
+        host = request.headers.get("host", "")
+        name = re.sub(r":\d*$", "", host).strip("[]").lower()
+        if host and not self.settings.keys and name not in (*LOOPBACK, self.settings.host):
+            raise RefusedError(403, f"without keys this server is not called {name[:80]!r}")
 
     def _admit(self, request: Request) -> None:
         """Who may ask, and how often."""

@@ -13,14 +13,17 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from labelling.feedback import CONSENT
 from rlhf.config.serve import ServeSection
+from serving.openai_form import RefusedError
 from serving.pages import STATIC, add_pages, page
-from serving.safe_markdown import safe_markdown
+from serving.safe_markdown import LIMIT, safe_markdown
 
 
 class Texts(BaseModel):
@@ -43,6 +46,14 @@ def add_chat_page(app: FastAPI, settings: ServeSection, scored: bool) -> None:
     def home(request: Request) -> HTMLResponse:
         return page(request, "chat.html", serve=settings, scored=scored, consent=CONSENT)
 
+    one_at_once = CapacityLimiter(1)
+
     @app.post("/markdown", include_in_schema=False)
-    def markdown(body: Texts) -> dict[str, list[str]]:
-        return {"html": [safe_markdown(text) for text in body.texts]}
+    async def markdown(body: Texts) -> dict[str, list[str]]:
+        if sum(map(len, body.texts)) > LIMIT:
+            raise RefusedError(413, f"at most {LIMIT} characters are rendered", param="texts")
+        html: list[str] = [
+            await run_sync(safe_markdown, text, limiter=one_at_once, abandon_on_cancel=True)
+            for text in body.texts
+        ]
+        return {"html": html}

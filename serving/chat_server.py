@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from actors.chat_engine import ChatEngine, Piece, Sampling
 from actors.chat_scorer import ChatScorer
 from cluster.layout import actor_environment, choose_layout, usable_cores
 from cluster.session import node_address, ray_session
+from cluster.spawn import find_cause
 from models.reward_model import BankAnswers, RewardCard, RewardModel
 from models.sources import (
     context_length,
@@ -89,6 +92,7 @@ class Assistant:
         self._judges, self._live = judges, live
         self._name = config.serve.name
         self._stopping = threading.Event()
+        self._following = threading.Thread(target=self._follow, daemon=True)
 
     def start(self) -> None:
         """See `Applications`."""
@@ -105,28 +109,39 @@ class Assistant:
 
     def ready(self, address: str) -> str:
         """See `Applications`."""
-        threading.Thread(target=self._follow, daemon=True).start()
+        self._following.start()
         return f"serving {self._name}: {address}/v1/chat/completions"
 
     def stop(self) -> None:
         """See `Applications`."""
+        self._stopping.set()
+        if self._following.is_alive():
+            self._following.join()
+        self._end(self._name)
+        self._end(_engine_of(self._name, self._live.version))
+        self._served.say_live(replace(self._live, stopped=True))
+
+    def _end(self, name: str) -> None:
+        """End a Serve application when it has finished what it was asked."""
         from ray import serve
 
-        self._stopping.set()
-        serve.delete(self._name)
-        serve.delete(_engine_of(self._name, self._live.version))
-        self._served.say_live(replace(self._live, stopped=True))
+        serve.delete(name, _blocking=False)
+        # Serve's own patience is a minute, which an answer may take longer than.
+        deadline = time.monotonic() + self._config.serve.timeout_s + _SETTLE_S
+        while name in serve.status().applications and time.monotonic() < deadline:
+            time.sleep(_LOOK_EVERY_S)
 
     def _follow(self) -> None:
         while not self._stopping.wait(_LOOK_EVERY_S):
-            newest = self._served.newest()
-            if newest is not None and newest.at > self._live.seen:
-                self._switch(newest)
+            try:
+                newest = self._served.newest()
+                if newest is not None and newest.at > self._live.seen:
+                    self._switch(newest)
+            except Exception as error:
+                self._console.print(f"the record of promotions was not followed: {error}")
 
     def _switch(self, to: Promotion) -> None:
         """Serve another version; go on with this one if it does not come up."""
-        from ray import serve
-
         old = replace(self._live, seen=to.at, failed="")
         try:
             self._live = old
@@ -142,7 +157,7 @@ class Assistant:
             self._console.print(f"version {to.version} is served, not {old.version}")
             # An ingress that had just asked which one is live has begun its request by then.
             self._stopping.wait(_SETTLE_S)
-            serve.delete(_engine_of(self._name, old.version))
+            self._end(_engine_of(self._name, old.version))
 
     def _start_engine(self, live: Live) -> None:
         name = _engine_of(self._name, live.version)
@@ -207,7 +222,9 @@ def _engine(config: ServeConfig, model: str) -> Any:
     """
     settings = config.serve
     length = _checked_length(config, model)
-    deployed = _deployed(ChatEngine, "engine", settings.engine, 4 * settings.at_once, settings)
+    # Given up one by one, candidates are calls of their own.
+    calls = settings.best_of_limit if settings.reject_after else 1
+    deployed = _deployed(ChatEngine, "engine", settings.engine, _places(settings, calls), settings)
     return deployed.bind(model, config.engine, length, settings.engine.gpus)
 
 
@@ -228,12 +245,19 @@ def _scorers(config: ServeConfig, judges: _Judges | None) -> list[Any]:
     if judges is None:
         return []
     settings = config.serve
+    places = _places(settings, settings.best_of_limit)
     return [
-        _deployed(ChatScorer, _bank(number), settings.scorer, 4 * settings.at_once, settings).bind(
+        _deployed(ChatScorer, _bank(number), settings.scorer, places, settings).bind(
             str(judges.folder), number, settings.scorer.gpus
         )
         for number in range(len(judges.card.banks))
     ]
+
+
+def _places(settings: ServeSection, calls: int) -> int:
+    """For the calls of all requests that all ingress replicas answer at once, and for who asks how
+    it is."""
+    return settings.at_once * settings.ingress.most * calls + 8
 
 
 def _bank(number: int) -> str:
@@ -281,7 +305,7 @@ def _deployed(
     target: Any,
     name: str,
     replicas: ReplicasSection,
-    at_once: int,
+    places: int,
     settings: ServeSection,
     resources: Mapping[str, float] = MappingProxyType({}),
 ) -> Any:
@@ -293,13 +317,13 @@ def _deployed(
             "autoscaling_config": {
                 "min_replicas": replicas.least,
                 "max_replicas": replicas.most,
-                "target_ongoing_requests": max(1, at_once // 4),
+                "target_ongoing_requests": max(1, min(settings.at_once, places // 4)),
             }
         }
     layout = choose_layout(None)
     return serve.deployment(
         name=name,
-        max_ongoing_requests=at_once,
+        max_ongoing_requests=places,
         graceful_shutdown_timeout_s=settings.timeout_s,
         max_constructor_retry_count=_STARTS,
         health_check_period_s=5.0,
@@ -362,7 +386,15 @@ class BankElsewhere:
 
     async def judge(self, messages: Sequence[Message], text: str, finished: bool) -> BankAnswers:
         """See `ChatScorer.judge`."""
-        answers: BankAnswers = await self._handle.judge.remote(messages, text, finished)
+        said = self._handle.judge.remote(messages, text, finished)
+        try:
+            answers: BankAnswers = await said
+        except asyncio.CancelledError:
+            said.cancel()
+            raise
+        except Exception as error:
+            # As it was raised: Ray's has a traceback in its place.
+            raise find_cause(error) from None
         return answers
 
     async def version(self) -> str:

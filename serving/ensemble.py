@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
+from contextvars import Context
 from typing import Any, Protocol, TypeVar
 
 from actors.chat_scorer import Verdict, empty_verdict, verdict
@@ -51,7 +52,7 @@ class Ensemble:
         """What the members that answer say of an answer.
 
         Raises:
-            ModelError: it cannot be tokenised.
+            ModelError: none can tokenise it.
             RunError: none answers.
         """
         if not text.strip():
@@ -71,29 +72,32 @@ class Ensemble:
                 )
                 if not done:
                     break
-                if any(each.exception() is None for each in done):
+                if any(not each.cancelled() and each.exception() is None for each in done):
                     patience = self._patience_s
         finally:
             for each in asked.values():
                 each.cancel()
         said, errors = list[Said](), list[BaseException]()
         for bank, each in asked.items():
-            error = each.exception() if each.done() else TimeoutError()
-            if isinstance(error, ModelError):
-                raise error
+            known = each.done() and not each.cancelled()
+            error = each.exception() if known else TimeoutError()
             if error is None:
                 said.append(each.result())
-            else:
-                errors.append(error)
+                continue
+            errors.append(error)
+            if not isinstance(error, ModelError):
                 self._miss(bank)
         if not said:
+            if refused := next((each for each in errors if isinstance(each, ModelError)), None):
+                raise refused
             raise RunError(f"no member of the ensemble answers: {errors[0]}")
         return said
 
     def _miss(self, bank: Bank) -> None:
         if bank not in self._away:
             _log.warning("a part of the ensemble does not answer; the others go on")
-            self._away[bank] = asyncio.create_task(self._back(bank))
+            # Not in the context of the request that missed it, with which Serve would end it.
+            self._away[bank] = asyncio.create_task(self._back(bank), context=Context())
 
     async def _back(self, bank: Bank) -> None:
         """Wait until a bank answers again."""

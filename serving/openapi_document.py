@@ -16,7 +16,7 @@ _REF = "#/components/schemas/{model}"
 _MEANS = {
     400: "The request is not as it must be",
     401: "No such API key",
-    403: "Not taken from who gives it",
+    403: "Not taken from who asks",
     404: "No such model",
     409: "It contradicts what stays",
     413: "The body is too large",
@@ -105,7 +105,7 @@ def _add(schemas: dict[str, Any], answer: Any) -> None:
 def _guarded(operation: dict[str, Any], keys: bool) -> None:
     """Add what is answered before a request is looked at."""
     schema = {"$ref": _REF.format(model="ErrorAnswer")}
-    for status in (401, 429) if keys else (429,):
+    for status in (401, 429) if keys else (403, 429):
         content = {"application/json": {"schema": schema}}
         operation["responses"][str(status)] = {**_error(status), "content": content}
     if keys:

@@ -49,6 +49,12 @@ def page(
     return HTMLResponse(html, status, headers)
 
 
+def path_of(scope: Scope) -> str:
+    """A request's path below that of the application."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", "").rstrip("/"))
+
+
 class _Protected:
     """Adds the headers; bodies and disconnects pass through untouched."""
 
@@ -60,7 +66,7 @@ class _Protected:
             await self._app(scope, receive, send)
             return
         # A new version's page must not meet the scripts of an old one.
-        caching = "no-cache" if scope["path"].startswith(STATIC) else "no-store"
+        caching = "no-cache" if path_of(scope).startswith(STATIC) else "no-store"
 
         async def protected(message: Message) -> None:
             if message["type"] == "http.response.start":

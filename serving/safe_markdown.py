@@ -10,15 +10,20 @@ from markupsafe import Markup
 
 LIMIT = 200_000
 """Characters that are shown; what is beyond is said to be left out."""
+_CELLS = 20_000
+"""Cells that a table has at most: a short row is filled up to the width of the first, so that few
+characters can be many cells."""
 
 
 @cache
-def _renderer() -> MarkdownIt:
+def _renderer(*, tables: bool) -> MarkdownIt:
     # Markup is text; images would be fetched from other hosts; links of other kinds than these are
     # not links; and what a reference defines is not shown, so that an answer could hide there. A
     # deep nesting ends at commonmark's own limit.
     shown = MarkdownIt("commonmark", {"html": False, "linkify": False})
-    shown.enable("table").disable(["image", "html_block", "html_inline", "reference"])
+    if tables:
+        shown.enable("table")
+    shown.disable(["image", "html_block", "html_inline", "reference"])
     shown.add_render_rule("link_open", _link_open)
     shown.validateLink = _is_web_link  # type: ignore[method-assign]
     return shown
@@ -39,7 +44,9 @@ def safe_markdown(text: str) -> Markup:
     """Text as HTML in which nothing runs and nothing is fetched: markup is shown, links lead to web
     pages alone, images are shown as links."""
     cut = text[:LIMIT].replace("\x00", "\ufffd")
-    html = _renderer().render(cut)
+    lines = cut.splitlines()
+    cells = len(lines) * max((line.count("|") for line in lines), default=0)
+    html = _renderer(tables=cells <= _CELLS).render(cut)
     if len(text) > LIMIT:
         html += f"<p class=note>{len(text) - LIMIT} more characters are not shown.</p>"
     return Markup(html)

@@ -65,8 +65,10 @@ class _StrictRequest(Request):
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        twice = next(name for at, (name, _) in enumerate(pairs) if name in dict(pairs[:at]))
-        raise RefusedError(400, f"{twice[:100]!r} stands twice in an object", param=twice[:100])
+    members: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in members:
+            shown = name[:100]
+            raise RefusedError(400, f"{shown!r} stands twice in an object", param=shown)
+        members[name] = value
     return members

@@ -17,6 +17,8 @@ from rlhf.config.actors import RolloutSection
 from rlhf.config.label import database_url
 from rlhf.config.section import Gpus, Section
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
 
 class ReplicasSection(Section):
     """How many replicas a deployment has, and what each takes."""
@@ -118,7 +120,7 @@ class ServeSection(Section):
 
     @model_validator(mode="after")
     def _keys_where_others_can_ask(self) -> Self:
-        if not self.keys and self.host not in ("127.0.0.1", "localhost", "::1"):
+        if not self.keys and self.host not in LOOPBACK:
             raise ValueError(
                 f"serve.host = {self.host!r} without serve.keys: everybody in reach could ask; "
                 "list the SHA-256 of your keys, or listen on 127.0.0.1"

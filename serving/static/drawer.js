@@ -13,11 +13,13 @@ drawer.addEventListener("click", (event) => { if (event.target === drawer) drawe
 export const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
 
 const bound = (candidate) => candidate.reward - penalty * candidate.disagreement;
+const endings = { length: "cut off", stop: "finished", rejected: "given up early, judged by its beginning" };
+const rejected = (candidate) => candidate.finish_reason === "rejected";
 
 // The best `sent` of them were shown as answers.
 export function openDrawer(candidates, sent) {
   const scored = candidates.every((each) => each.reward !== null);
-  const ranked = scored ? [...candidates].sort((a, b) => bound(b) - bound(a)) : candidates;
+  const ranked = scored ? [...candidates].sort((a, b) => rejected(a) - rejected(b) || bound(b) - bound(a)) : candidates;
   const axis = scored ? axisOf(ranked) : null;
   drawer.querySelector("h2").textContent = candidates.length === 1 ? "1 candidate" : `${candidates.length} candidates`;
   list.replaceChildren(...ranked.map((candidate, place) => shown(candidate, place, axis, sent)));
@@ -42,7 +44,7 @@ function shown(candidate, place, axis, sent) {
       `disagreement ${candidate.disagreement.toFixed(2)}`);
     part.querySelector(".chart").append(chart(candidate, axis));
   }
-  if (candidate.finish_reason) figures.push(candidate.finish_reason === "length" ? "cut off" : "finished");
+  if (candidate.finish_reason) figures.push(endings[candidate.finish_reason]);
   if (candidate.domain_shift) figures.push("of a kind the ensemble does not know");
   part.querySelector(".figures").textContent = figures.join(" · ");
   return part;

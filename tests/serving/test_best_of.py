@@ -72,13 +72,14 @@ def drawn(
     lengths: Sequence[int] | None = None,
     disagreement: float = 0.0,
     reject_after: int = 4,
+    stop: tuple[str, ...] = (),
 ) -> tuple[list[Candidate], list[Candidate], Engine, Scorer]:
     engine = Engine(lengths or [TOKENS] * len(rewards))
     scorer = Scorer(rewards, disagreement)
     settings = ServeSection(reject_after=reject_after, reject_margin=0.5)
     written: list[int] = []
     best = BestOf(settings, engine, scorer, written.append)
-    sampling = Sampling(len(rewards), TOKENS, seed=0)
+    sampling = Sampling(len(rewards), TOKENS, stop=stop, seed=0)
     plan = Plan("chatcmpl-1", ASK, (1, 2, 3), sampling, n, True, True, 0)
     all_of_them = asyncio.run(best.draw(plan))
     assert sum(written) == sum(engine.wrote)
@@ -116,9 +117,13 @@ def test_one_that_has_ended_before_is_measured_by_its_whole():
     assert chosen.index == 0
 
 
-@pytest.mark.parametrize(("reject_after", "n"), [(0, 1), (TOKENS, 1), (4, 2)])
-def test_where_nothing_is_to_be_given_up_all_are_written_together(reject_after, n):
-    candidates, _, engine, scorer = drawn([(1.0, 1.0), (-9.0, 2.0)], n=n, reject_after=reject_after)
+@pytest.mark.parametrize(
+    ("reject_after", "n", "stop"), [(0, 1, ""), (TOKENS, 1, ""), (4, 2, ""), (4, 1, "x" * 17)]
+)
+def test_where_nothing_is_to_be_given_up_all_are_written_together(reject_after, n, stop):
+    candidates, _, engine, scorer = drawn(
+        [(1.0, 1.0), (-9.0, 2.0)], n=n, reject_after=reject_after, stop=(stop,)
+    )
     assert [each.candidates for each in engine.asked] == [2]
     assert not any(each.rejected for each in candidates)
     assert sorted(scorer.asked) == [("0" * TOKENS, True), ("1" * TOKENS, True)]

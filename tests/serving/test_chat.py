@@ -6,7 +6,9 @@ import gc
 import hashlib
 import json
 import math
+import time
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -85,7 +87,7 @@ class Chat:
         config = parse_config(ServeConfig, {"serve": serve, **reward}, "test")
         self.engine, self.scorer = Engine(), scorer
         app = chat_app(config, ChatTokenizer(tiny), self.engine, scorer)
-        self.client = TestClient(app, raise_server_exceptions=False)
+        self.client = TestClient(app, "http://127.0.0.1", raise_server_exceptions=False)
 
     def ask(self, **more: Any) -> Any:
         return self.client.post("/v1/chat/completions", json={**ASK, **more})
@@ -317,7 +319,7 @@ def test_no_place_is_a_429_and_places_are_given_back(tiny_model):
 
         chat.engine.wait.clear()
         transport = httpx.ASGITransport(app=chat.client.app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
             tasks = [
                 asyncio.create_task(client.post("/v1/chat/completions", json=ASK)) for _ in range(4)
             ]
@@ -398,3 +400,54 @@ def test_who_leaves_a_stream_gives_up_the_place_at_once(tiny_model):
         asyncio.run(leave())
     finally:
         gc.enable()
+
+
+def test_without_keys_a_page_of_another_site_is_not_let_in(tiny_model):
+    chat = Chat(tiny_model)
+    for host in ("rebound.example:8000", "127.0.0.1.example", "[bad", "[::2]:80", b"\xff"):
+        refused = chat.client.post("/v1/chat/completions", json=ASK, headers={"Host": host})
+        assert refused.status_code == 403
+        assert chat.client.get("/", headers={"Host": host}).status_code == 403
+        assert chat.client.get("/health", headers={"Host": host}).status_code == 200
+    for host in ("localhost:8000", "[::1]:8000", "127.0.0.1"):
+        headers = {"Host": host}
+        assert chat.client.post("/v1/chat/completions", json=ASK, headers=headers).is_success
+    keyed = Chat(tiny_model, keys=[hashlib.sha256(b"mine").hexdigest()])
+    headers = {"Host": "chat.example", "Authorization": "Bearer mine"}
+    assert keyed.client.post("/v1/chat/completions", json=ASK, headers=headers).is_success
+
+
+def test_below_another_path_the_same_paths_are_open(tiny_model):
+    chat = Chat(tiny_model, keys=[hashlib.sha256(b"mine").hexdigest()])
+    below = TestClient(chat.client.app, "http://127.0.0.1", root_path="/static")
+    assert below.get("/static/").status_code == 200
+    assert below.get("/static/static/chat.js").status_code == 200
+    assert below.get("/static/health").status_code == 200
+    assert below.get("/static/v1/models").status_code == 401
+
+
+def test_what_is_shown_as_markdown_is_bounded(tiny_model):
+    client = Chat(tiny_model).client
+    row = "|".join("a" * 100)
+    table = f"{row}\n{'|'.join(['-'] * 100)}\n" + "|\n" * 700
+    began = time.monotonic()
+    [html] = client.post("/markdown", json={"texts": [table]}).json()["html"]
+    assert "<table>" not in html and time.monotonic() - began < 10
+    [html] = client.post("/markdown", json={"texts": ["a|b\n-|-\n1|2"]}).json()["html"]
+    assert "<table>" in html
+    assert client.post("/markdown", json={"texts": ["a" * 150_000] * 2}).status_code == 413
+
+
+def test_candidates_that_not_the_same_members_judged_are_judged_again(tiny_model):
+    class Halting(Scorer):
+        """Half of its members are away for the first candidate alone."""
+
+        async def judge(self, messages: Sequence[Message], text: str, finished: bool) -> Verdict:
+            found = await super().judge(messages, text, finished)
+            alone = self.asked.count((text, finished)) == 1 and text == "answer 0"
+            return replace(found, reward=9.0, members_missing=1) if alone else found
+
+    chat = Chat(tiny_model, Halting(verdict(0.1), verdict(0.5)))
+    answer = chat.ask(best_of=2).json()
+    assert answer["choices"][0]["message"]["content"] == "answer 1"
+    assert answer["pavlov"]["choices"][0]["members_missing"] == 0

@@ -51,7 +51,7 @@ def test_no_answer_lies_outside_the_document(tiny_model, keyed, scored, examples
     if keyed:
         limits["keys"] = [hashlib.sha256(KEY.encode()).hexdigest()]
     app = Chat(tiny_model, Fair() if scored else None, **limits).client.app
-    headers = {"Authorization": f"Bearer {KEY}"} if keyed else {}
+    headers = {"Host": "127.0.0.1"} | ({"Authorization": f"Bearer {KEY}"} if keyed else {})
     config = SchemathesisConfig.from_dict(
         {
             "seed": 1,
@@ -106,7 +106,7 @@ def test_the_document_tells_the_limits_and_the_keys(tiny_model):
         path: {status for each in methods.values() for status in each["responses"]}
         for path, methods in document["paths"].items()
     }
-    assert answers[PATH] == {"200", "400", "404", "413", "429", "503", "504"}
+    assert answers[PATH] == {"200", "400", "403", "404", "413", "429", "503", "504"}
     assert all("422" not in statuses for statuses in answers.values())
     keyed = Chat(tiny_model, keys=["0" * 64]).client.app.openapi()
     assert keyed["components"]["securitySchemes"] == {"key": {"type": "http", "scheme": "bearer"}}
@@ -489,7 +489,7 @@ def test_another_content_type_is_refused(chat, kind):
         {b"content-type": b"application/json", b"content-length": b"\xb2"},
         {b"content-type": b"application/json", b"content-length": b"9" * 5000},
         {b"content-type": b"application/json", b"content-length": b"-1"},
-        {b"content-type": b"application/json", b"host": b"\xff", b"cookie": b"\xff=\0"},
+        {b"content-type": b"application/json", b"cookie": b"\xff=\0"},
     ],
 )
 def test_odd_headers_harm_nobody(chat, headers):
@@ -582,7 +582,7 @@ def test_a_long_conversation_holds_up_nobody(tiny_model):
 
     async def both() -> tuple[int, int]:
         transport = httpx.ASGITransport(app=app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
             long = asyncio.create_task(client.post(PATH, json=ASK))
             await asyncio.sleep(0.2)
             other = await asyncio.wait_for(client.get("/v1/models"), 10)

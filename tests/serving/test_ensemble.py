@@ -81,8 +81,17 @@ def test_without_any_there_is_no_verdict(card):
 
 
 def test_an_answer_that_cannot_be_read_is_nobodys_absence(card):
+    cannot = Bank(1.0, error=ModelError("no token"))
     with pytest.raises(ModelError, match="no token"):
-        judged(card, Bank(1.0), Bank(1.0, error=ModelError("no token")))
+        judged(card, cannot, cannot)
+    ensemble = Ensemble(card, [Bank(1.0), cannot], PATIENCE_S)
+
+    async def judge() -> int:
+        found = await ensemble.judge(ASK, "An animal.", True)
+        assert not ensemble._away
+        return found.members_missing
+
+    assert asyncio.run(judge()) == 2
 
 
 def test_an_empty_answer_asks_nobody(card):

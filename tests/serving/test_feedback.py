@@ -65,7 +65,9 @@ class Chat:
         self.feedback = Feedback(settings.serve, key, lambda: self.now)
         self.engine = VersionedEngine()
         app = chat_app(settings, ChatTokenizer(tiny), self.engine, scorer, self.feedback)
-        self.client = TestClient(app, raise_server_exceptions=False, client=(address, 1))
+        self.client = TestClient(
+            app, "http://127.0.0.1", raise_server_exceptions=False, client=(address, 1)
+        )
         self.store = Store(Database(database_url(url)))
         self.project = self.store.project(settings.serve.feedback_project)
 
@@ -135,7 +137,9 @@ def chat(tiny_model: Path, url: str) -> Iterator[Chat]:
 
 def test_without_a_database_there_are_no_receipts_and_no_such_path(tiny_model):
     config = parse_config(ServeConfig, {}, "test")
-    client = TestClient(chat_app(config, ChatTokenizer(tiny_model), Engine(), None))
+    client = TestClient(
+        chat_app(config, ChatTokenizer(tiny_model), Engine(), None), "http://127.0.0.1"
+    )
     answer = client.post("/v1/chat/completions", json={**ASK, "candidates": True}).json()
     assert answer["pavlov"]["choices"][0]["receipt"] is None
     refused = client.post("/v1/feedback", json={})
