@@ -65,4 +65,5 @@ def importance_weights(
 def effective_share(weights: float, squares: float, count: float) -> float:
     """Kish's effective sample size over the sample size, from the sums of the weights, of their
     squares and of ones: 1 where all weigh the same, 1/n where one stands for all."""
-    return weights**2 / (count * squares) if squares else 0.0
+    # The sums are rounded: they may say a hair more than there can be.
+    return min(1.0, weights**2 / (count * squares)) if squares else 0.0

@@ -122,6 +122,7 @@ def test_two_workers_learn_what_one_does(runs: Runs, unbroken: str) -> None:
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_from_its_checkpoint_and_ends_as_the_unbroken(
     runs: Runs, unbroken: str
 ) -> None:
