@@ -116,7 +116,8 @@ class Assistant:
         """See `Applications`."""
         self._stopping.set()
         if self._following.is_alive():
-            self._following.join()
+            # An engine that is only starting is not waited for.
+            self._following.join(_SETTLE_S)
         self._end(self._name)
         self._end(_engine_of(self._name, self._live.version))
         self._served.say_live(replace(self._live, stopped=True))
@@ -152,6 +153,8 @@ class Assistant:
         except Exception as error:
             self._live = replace(old, failed=str(error) or type(error).__name__)
             self._console.print(f"version {to.version} is not served: {self._live.failed}")
+        if self._stopping.is_set():
+            return
         self._served.say_live(self._live)
         if self._live.version != old.version:
             self._console.print(f"version {to.version} is served, not {old.version}")
