@@ -190,6 +190,7 @@ def test_an_interrupted_run_ends_cleanly(runs: Runs, unbroken: str) -> None:
     assert_nothing_left(processes, before)
 
 
+@pytest.mark.slow
 def test_a_critic_and_a_reward_of_ones_own_in_a_run_that_is_not_waited_for(runs: Runs) -> None:
     """PPO on stale completions, with weights and with the entropy in the reward."""
     (runs.folder / "own_rewards.py").write_text(
