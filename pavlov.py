@@ -158,7 +158,7 @@ def rl(
     print(f"done: {folder / 'policy'}")
 
 
-@app.command(epilog="Example: pavlov serve configs/serve.toml policy.model=demo/policy")
+@app.command(epilog="Example: pavlov serve configs/serve.toml policy.model=demo/rl/policy")
 def serve(config: Config, overrides: Overrides = None) -> None:
     """The assistant over HTTP: OpenAI's chat interface, best-of-N by the ensemble."""
     from rlhf.config import ServeConfig, load_config

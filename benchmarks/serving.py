@@ -1,6 +1,6 @@
 """What choosing among four candidates costs, and what a crowd waits for, beside vLLM's own server.
 
-    python -m benchmarks.serving [--policy runs/demo/policy] [--reward runs/demo/reward]
+    python -m benchmarks.serving [--policy runs/demo/rl/policy] [--reward runs/demo/reward]
 
 Both servers run the same weights on this machine and are asked in turns, so that ratios stand on a
 noisy one. A conversation has about 100 tokens; only answers that were written to their full 64
@@ -158,7 +158,7 @@ def crowd(servers: dict[str, tuple[str, dict[str, Any]]], tokenizer: ChatTokeniz
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--policy", default="runs/demo/policy")
+    parser.add_argument("--policy", default="runs/demo/rl/policy")
     parser.add_argument("--reward", default="runs/demo/reward")
     arguments = parser.parse_args()
     model = resolve_model(str(Path(arguments.policy).resolve()))

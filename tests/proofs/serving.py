@@ -131,7 +131,7 @@ def _demo(folder: Path, *overrides: str) -> Iterator[Server]:
     demo = folder.parent / "demo"
     if not (demo / "summary.json").is_file():
         pavlov("demo", "--out", str(demo), runs=folder.parent)
-    command = ("serve", CONFIG, "serve.port=0", f"policy.model={demo / 'policy'}")
+    command = ("serve", CONFIG, "serve.port=0", f"policy.model={demo / 'rl' / 'policy'}")
     with running(*command, f"reward={demo / 'reward'}", *overrides, runs=folder) as server:
         yield server
 
