@@ -1,10 +1,11 @@
 """What choosing among four candidates costs, and what a crowd waits for, beside vLLM's own server.
 
-    python -m benchmarks.serving [--policy runs/demo/rl/policy] [--reward runs/demo/reward]
+    python -m benchmarks.serving [--policy embedded] [--reward runs/demo/reward]
 
 Both servers run the same weights on this machine and are asked in turns, so that ratios stand on a
 noisy one. A conversation has about 100 tokens; only answers that were written to their full 64
-tokens count. Pavlov's are scored by the ensemble, vLLM's by nobody.
+tokens count, so a policy is needed that goes on. Pavlov's are scored by the ensemble, vLLM's by
+nobody.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tests.servers import running
 
 TOKENS = 64
 PROMPT_TOKENS = 100
-ROUNDS = 16
+ROUNDS = 10
 CLIENTS, CROWD_S = 32, 60
 LARGEST = 4
 
@@ -44,7 +45,8 @@ def vllm_server(model: Path) -> Iterator[str]:
     """vLLM's own, with the settings of Pavlov's engine on CPU."""
     port = free_port()
     address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+    # Its command line asks for the package's name, which is another one on CPU.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--port", str(port), "--dtype", "bfloat16", "--enforce-eager"]
     command += ["--max-model-len", "1280", "--max-num-seqs", "64", "--served-model-name", "pavlov"]
     with tempfile.TemporaryFile() as said:
@@ -158,10 +160,10 @@ def crowd(servers: dict[str, tuple[str, dict[str, Any]]], tokenizer: ChatTokeniz
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--policy", default="runs/demo/rl/policy")
+    parser.add_argument("--policy", default="embedded")
     parser.add_argument("--reward", default="runs/demo/reward")
     arguments = parser.parse_args()
-    model = resolve_model(str(Path(arguments.policy).resolve()))
+    model = resolve_model(arguments.policy)
     reward = Path(arguments.reward).resolve()
     tokenizer = ChatTokenizer(model)
     command = ("serve", "configs/serve.toml", "serve.port=0", f"policy.model={model}")
