@@ -1,60 +1,16 @@
-"""A bank of the ensemble that chooses among candidates, and what all banks say together."""
+"""A bank of the ensemble that chooses among candidates."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
 from actors.gauges import in_ray_actor
-from actors.reward import EMPTY_REWARD
 from cluster.guard import Guard
-from models.reward_model import BankAnswers, RewardCard, RewardModel, ask_bank, join, scored
+from models.reward_model import BankAnswers, RewardModel, ask_bank
 from models.trunk import TokenRow
 from rlhf.records import Message
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What the ensemble says of a candidate, in deviations over its training replies: the mean over
-    members, each member's reward, their disagreement, whether it is out of their domain, the reward
-    model's version, the mean by criterion, and how many members did not answer."""
-
-    reward: float
-    rewards_K: tuple[float, ...]
-    disagreement: float
-    domain_shift: bool
-    version: str
-    criteria: Mapping[str, float] = field(default_factory=dict)
-    members_missing: int = 0
-
-    def lower_bound(self, penalty: float) -> float:
-        """What candidates are ranked by: reward less `penalty` times disagreement."""
-        return self.reward - penalty * self.disagreement
-
-
-def verdict(card: RewardCard, banks: Sequence[BankAnswers]) -> Verdict:
-    """Of one answer, by the banks that spoke of it: at least one. The threshold of domain shift is
-    that of all."""
-    scores = scored(card, join(banks))
-    criteria_C = scores.criteria_KCN[:, :, 0].mean(dim=0).tolist()
-    return Verdict(
-        float(scores.rewards_KN[:, 0].mean()),
-        tuple(scores.rewards_KN[:, 0].tolist()),
-        float(scores.disagreement_N[0]),
-        bool(scores.shifted_N[0]),
-        card.version,
-        dict(zip(card.criteria, criteria_C, strict=True)),
-        card.members - len(scores.rewards_KN),
-    )
-
-
-def empty_verdict(card: RewardCard) -> Verdict:
-    """Of an answer without visible text: what training gives it."""
-    rewards_K = (EMPTY_REWARD,) * card.members
-    criteria = dict.fromkeys(card.criteria, EMPTY_REWARD)
-    return Verdict(EMPTY_REWARD, rewards_K, 0.0, True, card.version, criteria)
 
 
 class ChatScorer:

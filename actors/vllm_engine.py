@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from models.precision import resolve_dtype
+from models.sources import require_context
 from rlhf.config import RolloutSection
 
 
@@ -25,7 +26,11 @@ def start_engine(
         max_length: tokens of prompt and completion together.
         transport: of new weights; "nccl" prepares vLLM's own engine for it.
         extension: qualified name of a class mixed into vLLM's worker.
+
+    Raises:
+        ModelError: the model reads fewer tokens than that.
     """
+    require_context(model, max_length, "tokens of prompt and completion")
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 

@@ -17,9 +17,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,43 +119,37 @@ def crowd(servers: dict[str, tuple[str, dict[str, Any]]], tokenizer: ChatTokeniz
     """Print what `CLIENTS` at once wait for."""
     table = Table(f"{CLIENTS} clients, {CROWD_S} s", "p50, s", "p95, s", "tokens/s", "failed")
     for name, (address, more) in servers.items():
-        done: list[tuple[float, int]] = []
-        failed: list[Exception] = []
-        over = time.monotonic() + CROWD_S
-
-        def one(
-            client: int,
-            address: str = address,
-            more: dict[str, Any] = more,
-            over: float = over,
-            done: list[tuple[float, int]] = done,
-            failed: list[Exception] = failed,
-        ) -> None:
-            number = 10_000 * (client + 1)
-            while time.monotonic() < over:
-                number += 1
-                try:
-                    took, answer = asked(address, conversation(tokenizer, number), **more)
-                    done.append((took, answer["usage"]["completion_tokens"]))
-                except httpx.HTTPError as error:
-                    failed.append(error)
-
         began = time.monotonic()
-        threads = [threading.Thread(target=one, args=(n,)) for n in range(CLIENTS)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            ask = partial(_keep_asking, address, more, tokenizer, began + CROWD_S)
+            found = list(pool.map(ask, range(CLIENTS)))
         took = time.monotonic() - began
-        waits = sorted(seconds for seconds, _ in done)
+        waits = sorted(seconds for answers, _ in found for seconds, _ in answers)
+        tokens = sum(written for answers, _ in found for _, written in answers)
         table.add_row(
             name,
             f"{statistics.median(waits):.1f}",
             f"{waits[int(0.95 * len(waits))]:.1f}",
-            f"{sum(tokens for _, tokens in done) / took:.0f}",
-            str(len(failed)),
+            f"{tokens / took:.0f}",
+            str(sum(failed for _, failed in found)),
         )
     Console(width=100).print(table)
+
+
+def _keep_asking(
+    address: str, more: dict[str, Any], tokenizer: ChatTokenizer, over: float, client: int
+) -> tuple[list[tuple[float, int]], int]:
+    """Seconds and tokens of each answer to one client, and how many there were not."""
+    answers, failed = [], 0
+    number = 10_000 * (client + 1)
+    while time.monotonic() < over:
+        number += 1
+        try:
+            took, answer = asked(address, conversation(tokenizer, number), **more)
+            answers.append((took, answer["usage"]["completion_tokens"]))
+        except httpx.HTTPError:
+            failed += 1
+    return answers, failed
 
 
 def main() -> None:

@@ -105,11 +105,22 @@ def _download(name: str) -> Path:
     return check_folder(Path(folder))
 
 
-def context_length(folder: Path) -> int | None:
-    """Most tokens that the model reads, if its config says."""
+def require_context(folder: Path, tokens: int, what: str) -> None:
+    """Refuse more tokens than a model reads, if its config says: where positions are scaled, it
+    does not.
+
+    Args:
+        what: needs so many, in the words of whoever asks.
+
+    Raises:
+        ModelError: the model reads fewer.
+    """
     config = json.loads((folder / "config.json").read_text())
-    found = {**config, **(config.get("text_config") or {})}.get("max_position_embeddings")
-    return found if isinstance(found, int) else None
+    config |= config.get("text_config") or {}
+    positions = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+    most = config.get("max_position_embeddings")
+    if most is not None and tokens > most and "factor" not in positions:
+        raise ModelError(f"{what} = {tokens}, but {folder} reads at most {most} tokens")
 
 
 def weights_fingerprint(folder: Path) -> str:

@@ -13,9 +13,9 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 from actors.chat_engine import Piece, Sampling
-from actors.chat_scorer import Verdict
 from rlhf.config.serve import ServeSection
 from serving.candidates import Candidate, Engine, Plan, Scorer
+from serving.ensemble import Verdict
 
 _SHORT_STOP = 16
 """Characters."""

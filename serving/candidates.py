@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from actors.chat_engine import Piece, Sampling, TokenLogprob
-from actors.chat_scorer import Verdict
 from rlhf.records import FinishReason, Message
+from serving.ensemble import Verdict
 from serving.openai_answers import Judgement, Logprobs, Outcome, ToldPosition, ToldToken, Usage
 
 LEAST_LOGPROB = -9999.0

@@ -66,6 +66,8 @@ from serving.pages import path_of
 from serving.strict_json import StrictRoute
 
 Chunks = AsyncGenerator[ChatChunk, None]
+_ALIVE_S = 10.0
+"""How long engine and ensemble have to say that they are there."""
 
 
 def chat_app(
@@ -111,7 +113,7 @@ class _Chat:
 
         @app.get("/health", response_model=Health, responses=errors(503, 504))
         async def health() -> Response:
-            await asyncio.wait_for(self._versions(), 10)
+            await self._versions()
             return JSONResponse({"status": "ok"})
 
         @app.get("/metrics", response_class=PlainTextResponse)
@@ -120,7 +122,7 @@ class _Chat:
 
         @app.get("/v1/models", responses=errors(503, 504))
         async def models() -> ModelList:
-            weights, reward = await asyncio.wait_for(self._versions(), 10)
+            weights, reward = await self._versions()
             model: ServedModel = {
                 "id": self.settings.name,
                 "object": "model",
@@ -180,8 +182,9 @@ class _Chat:
         request.state.whose = whose
 
     async def _versions(self) -> tuple[str, str | None]:
-        weights = await self.engine.version()
-        return weights, None if self.scorer is None else await self.scorer.version()
+        async with asyncio.timeout(_ALIVE_S):
+            weights = await self.engine.version()
+            return weights, None if self.scorer is None else await self.scorer.version()
 
     # One request
 

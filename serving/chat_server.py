@@ -21,14 +21,13 @@ from cluster.session import node_address, ray_session
 from cluster.spawn import find_cause
 from models.reward_model import BankAnswers, RewardCard, RewardModel
 from models.sources import (
-    context_length,
+    require_context,
     resolve_model,
     resolve_reward_model,
     weights_fingerprint,
 )
 from rlhf.config import parse_config
 from rlhf.config.serve import ReplicasSection, ServeConfig, ServeSection
-from rlhf.errors import ModelError
 from rlhf.records import Message
 from serving.application import (
     READY_S,
@@ -234,12 +233,7 @@ def _engine(config: ServeConfig, model: str) -> Any:
 def _checked_length(config: ServeConfig, model: str) -> int:
     """Tokens of the longest conversation and answer together."""
     length = config.serve.max_prompt_tokens + config.serve.max_tokens
-    most = context_length(Path(model))
-    if most is not None and length > most:
-        raise ModelError(
-            f"serve.max_prompt_tokens + serve.max_tokens = {length}, but {model} reads at most "
-            f"{most} tokens"
-        )
+    require_context(Path(model), length, "serve.max_prompt_tokens + serve.max_tokens")
     return length
 
 

@@ -5,18 +5,61 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextvars import Context
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from actors.chat_scorer import Verdict, empty_verdict, verdict
-from models.reward_model import BankAnswers, RewardCard
+from actors.reward import EMPTY_REWARD
+from models.reward_model import BankAnswers, RewardCard, join, scored
 from rlhf.errors import ModelError, RunError
 from rlhf.records import Message
 
 Said = TypeVar("Said")
 _ASK_AGAIN_S = 0.5
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the ensemble says of a candidate, in deviations over its training replies: the mean over
+    members, each member's reward, their disagreement, whether it is out of their domain, the reward
+    model's version, the mean by criterion, and how many members did not answer."""
+
+    reward: float
+    rewards_K: tuple[float, ...]
+    disagreement: float
+    domain_shift: bool
+    version: str
+    criteria: Mapping[str, float] = field(default_factory=dict)
+    members_missing: int = 0
+
+    def lower_bound(self, penalty: float) -> float:
+        """What candidates are ranked by: reward less `penalty` times disagreement."""
+        return self.reward - penalty * self.disagreement
+
+
+def verdict(card: RewardCard, banks: Sequence[BankAnswers]) -> Verdict:
+    """Of one answer, by the banks that spoke of it: at least one. The threshold of domain shift is
+    that of all."""
+    scores = scored(card, join(banks))
+    criteria_C = scores.criteria_KCN[:, :, 0].mean(dim=0).tolist()
+    return Verdict(
+        float(scores.rewards_KN[:, 0].mean()),
+        tuple(scores.rewards_KN[:, 0].tolist()),
+        float(scores.disagreement_N[0]),
+        bool(scores.shifted_N[0]),
+        card.version,
+        dict(zip(card.criteria, criteria_C, strict=True)),
+        card.members - len(scores.rewards_KN),
+    )
+
+
+def empty_verdict(card: RewardCard) -> Verdict:
+    """Of an answer without visible text: what training gives it."""
+    rewards_K = (EMPTY_REWARD,) * card.members
+    criteria = dict.fromkeys(card.criteria, EMPTY_REWARD)
+    return Verdict(EMPTY_REWARD, rewards_K, 0.0, True, card.version, criteria)
 
 
 class Bank(Protocol):

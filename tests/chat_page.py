@@ -14,12 +14,12 @@ from typing import Any
 import uvicorn
 
 from actors.chat_engine import Piece, Sampling
-from actors.chat_scorer import Verdict
 from models.chat import ChatTokenizer
 from rlhf.config import ServeConfig, parse_config
 from rlhf.config.serve import ServeSection
 from rlhf.records import Message
 from serving.chat import chat_app
+from serving.ensemble import Verdict
 from serving.feedback import Feedback, FeedbackRequest
 from serving.openai_answers import FeedbackAnswer
 from tests.browser import new_page

@@ -7,10 +7,13 @@ neither transformers nor tokenizers.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests.postgres import binaries, postgresql
 
 # A machine that does something else meanwhile makes no example wrong.
 settings.register_profile("pavlov", deadline=None)
@@ -189,3 +192,30 @@ def hh_data() -> Path:
     if not (folder / "hh").is_dir():
         pytest.skip(f"no HH-RLHF data in {folder}; set PAVLOV_DATA to a folder that has hh/ in it")
     return folder
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """A PostgreSQL server of the tests' own."""
+    if binaries() is None:
+        pytest.skip("PostgreSQL is not installed")
+    with postgresql() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def labels_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An empty labelling database: SQLite, and PostgreSQL where it is installed."""
+    from labelling.database import Database
+    from rlhf.config.label import database_url
+
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/labels.db"
+        return
+    url = request.getfixturevalue("postgres_url")
+    yield url
+    database = Database(database_url(url))
+    with database.writing() as db:
+        db.exec_driver_sql("DROP SCHEMA public CASCADE")
+        db.exec_driver_sql("CREATE SCHEMA public")
+    database.close()

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from actors.chat_scorer import ChatScorer, Verdict, empty_verdict, verdict
+from actors.chat_scorer import ChatScorer
 from actors.reward import EMPTY_REWARD
 from models.reward_model import BankAnswers, RewardModel
 from rlhf.errors import ModelError
 from rlhf.records import Message
+from serving.ensemble import Verdict, empty_verdict, verdict
 from tests.conftest import build_tiny_model, build_tiny_reward_model
 
 ASK = (Message("user", "What is a cat?"),)

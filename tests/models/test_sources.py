@@ -11,7 +11,7 @@ import pytest
 from models import sources
 from models.sources import (
     check_folder,
-    context_length,
+    require_context,
     resolve_model,
     resolve_reward_model,
     weights_fingerprint,
@@ -113,11 +113,24 @@ def test_a_trained_policy_is_found_below_the_runs_folder(model_copy, monkeypatch
     assert resolve_model(model_copy.name) == model_copy.resolve()
 
 
-def test_the_context_is_what_the_config_says(model_copy):
+def test_more_than_the_config_says_is_refused_unless_positions_are_scaled(model_copy):
     config = model_copy / "config.json"
     said = json.loads(config.read_text())
-    assert context_length(model_copy) == said.pop("max_position_embeddings")
-    config.write_text(json.dumps(said))
-    assert context_length(model_copy) is None
-    config.write_text(json.dumps(said | {"text_config": {"max_position_embeddings": 77}}))
-    assert context_length(model_copy) == 77
+    most = said.pop("max_position_embeddings")
+
+    def write(**more: object) -> None:
+        config.write_text(json.dumps(said | more))
+
+    for more in (
+        {"max_position_embeddings": most},
+        {"text_config": {"max_position_embeddings": most}},
+    ):
+        write(**more)
+        require_context(model_copy, most, "asked")
+        with pytest.raises(ModelError, match=f"asked = {most + 1}, but .* at most {most} tokens"):
+            require_context(model_copy, most + 1, "asked")
+    write()
+    require_context(model_copy, 10**6, "asked")
+    for name in ("rope_scaling", "rope_parameters"):
+        write(max_position_embeddings=most, **{name: {"rope_type": "yarn", "factor": 4.0}})
+        require_context(model_copy, most + 1, "asked")

@@ -9,10 +9,9 @@ import socket
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,19 +19,27 @@ from typing import Any
 
 import httpx
 import openai
-import psutil
 import yaml
 
-from actors.chat_scorer import Verdict
 from cluster.session import free_port
 from labelling.simulated import rule
 from models.sources import weights_fingerprint
 from rlhf.config import DemoConfig, load_config
 from rlhf.statistics import paired_interval
-from tests.chat_page import Engine, Scorer, ask, chat_page
 from tests.conftest import build_tiny_model, build_tiny_reward_model
+from tests.proofs.chat_load import (
+    Asked,
+    ask_server,
+    at_once,
+    engine_seconds,
+    memory_gib,
+    metric,
+    replicas,
+    under_load,
+)
+from tests.proofs.chat_pictures import page
 from tests.proofs.ray_cluster import cluster
-from tests.proofs.runner import PICTURES, ROOT, hold, pavlov, prove, until
+from tests.proofs.runner import ROOT, hold, pavlov, prove, until
 from tests.servers import Server, running
 from trainers.demo import demo_prompts
 
@@ -40,7 +47,6 @@ CONFIG = "configs/serve.toml"
 _HELD_OUT = 100
 _CLIENTS, _SECONDS = 32, 120
 _DROPPED = 1000
-_WORDS = ("water", "rice", "bread", "pasta", "nets", "river", "town", "cat")
 
 
 def best_of_eight(folder: Path) -> dict[str, Any]:
@@ -142,25 +148,27 @@ def crowd(folder: Path) -> dict[str, Any]:
     429, and the server recovers. Latencies are reported, not judged."""
     done: list[Asked] = []
     with _tiny(folder, "serve.at_once=32", "serve.waiting=32") as server:
-        expected = {n: _ask(server.address, n) for n in range(_CLIENTS)}
+        expected = {n: ask_server(server.address, n) for n in range(_CLIENTS)}
         over = time.monotonic() + _SECONDS
         early: list[float] = []
 
         def one(client: int) -> None:
             while time.monotonic() < over:
-                done.append(_ask(server.address, client))
+                done.append(ask_server(server.address, client))
 
         def watch() -> None:
             time.sleep(_SECONDS / 4)
-            early.append(_memory_gib(server))
+            early.append(memory_gib(server))
 
-        _at_once([*(lambda n=n: one(n) for n in range(_CLIENTS)), watch])
-        late = _memory_gib(server)
+        at_once([*(lambda n=n: one(n) for n in range(_CLIENTS)), watch])
+        late = memory_gib(server)
 
         burst: list[Asked] = []
-        _at_once([lambda n=n: burst.append(_ask(server.address, n % _CLIENTS)) for n in range(100)])
+        at_once(
+            [lambda n=n: burst.append(ask_server(server.address, n % _CLIENTS)) for n in range(100)]
+        )
         refused = [each for each in burst if each.status == 429]
-        after = _ask(server.address, 0)
+        after = ask_server(server.address, 0)
     answered = [each for each in done if each.status == 200]
     texts = {each.text: n for n, each in expected.items()}
     same = [each for each in answered if each.text == expected[each.client].text]
@@ -200,7 +208,7 @@ def dropped(folder: Path) -> dict[str, Any]:
     """1,000 clients ask for long answers and go away, half of them in the middle of an
     answer: two seconds later nothing is written for them any more."""
     with _tiny(folder, "serve.at_once=32", "serve.waiting=1000") as server:
-        alone = _ask(server.address, 3)
+        alone = ask_server(server.address, 3)
         host, port = re.findall(r"//([\w.]+):(\d+)", server.address)[0]
         body = json.dumps(
             {
@@ -231,20 +239,20 @@ def dropped(folder: Path) -> dict[str, Any]:
                     else:
                         left["before any"] += 1
 
-        _at_once([lambda n=n: leave(n) for n in range(20)])
+        at_once([lambda n=n: leave(n) for n in range(20)])
         began = time.monotonic()
-        while _metric(server, "pavlov_chat_requests_inside") and time.monotonic() - began < 60:
+        while metric(server, "pavlov_chat_requests_inside") and time.monotonic() - began < 60:
             time.sleep(0.2)
         settled = time.monotonic() - began
-        inside = _metric(server, "pavlov_chat_requests_inside")
+        inside = metric(server, "pavlov_chat_requests_inside")
         # An engine hears of it when its step ends.
         time.sleep(2)
-        tokens = _metric(server, "pavlov_chat_tokens_total")
-        busy = _engine_seconds(server)
+        tokens = metric(server, "pavlov_chat_tokens_total")
+        busy = engine_seconds(server)
         time.sleep(5)
-        written = _metric(server, "pavlov_chat_tokens_total") - tokens
-        busy = _engine_seconds(server) - busy
-        after = _ask(server.address, 3)
+        written = metric(server, "pavlov_chat_tokens_total") - tokens
+        busy = engine_seconds(server) - busy
+        after = ask_server(server.address, 3)
     figures = {
         **left,
         "seconds until nothing was inside": settled,
@@ -287,7 +295,7 @@ def killed(folder: Path) -> dict[str, Any]:
             bars[f"{part}: errors are clean"] = all(
                 each.status in (500, 502, 503) or each.broke_off for each in failed
             )
-            bars[f"{part}: it answers"] = _ask(server.address, 1).status == 200
+            bars[f"{part}: it answers"] = ask_server(server.address, 1).status == 200
             bars[f"{part}: members are missing only where theirs was killed"] = any(
                 each.missing for each in done
             ) == (part == "ensemble")
@@ -297,39 +305,18 @@ def killed(folder: Path) -> dict[str, Any]:
 def _kill(server: Server, part: str) -> tuple[list[Asked], float, float]:
     """Kill a replica under load: what was asked, when it was killed, seconds until one stands in
     its place."""
-    with _under_load(server) as done:
+    with under_load(server) as done:
         time.sleep(8)
-        [victim, *others] = _replicas(server, part)
+        [victim, *others] = replicas(server, part)
         at = time.monotonic()
         victim.kill()
         victim.wait(30)
-        until(lambda: len(_replicas(server, part)) > len(others), part, 120)
+        until(lambda: len(replicas(server, part)) > len(others), part, 120)
         back = time.monotonic() - at
         if part == "ensemble":
-            until(lambda: not _ask(server.address, 1, best_of=2).missing, "all members", 60)
+            until(lambda: not ask_server(server.address, 1, best_of=2).missing, "all members", 60)
         time.sleep(8)
     return done, at, back
-
-
-@contextmanager
-def _under_load(server: Server) -> Iterator[list[Asked]]:
-    """Eight clients who ask without a pause; yields what was asked, as it grows."""
-    done: list[Asked] = []
-    over = threading.Event()
-
-    def one(client: int) -> None:
-        while not over.is_set():
-            done.append(_ask(server.address, client, best_of=2))
-
-    threads = [threading.Thread(target=one, args=(n,)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield done
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join()
 
 
 def promoted(folder: Path) -> dict[str, Any]:
@@ -339,7 +326,7 @@ def promoted(folder: Path) -> dict[str, Any]:
         run = build_tiny_model(folder / "run" / "policy", seed=7).parent
         old = weights_fingerprint(folder / "model")
         new = weights_fingerprint(run / "policy")
-        with _under_load(server) as done:
+        with under_load(server) as done:
             time.sleep(5)
             up = _promote(folder, str(run), "--without-evidence", "a proof of the server")
             time.sleep(5)
@@ -378,80 +365,6 @@ def _promote(runs: Path, *arguments: str) -> tuple[float, float]:
     return began, time.monotonic()
 
 
-@dataclass(slots=True)
-class Asked:
-    """A request and what came of it; `read` are the tokens of the conversation,
-    `missing` the members of the ensemble that did not judge."""
-
-    client: int
-    began: float
-    seconds: float = 0.0
-    status: int = 0
-    text: str = ""
-    read: int = 0
-    whole: bool = False
-    missing: int = 0
-    version: str = ""
-    retry_after: str = ""
-    error: str = field(default="", repr=False)
-
-    @property
-    def broke_off(self) -> bool:
-        """Whether it was a stream that ended before its end."""
-        return bool(self.client % 2) and self.error == httpx.RemoteProtocolError.__name__
-
-
-def _ask(address: str, client: int, best_of: int = 1) -> Asked:
-    """A question that only this client asks, with its own seed; every second client streams."""
-    words = " ".join(_WORDS[(client + n) % len(_WORDS)] for n in range(1 + client))
-    longest = 16 + client
-    body: dict[str, Any] = {
-        "messages": [{"role": "user", "content": f"Question {client}: {words}?"}],
-        "max_tokens": longest,
-        "temperature": 1,
-        "seed": client,
-        "best_of": best_of,
-        "stream": bool(client % 2),
-        "stream_options": {"include_usage": True},
-    }
-    asked = Asked(client, time.monotonic())
-    try:
-        answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=300)
-    except httpx.TransportError as error:
-        asked.error = type(error).__name__
-        return asked
-    asked.seconds, asked.status = time.monotonic() - asked.began, answer.status_code
-    asked.retry_after = answer.headers.get("retry-after", "")
-    if answer.status_code != 200:
-        asked.error = answer.text[:120]
-        return asked
-    ended = ""
-    if body["stream"]:
-        events = re.findall(r"^data: (.*)$", answer.text, re.MULTILINE)
-        chunks = [json.loads(event) for event in events if event != "[DONE]"]
-        if any("error" in chunk for chunk in chunks):
-            asked.status, asked.error = 503, "in the stream"
-            return asked
-        for choice in (choice for chunk in chunks for choice in chunk["choices"]):
-            asked.text += choice["delta"].get("content") or ""
-            ended = choice["finish_reason"] or ended
-        usage, own = chunks[-1]["usage"], chunks[-1]["pavlov"]
-        last = events[-1] == "[DONE]"
-    else:
-        found = answer.json()
-        asked.text, ended = (
-            found["choices"][0]["message"]["content"],
-            found["choices"][0]["finish_reason"],
-        )
-        usage, own, last = found["usage"], found["pavlov"], True
-    asked.read = usage["prompt_tokens"]
-    asked.missing = own["choices"][0]["members_missing"] or 0
-    asked.version = own["weight_version"]
-    full = usage["completion_tokens"] == longest * best_of
-    asked.whole = last and (ended == "stop" or full or best_of > 1)
-    return asked
-
-
 @contextmanager
 def _tiny(folder: Path, *overrides: str, backbones: int = 1) -> Iterator[Server]:
     """A server of a random tiny model, and an ensemble on so many of them."""
@@ -480,57 +393,6 @@ def _client(server: Server) -> openai.OpenAI:
 def _own(answer: Any) -> dict[str, Any]:
     own: dict[str, Any] = answer.model_extra["pavlov"]
     return own
-
-
-def _at_once(what: list[Callable[[], Any]]) -> None:
-    threads = [threading.Thread(target=each) for each in what]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
-def _metric(server: Server, name: str) -> float:
-    text = httpx.get(f"{server.address}/metrics", timeout=30).text
-    line = next(line for line in text.splitlines() if line.startswith(f"{name} "))
-    return float(line.split()[1])
-
-
-def _processes(server: Server) -> list[psutil.Process]:
-    return psutil.Process(server.process.pid).children(recursive=True)
-
-
-def _memory_gib(server: Server) -> float:
-    """What the engine, the ensemble and the ingress hold."""
-    total = 0
-    for process in _processes(server):
-        try:
-            if re.search("ServeReplica|VLLM", process.name() + " ".join(process.cmdline())):
-                total += process.memory_info().rss
-        except psutil.NoSuchProcess:
-            continue
-    return total / 2**30
-
-
-def _engine_seconds(server: Server) -> float:
-    """CPU seconds of the engine's worker so far."""
-    return sum(
-        sum(process.cpu_times()[:2])
-        for process in _processes(server)
-        if "VLLM::Worker" in " ".join(process.cmdline())
-    )
-
-
-def _replicas(server: Server, part: str) -> list[psutil.Process]:
-    found = []
-    for process in _processes(server):
-        try:
-            title = " ".join(process.cmdline())
-        except psutil.NoSuchProcess:
-            continue
-        if re.search(rf"ray::ServeReplica:[\w-]+:{part}\b", title):
-            found.append(process)
-    return found
 
 
 _LANGCHAIN = """
@@ -608,60 +470,15 @@ def deployed(folder: Path) -> dict[str, Any]:
         said = ray.call("serve", "deploy", "serve.yaml", "--address", ray.address)
         assert "successfully" in said, said[-2000:]
         try:
-            until(lambda: _ask(address, 1, best_of=2).status == 200, "an answer", 180)
+            until(lambda: ask_server(address, 1, best_of=2).status == 200, "an answer", 180)
         except AssertionError as error:
             status = ray.call("serve", "status", "--address", ray.address)
             raise AssertionError(f"{error}: {status[-2000:]}") from None
         took = time.monotonic() - began
         health = httpx.get(f"{address}/health", timeout=30).status_code
         ray.call("serve", "shutdown", "-y", "--address", ray.address)
-        until(lambda: not _ask(address, 1).status, "the end", 60)
+        until(lambda: not ask_server(address, 1).status, "the end", 60)
     return hold({"it is healthy": health == 200}, {"seconds until it answers": round(took)})
-
-
-_ANSWERS = {
-    """Three things matter most:
-
-1. **Plenty of water**: about a litre for 100 g, so that the starch is thinned out.
-2. **Stir in the first minute**, when the surface is at its stickiest.
-3. **Sauce at once.** Pasta that waits dry in a sieve sticks, whatever you did before.
-
-Oil in the water does little: it floats. If the pasta has to wait, toss it with a spoonful
-*afterwards*.""": (1.12, 1.32, 1.47, 1.54, 1.65, 1.2, 1.72, 1.34),
-    "Use a large pot, salt the water, and stir during the first minute. Serve it at once.": (
-        *(0.98, 1.28, 1.33, 1.13, 1.38, 1.03, 1.23, 1.08),
-    ),
-    "Put oil into the water.": (-0.1, 2.0, 1.5, 0.5, 2.4, 0.2, 1.3, 1.0),
-    "Pasta is a popular dish in many countries, made of flour and water.": (
-        *(-1.15, -0.55, -0.95, -0.75, -0.65, -1.05, -0.45, -1.25),
-    ),
-}
-"""Written by hand, with each member's reward; the picture is of the page, not of a model."""
-
-
-def page(folder: Path) -> dict[str, Any]:
-    """The page in Chromium at 1280 and 390 pixels, with answers and rewards written by hand:
-    docs/pictures/chat*.png."""
-    verdicts = {
-        text: Verdict(
-            statistics.fmean(rewards), rewards, statistics.pstdev(rewards), text[:3] == "Put", "v1"
-        )
-        for text, rewards in _ANSWERS.items()
-    }
-    shutil.rmtree(folder, ignore_errors=True)
-    model = build_tiny_model(folder)
-    figures = {}
-    for width, name in ((1280, "chat.png"), (390, "chat-phone.png")):
-        with chat_page(model, Engine(*_ANSWERS), Scorer(verdicts), width, best_of=4) as shown:
-            ask(shown, "How do I keep pasta from sticking together?")
-            shown.locator(".answer .text:not(.raw)").wait_for()
-            if width == 1280:
-                shown.locator(".more").click()
-                shown.locator("#candidates strong").first.wait_for()
-                shown.evaluate("Promise.all(document.getAnimations().map((each) => each.finished))")
-            shown.screenshot(path=PICTURES / name)
-            figures[f"errors at {width}"] = len(shown.errors) + len(shown.elsewhere)
-    return hold({"no errors": not any(figures.values())}, figures)
 
 
 PROOFS = [best_of_eight, given_up, crowd, dropped, killed, promoted, second_client, deployed, page]

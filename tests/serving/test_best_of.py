@@ -6,11 +6,11 @@ from collections.abc import AsyncGenerator, Sequence
 import pytest
 
 from actors.chat_engine import Piece, Sampling
-from actors.chat_scorer import Verdict
 from rlhf.config.serve import ServeSection
 from rlhf.records import Message
 from serving.best_of import BestOf
 from serving.candidates import Candidate, Plan
+from serving.ensemble import Verdict
 
 TOKENS = 12
 ASK = (Message("user", "What is a cat?"),)

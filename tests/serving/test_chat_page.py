@@ -6,12 +6,12 @@ from functools import partial
 
 import pytest
 
-from actors.chat_scorer import Verdict
 from labelling.database import Database
 from labelling.feedback import CONSENT, reactions
 from labelling.store import Store
 from models.chat import ChatTokenizer
 from rlhf.records import Message
+from serving.ensemble import Verdict
 from tests.browser import WIDTHS, chromium
 from tests.chat_page import Engine, Scorer, ask, chat_page
 from tests.label_service import HOSTILE

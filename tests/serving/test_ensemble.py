@@ -1,7 +1,6 @@
 """The ensemble goes on with the members that answer."""
 
 import asyncio
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,9 +21,10 @@ class Bank:
 
     def __init__(self, reward: float, wait_s: float = 0.0, error: Exception | None = None) -> None:
         self.reward, self.wait_s, self.error = reward, wait_s, error
-        self.left = 0
+        self.asked = self.left = 0
 
     async def judge(self, messages: Sequence[Message], text: str, finished: bool) -> BankAnswers:
+        self.asked += bool(text)
         try:
             await asyncio.sleep(self.wait_s)
         except asyncio.CancelledError:
@@ -58,11 +58,9 @@ def test_all_that_answer_count(card):
 
 def test_who_fails_or_is_slow_is_left_out_and_it_is_said(card):
     slow = Bank(3.0, 60)
-    began = time.monotonic()
     for absent in (slow, Bank(3.0, error=RuntimeError("died"))):
         found = judged(card, Bank(1.0), absent)
         assert found.rewards_K == (1.0, 1.0) and found.members_missing == 2
-    assert time.monotonic() - began < 30
     assert slow.left >= 1
 
 
@@ -109,7 +107,7 @@ def test_who_was_away_is_not_waited_for_and_counts_again_when_it_is_back(card):
     other = Bank(3.0, 60)
     ensemble = Ensemble(card, [Bank(1.0), other], PATIENCE_S)
 
-    async def three() -> list[tuple[int, float]]:
+    async def three() -> list[tuple[int, int]]:
         found = []
         for wait_s in (60, 60, 0):
             other.wait_s = wait_s
@@ -118,14 +116,13 @@ def test_who_was_away_is_not_waited_for_and_counts_again_when_it_is_back(card):
                 for task in ensemble._away.values():
                     task.cancel()
                 await asyncio.sleep(0)
-            began = time.monotonic()
+            other.asked = 0
             said = await ensemble.judge(ASK, "An animal.", True)
-            found.append((said.members_missing, time.monotonic() - began))
+            found.append((said.members_missing, other.asked))
         return found
 
-    (first, waited), (second, at_once), (third, _) = asyncio.run(three())
-    assert (first, second, third) == (2, 2, 0)
-    assert waited >= PATIENCE_S > at_once
+    # Asked, and waited for; not asked; asked again.
+    assert asyncio.run(three()) == [(2, 1), (2, 0), (0, 1)]
 
 
 def test_who_failed_counts_again_by_itself(card):

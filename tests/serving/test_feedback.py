@@ -28,7 +28,6 @@ from serving.chat import chat_app
 from serving.chat_server import from_arguments
 from serving.feedback import GOOD_FOR_S, Feedback
 from serving.label_commands import as_lines, export, show_report
-from tests.postgres import binaries, postgresql
 from tests.serving.test_chat import ASK, FOUR, Engine, Scorer, verdict
 
 KEY = b"k" * 32
@@ -100,29 +99,6 @@ class Chat:
         self.store.database.close()
 
 
-@pytest.fixture(scope="module")
-def postgres_url() -> Iterator[str]:
-    if binaries() is None:
-        pytest.skip("PostgreSQL is not installed")
-    with postgresql() as url:
-        yield url
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def stored(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """The URL of an empty database."""
-    if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path}/labels.db"
-        return
-    url = request.getfixturevalue("postgres_url")
-    yield url
-    database = Database(database_url(url))
-    with database.writing() as db:
-        db.exec_driver_sql("DROP SCHEMA public CASCADE")
-        db.exec_driver_sql("CREATE SCHEMA public")
-    database.close()
-
-
 @pytest.fixture
 def url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/labels.db"
@@ -146,8 +122,8 @@ def test_without_a_database_there_are_no_receipts_and_no_such_path(tiny_model):
     assert refused.status_code == 404 and refused.json()["error"]["message"] == "Not Found"
 
 
-def test_a_thumb_is_kept_with_what_made_the_answer(tiny_model, stored):
-    chat = Chat(tiny_model, stored, Scorer(*FOUR), system="Be brief.")
+def test_a_thumb_is_kept_with_what_made_the_answer(tiny_model, labels_url):
+    chat = Chat(tiny_model, labels_url, Scorer(*FOUR), system="Be brief.")
     answers = chat.shown(best_of=4, temperature=0.5, top_p=0.9, seed=3, max_tokens=7, stop="x")
     answer = chat.say("up", answers, comment="Good.")
     assert answer.status_code == 200, answer.text
@@ -181,7 +157,7 @@ def test_a_thumb_is_kept_with_what_made_the_answer(tiny_model, stored):
 
     again = chat.say("down", answers).json()
     assert again["id"] == row.id
-    labels = parse_config(LabelConfig, {"label": {"database": stored}}, "test")
+    labels = parse_config(LabelConfig, {"label": {"database": labels_url}}, "test")
     figures = show_report(labels, "feedback", "person")
     assert figures["reactions"] == {"weights-1": {"up": 0, "down": 1}}
     assert "thumbs         weights-1: 0 up, 1 down" in as_lines(figures)
@@ -189,8 +165,10 @@ def test_a_thumb_is_kept_with_what_made_the_answer(tiny_model, stored):
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_a_choice_between_versions_is_evidence_and_a_label(tiny_model, stored, tmp_path, turned):
-    chat = Chat(tiny_model, stored)
+def test_a_choice_between_versions_is_evidence_and_a_label(
+    tiny_model, labels_url, tmp_path, turned
+):
+    chat = Chat(tiny_model, labels_url)
     [old] = chat.shown()
     chat.engine.version_now = "weights-2"
     new = chat.shown(n=2)[1]
@@ -198,7 +176,7 @@ def test_a_choice_between_versions_is_evidence_and_a_label(tiny_model, stored, t
     said = chat.say("first" if turned else "second", order)
     assert said.status_code == 200, said.text
 
-    labels = parse_config(LabelConfig, {"label": {"database": stored}}, "test")
+    labels = parse_config(LabelConfig, {"label": {"database": labels_url}}, "test")
     [found] = chat.store.judgements(chat.project, with_work=True)
     answers = {"a": found.work.a, "b": found.work.b}
     assert found.id == said.json()["id"] and found.kind == "person"
