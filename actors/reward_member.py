@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from actors.engine import TrainingEngine
+from models.adapters import is_adapter, on_the_wire
 from models.packing import PackedBatch, Row, micro_batches, share_of
 from models.precision import resolve_dtype
 from models.sources import resolve_model
 from models.top_layers import TopLayers, write_layers
 from models.trunk import Family, Pooling, Trunk, pool
-from rlhf.config import FullMembers, TopMembers
+from rlhf.config import LoRAMembers, OwnLayers
 from rlhf.losses import bradley_terry_loss, centring_loss
 from rlhf.seeding import derive_seed
 
@@ -52,7 +53,7 @@ class MemberJob:
     model: str
     cut: int
     end: int
-    settings: TopMembers | FullMembers
+    settings: OwnLayers
     criteria: int
     pairs: Sequence[PairRow]
     member: int
@@ -117,6 +118,8 @@ class MemberTraining:
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
         layers = TopLayers(folder, job.cut, job.end, "float32")
+        if isinstance(settings, LoRAMembers):
+            layers.add_adapter(settings.lora, derive_seed(job.seed, "adapter", job.member))
         if settings.learner.gradient_checkpointing:
             layers.recompute_activations()
         self._engine = TrainingEngine(
@@ -136,21 +139,34 @@ class MemberTraining:
         for step, batch in enumerate(self.batches()):
             self.step(batch, step)
         # A collective, so all ranks walk through all of them.
-        tensors = dict(self._engine.weights(torch.float32))
+        heads_CH, layers = self._trained()
         # Each rank knows its own part of every batch's loss.
         losses = torch.tensor(self._losses, device=self._engine.device)
         torch.distributed.all_reduce(losses)
         if self._rank != 0:
             return None
-        heads_CH = tensors.pop("heads_CH")
-        dtype = getattr(torch, resolve_dtype(self._job.dtype))
-        layers = {name.removeprefix("layers."): value.to(dtype) for name, value in tensors.items()}
         figures = {
             "loss": float(losses[-max(1, len(losses) // 10) :].mean()),
             "steps": float(len(losses)),
             "seconds": time.monotonic() - started,
         }
         return TrainedMember(write_layers(layers, Path(self._job.out)), heads_CH, figures)
+
+    def _trained(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The heads (C, H), and the layers in the ensemble's precision, an adapter as it travels.
+        A collective."""
+        settings = self._job.settings
+        dtype = getattr(torch, resolve_dtype(self._job.dtype))
+        if isinstance(settings, LoRAMembers):
+            [(_, heads_CH)] = self._engine.weights(torch.float32, wanted="heads_CH".__eq__)
+            named = self._engine.weights(torch.float32, wanted=is_adapter)
+            adapter = on_the_wire(named, settings.lora)
+            return heads_CH, {name.removeprefix("layers."): value for name, value in adapter}
+        tensors = dict(self._engine.weights(torch.float32))
+        heads_CH = tensors.pop("heads_CH")
+        return heads_CH, {
+            name.removeprefix("layers."): value.to(dtype) for name, value in tensors.items()
+        }
 
     def batches(self) -> list[list[PairRow]]:
         """The member's bootstrap draw of the pairs, gone through in a new order every epoch."""

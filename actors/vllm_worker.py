@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cluster.weights.base import TensorEntry, verified
 from cluster.weights.shared_memory import read_tensors
-from models.adapters import merge, require_known
+from models.adapters import are_adapter, merge, require_known
 from models.weight_files import read_weights, weight_shapes
 from rlhf.errors import WeightUpdateError
 
@@ -52,7 +52,7 @@ class WeightLoader:
     def pavlov_merged(self, tensors: dict[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
         """The whole model's tensors: as they came, or, of an adapter, the start model's from its
         folder with the difference added."""
-        if not all(name.endswith((".lora_A", ".lora_B")) for name in tensors):
+        if not are_adapter(tensors):
             return tensors.items()
         folder = Path(self.model_runner.model_config.model)
         # Before the first tensor touches the model; the merged ones are then made one at a time.

@@ -28,9 +28,11 @@ _ENDS = {f".lora_{side}.{_NAME}.weight": f".lora_{side}" for side in "AB"}
 _BASE = ".base_layer."
 
 
-def add_adapter(model: Any, settings: LoRASection, seed: int) -> nn.Module:
+def add_adapter(
+    model: Any, settings: LoRASection, seed: int, setting: str = "policy.lora"
+) -> nn.Module:
     """The model with adapters in its linear layers, in place; nothing else is trained. A begins
-    random, B at zero.
+    random, B at zero. `setting` is what the user wrote `settings` as.
 
     Raises:
         ModelError: a layer that `settings.layers` names is not there, or is none that can be
@@ -38,17 +40,17 @@ def add_adapter(model: Any, settings: LoRASection, seed: int) -> nn.Module:
     """
     from peft import inject_adapter_in_model
 
-    _require_layers(model, settings)
+    _require_layers(model, settings, setting)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             adapted: nn.Module = inject_adapter_in_model(_peft_config(settings), model)
     except ValueError as error:
-        raise ModelError(f"policy.lora: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"{setting}: {str(error).splitlines()[0]}") from None
     return adapted
 
 
-def _require_layers(model: Any, settings: LoRASection) -> None:
+def _require_layers(model: Any, settings: LoRASection, setting: str) -> None:
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is model.get_input_embeddings().weight
     for wanted in settings.layers or ():
@@ -58,19 +60,20 @@ def _require_layers(model: Any, settings: LoRASection) -> None:
             if name == wanted or name.endswith(f".{wanted}")
         ]
         if not found:
-            raise ModelError(f"policy.lora.layers: the policy has no layer {wanted!r}")
+            raise ModelError(f"{setting}.layers: the model has no layer {wanted!r}")
         if not all(isinstance(module, nn.Linear) for module in found):
-            raise ModelError(f"policy.lora.layers: {wanted!r} is no linear layer")
+            raise ModelError(f"{setting}.layers: {wanted!r} is no linear layer")
         if tied and any(module is head for module in found):
             raise ModelError(
-                f"policy.lora.layers: {wanted!r} is tied to the embedding and has no weight of its "
+                f"{setting}.layers: {wanted!r} is tied to the embedding and has no weight of its "
                 "own to adapt"
             )
 
 
-def require_mergeable(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse adapters that could not be merged into the start model's files; `shapes` are of the
-    tensors there.
+def require_mergeable(
+    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], setting: str = "policy.lora"
+) -> None:
+    """Refuse adapters that could not be merged into the start model; `shapes` are of its tensors.
 
     Raises:
         ModelError: a layer has no weight of its own there, or one of another shape.
@@ -83,9 +86,9 @@ def require_mergeable(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -
             there = shapes.get(f"{name}.weight")
             if not isinstance(base, nn.Linear) or there != tuple(base.weight.shape):
                 raise ModelError(
-                    f"policy.lora: the adapter of {name} cannot be merged into the start policy's "
-                    f"files ({type(base).__name__}, {there or 'not there'}); name other layers in "
-                    "policy.lora.layers, or train all weights"
+                    f"{setting}: the adapter of {name} cannot be merged into the start model's "
+                    f"tensors ({type(base).__name__}, {there or 'not there'}); name other layers "
+                    f"in {setting}.layers, or train all weights"
                 )
 
 
@@ -102,6 +105,11 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+
+
+def are_adapter(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are an adapter as it travels, and nothing else."""
+    return all(name.endswith((".lora_A", ".lora_B")) for name in names)
 
 
 def is_adapter(name: str) -> bool:

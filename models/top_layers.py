@@ -20,10 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from models.adapters import add_adapter, are_adapter, merge, require_mergeable
 from models.loading import load_backbone
 from models.logprobs import attention_mask
 from models.packing import PackedBatch
-from rlhf.errors import ModelError
+from rlhf.config import LoRASection
+from rlhf.errors import ModelError, WeightUpdateError
 
 
 class TopLayers(nn.Module):
@@ -67,15 +69,32 @@ class TopLayers(nn.Module):
         # The reentrant form learns nothing from an input without a gradient of its own.
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
+    def add_adapter(self, settings: LoRASection, seed: int) -> None:
+        """Train an adapter in these layers, and nothing else of them.
+
+        Raises:
+            ModelError: a layer that `settings.layers` names is not there, or is none that can be
+                merged.
+        """
+        setting = "ensemble.members.lora"
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+        self.model = add_adapter(self.model, settings, seed, setting)
+        require_mergeable(self.model, shapes, setting)
+
     def read(self, path: Path) -> TopLayers:
-        """Read weights that `write_layers` wrote, in this module's precision.
+        """Read weights that `write_layers` wrote, in this module's precision; an adapter is merged
+        into what these layers are.
 
         Raises:
             ModelError: they are not of these layers.
         """
         try:
-            self.load_state_dict(load_file(path))
-        except (RuntimeError, OSError, ValueError, SafetensorError) as error:
+            tensors = load_file(path)
+            if are_adapter(tensors):
+                dtype = next(self.parameters()).dtype
+                tensors = dict(merge(self.state_dict().items(), tensors, dtype))
+            self.load_state_dict(tensors)
+        except (RuntimeError, OSError, ValueError, SafetensorError, WeightUpdateError) as error:
             raise ModelError(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from None
         return self
 

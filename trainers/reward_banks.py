@@ -17,7 +17,7 @@ from models.precision import resolve_dtype
 from models.reward_model import BankCard, FamilyCard, GroupCard, OwnLayersCard, trunk_of
 from models.sources import portable_name, resolve_model, weights_fingerprint
 from models.trunk import Family, TokenRow, Trunk, layers_at
-from rlhf.config import EnsembleSection, FullMembers, ProbeMembers, TopMembers
+from rlhf.config import EnsembleSection, OwnLayers, ProbeMembers, TopMembers
 from rlhf.errors import ConfigError
 from rlhf.records import PreferencePair
 from trainers.reward_members import train_members
@@ -35,7 +35,7 @@ class Bank:
     trunk: Trunk
     families: tuple[FamilyCard, ...]
     probes: tuple[tuple[ProbeMembers, int], ...]
-    trained: tuple[TopMembers | FullMembers, ...] = ()
+    trained: tuple[OwnLayers, ...] = ()
     heads: tuple[tuple[TrainedHead, GroupCard], ...] = ()
 
 
@@ -44,7 +44,7 @@ def backbones(settings: EnsembleSection) -> list[str]:
     return list(dict.fromkeys(_backbone(group, settings) for group in settings.members))
 
 
-def _backbone(group: ProbeMembers | TopMembers | FullMembers, settings: EnsembleSection) -> str:
+def _backbone(group: ProbeMembers | OwnLayers, settings: EnsembleSection) -> str:
     return portable_name(group.model or settings.model)
 
 
@@ -88,7 +88,7 @@ def trunk_arguments(
     }
 
 
-def _cut(folder: Path, group: TopMembers | FullMembers) -> tuple[int, int]:
+def _cut(folder: Path, group: OwnLayers) -> tuple[int, int]:
     """The layers that the trunk runs for a group, and the one that its members end with.
 
     Raises:

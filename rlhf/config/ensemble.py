@@ -16,10 +16,10 @@ from pydantic import (
     model_validator,
 )
 
-from rlhf.config.actors import LearnerSection
+from rlhf.config.actors import LearnerSection, LoRASection
 from rlhf.config.section import DType, Fraction, Gpus, Section, kind_by, one_of
 
-KINDS = ("probe", "top", "full")
+KINDS = ("probe", "top", "full", "lora")
 
 
 class PairFile(Section):
@@ -123,10 +123,33 @@ class FullMembers(TrainedMembers):
     """This kind."""
 
 
+class LoRALearnerSection(MemberLearnerSection):
+    """The optimiser of a member that trains an adapter."""
+
+    learning_rate: PositiveFloat = 3e-4
+    """Peak learning rate of AdamW for the adapter."""
+
+
+class LoRAMembers(TrainedMembers):
+    """An adapter of its own in all layers, in less memory than all weights want."""
+
+    kind: Literal["lora"]
+    """This kind."""
+    lora: LoRASection = LoRASection()
+    """The adapter; it alone is kept."""
+    learner: LoRALearnerSection = LoRALearnerSection()
+    """The optimiser."""
+
+
+OwnLayers = TopMembers | FullMembers | LoRAMembers
+"""Members that Ray Train trains."""
+
+
 Members = Annotated[
     Annotated[ProbeMembers, Tag('kind = "probe"')]
     | Annotated[TopMembers, Tag('kind = "top"')]
-    | Annotated[FullMembers, Tag('kind = "full"')],
+    | Annotated[FullMembers, Tag('kind = "full"')]
+    | Annotated[LoRAMembers, Tag('kind = "lora"')],
     Discriminator(kind_by("kind", "probe", KINDS)),
 ]
 

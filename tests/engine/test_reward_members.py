@@ -13,6 +13,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from actors.reward_member import MemberJob, PairRow
+from models.adapters import are_adapter
 from models.reward_model import RewardModel
 from models.top_layers import file_hash
 from models.trunk import Family, Trunk
@@ -124,13 +125,14 @@ def test_two_workers_train_what_one_does(tmp_path: Path, tiny_model: Path):
     assert third.keys() == first.keys() and still.name != one.name
 
 
-def test_probes_tops_and_full_models_stand_in_one_ensemble(train, tmp_path: Path):
+def test_members_of_all_kinds_stand_in_one_ensemble(train, tmp_path: Path):
     run = train(
         "mixed",
         [
             {"count": 3, "depth": 0.5},
             own("top", layers=1, pooling="mean"),
             own("full", 2, epochs=2),
+            own("lora", lora={"rank": 4, "alpha": 8}),
         ],
     )
     model = RewardModel.load(run)
@@ -139,12 +141,16 @@ def test_probes_tops_and_full_models_stand_in_one_ensemble(train, tmp_path: Path
     # Only what no trained member has seen: a fifth of the pairs.
     assert figures["pairs"] == model.card.data["pairs_held_out"] < 25
     [bank] = model.card.banks
-    assert [group.kind for group in bank.groups] == ["probe", "top", "full"]
-    assert [family.layers for family in bank.families] == [1, 1, 0]
+    assert [group.kind for group in bank.groups] == ["probe", "top", "full", "lora"]
+    assert [family.layers for family in bank.families] == [1, 1, 0, 0]
     assert bank.groups[2].training["steps"] == 2 * -(-(60 - figures["pairs"]) // 16)
     files = sorted((run / "reward" / "own").iterdir())
     assert [file.stem for file in files] == sorted(map(file_hash, files))
-    assert len(files) == 2
+    assert len(files) == 3
+    adapters = [load_file(file) for file in files if are_adapter(load_file(file))]
+    # Seven linear layers in each of two, and A and B of each; B has left zero.
+    assert [len(adapter) for adapter in adapters] == [2 * 7 * 2]
+    assert all(tensor.any() for tensor in adapters[0].values())
     assert not list(run.glob(".own*"))
     replies = [
         ((Message("user", "What about rice?"),), text, True)

