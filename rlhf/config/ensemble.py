@@ -131,7 +131,7 @@ class LoRALearnerSection(MemberLearnerSection):
 
 
 class LoRAMembers(TrainedMembers):
-    """An adapter of its own in all layers, in less memory than all weights want."""
+    """An adapter of its own in all layers; the layers themselves stay frozen."""
 
     kind: Literal["lora"]
     """This kind."""

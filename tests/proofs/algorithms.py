@@ -1,9 +1,9 @@
 """What the algorithms do to the embedded model: the same prompts, ensemble and samples for each.
 
-A cell is a demo run (`trainers/demo.py`) with other settings. The base answers and the comparisons
-are those of the first cell, the ensemble made of them that of the first one on a machine; what
-differs is the reinforcement learning alone. ``docs/proofs/algorithms/`` keeps what a cell gave, and
-what all share in ``shared/``. Every cell answers the held-out prompts, and is judged by the
+A cell is a demo run (`trainers/demo.py`) with other settings. ``docs/proofs/algorithms/`` keeps
+what a cell gave, and in ``shared/`` what all begin with, the base answers and comparisons of one
+`make demo`; the ensemble made of them is that of the first cell on a machine. So what differs is
+the reinforcement learning alone. Every cell answers the held-out prompts, and is judged by the
 ensemble that trained it *and* by the demo's rule, which took no part in training.
 """
 
@@ -60,7 +60,6 @@ LAGS: dict[str, tuple[str, ...]] = {
     "4, weights": ("rl.max_staleness=4", "rl.off_policy.weights=token"),
 }
 _KEPT = ROOT / "docs" / "proofs" / "algorithms"
-_SHARED = ("base.jsonl", "pairs.parquet")
 _METRICS = (
     *("step", "reward/mean", "kl/mean", "entropy/mean", "tokens/step"),
     *("time/step_s", "time/rollout_s", "time/learn_s", "importance/effective_share"),
@@ -101,10 +100,9 @@ def _run(name: str, settings: Sequence[str]) -> Path:
     finished = [path.parent for path in sorted(cells.glob("*/summary.json"))]
     if folder in finished:
         return folder
-    shared = _KEPT / "shared"
-    if shared.is_dir() and not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file():
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(shared, folder)
+        shutil.copytree(_KEPT / "shared", folder)
         if finished:
             shutil.copytree(finished[0] / "reward", folder / "reward")
         # The demo takes a folder for its own by the settings that stand in it.
@@ -112,10 +110,6 @@ def _run(name: str, settings: Sequence[str]) -> Path:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     print(f"cell {name}: {' '.join(settings)}", flush=True)
     pavlov("demo", *settings, "--out", str(folder), runs=cells)
-    if not shared.is_dir():
-        shared.mkdir(parents=True)
-        for name in _SHARED:
-            shutil.copy(folder / name, shared / name)
     # 2 GB a cell.
     for large in ("checkpoints", "policy"):
         shutil.rmtree(folder / "rl" / large)
