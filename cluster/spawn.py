@@ -8,6 +8,7 @@ namespace, and start in parallel.
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -57,7 +58,10 @@ async def spawn_in_thread(*arguments: Any, **named: Any) -> dict[str, list[Any]]
     """`spawn`, while the event loop goes on. Who is cancelled ends the thread before he goes on:
     one that still asked a Ray that has been shut down would never come back."""
     stopped = threading.Event()
-    work = asyncio.ensure_future(asyncio.to_thread(spawn, *arguments, stopped=stopped, **named))
+    # No task: a loop that is interrupted cancels every task, and the thread would go on unseen.
+    work = asyncio.get_running_loop().run_in_executor(
+        None, functools.partial(spawn, *arguments, stopped=stopped, **named)
+    )
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+import time
+
 import pytest
 
-from cluster.spawn import Role, _missing, _start_error, find_cause, first_line, wanted_resources
+from cluster.spawn import (
+    Role,
+    _missing,
+    _start_error,
+    find_cause,
+    first_line,
+    spawn_in_thread,
+    wanted_resources,
+)
 from rlhf.config import RolePlacement
 from rlhf.errors import (
     ConfigError,
@@ -119,3 +131,34 @@ def test_whatever_comes_out_is_an_error_of_our_own():
     for error in (RuntimeError("x"), raised_in_a_task(KeyError("y")), RuntimeError()):
         assert isinstance(_start_error("learner-1", error), PavlovError)
         assert "learner-1" in str(_start_error("learner-1", error))
+
+
+@pytest.mark.parametrize("how", ["cancelled", "interrupted"])
+def test_who_stops_waiting_for_actors_goes_on_only_when_the_thread_has_ended(monkeypatch, how):
+    """Else Ray is shut down under the thread, which then waits for it for ever. An interrupt
+    (SIGTERM raises SystemExit in the loop) cancels every task there is."""
+    told = []
+
+    def spawn(stopped: threading.Event) -> None:
+        told.append("starts")
+        assert stopped.wait(10)
+        time.sleep(0.1)
+        told.append("ends")
+        raise RunError("stopped while its actors were starting")
+
+    def interrupt() -> None:
+        raise SystemExit(143)
+
+    async def run() -> None:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        loop.call_later(0.1, interrupt if how == "interrupted" else task.cancel)
+        try:
+            await spawn_in_thread()
+        finally:
+            told.append("goes on")
+
+    monkeypatch.setattr("cluster.spawn.spawn", spawn)
+    with pytest.raises((SystemExit, asyncio.CancelledError)):
+        asyncio.run(run())
+    assert told == ["starts", "ends", "goes on"]
