@@ -156,17 +156,19 @@ class MemberTraining:
         """The heads (C, H), and the layers in the ensemble's precision, an adapter as it travels.
         A collective."""
         settings = self._job.settings
-        dtype = getattr(torch, resolve_dtype(self._job.dtype))
-        if isinstance(settings, LoRAMembers):
-            [(_, heads_CH)] = self._engine.weights(torch.float32, wanted="heads_CH".__eq__)
-            named = self._engine.weights(torch.float32, wanted=is_adapter)
-            adapter = on_the_wire(named, settings.lora)
-            return heads_CH, {name.removeprefix("layers."): value for name, value in adapter}
-        tensors = dict(self._engine.weights(torch.float32))
-        heads_CH = tensors.pop("heads_CH")
-        return heads_CH, {
-            name.removeprefix("layers."): value.to(dtype) for name, value in tensors.items()
-        }
+        lora = settings.lora if isinstance(settings, LoRAMembers) else None
+
+        def wanted(name: str) -> bool:
+            return lora is None or name == "heads_CH" or is_adapter(name)
+
+        trained = dict(self._engine.weights(torch.float32, wanted=wanted))
+        heads_CH = trained.pop("heads_CH")
+        if lora is not None:
+            trained = dict(on_the_wire(trained.items(), lora))
+        else:
+            dtype = getattr(torch, resolve_dtype(self._job.dtype))
+            trained = {name: value.to(dtype) for name, value in trained.items()}
+        return heads_CH, {name.removeprefix("layers."): value for name, value in trained.items()}
 
     def batches(self) -> list[list[PairRow]]:
         """The member's bootstrap draw of the pairs, gone through in a new order every epoch."""

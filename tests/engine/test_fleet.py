@@ -1,4 +1,4 @@
-"""The actors of a run under Ray: names, metrics, staleness, and an engine that is killed."""
+"""The actors of a run under Ray: names, metrics, staleness, an adapter, a killed engine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROMPTS = [Prompt(word, (Message("user", f"Tell me about {word}."),)) for word i
 
 @dataclass
 class Bench:
-    """A fleet on the tiny model, with weights through Ray's object store."""
+    """A fleet that trains an adapter of the tiny model, sent through Ray's object store."""
 
     runner: asyncio.Runner
     fleet: Fleet
@@ -60,7 +60,7 @@ def bench(tiny_model: Path, tiny_reward_model: Path) -> Iterator[Bench]:
     config = parse_config(
         RLConfig,
         {
-            "policy": {"model": str(tiny_model), "dtype": "float32"},
+            "policy": {"model": str(tiny_model), "dtype": "float32", "lora": {"rank": 4}},
             "reference": {"dtype": "float32"},
             "reward": {"model": str(tiny_reward_model)},
             "data": {"prompts": ["unused"], "max_prompt_tokens": 64},
@@ -72,6 +72,7 @@ def bench(tiny_model: Path, tiny_reward_model: Path) -> Iterator[Bench]:
                 "max_staleness": 2,
             },
             "rollout": {"dtype": "float32", "max_sequences": 8},
+            "learner": {"learning_rate": 1e-3},
             "cluster": {"weight_transport": "object_store"},
         },
         "test",
@@ -88,12 +89,8 @@ def test_actors_are_named_by_role_and_number_in_a_namespace_of_the_run(bench: Be
     import ray
 
     named = ray.util.list_named_actors(all_namespaces=True)
-    assert {actor["name"] for actor in named} == {
-        "rollout-0",
-        "reward-0",
-        "reference-0",
-        "learner-0",
-    }
+    # A learner that trains an adapter is the reference with it off.
+    assert {actor["name"] for actor in named} == {"rollout-0", "reward-0", "learner-0"}
     assert {actor["namespace"] for actor in named} == {bench.namespace}
     assert bench.namespace.startswith("fleet-")
 
@@ -108,6 +105,10 @@ def test_staleness_two_stays_within_two_and_survives_a_killed_engine(bench: Benc
     assert sum(row["groups/failed"] for row in recorded) == 0
     completions = [c for row in recorded for g in row["groups"] for c in g.rollout.completions]
     assert len(completions) == 6 * 2 * 3
+    # Both engines merged what the learner has, and the adapter, zero at first, moves the policy.
+    assert all(row["weights/probe_gap"] < 1e-3 for row in recorded)
+    assert abs(recorded[0]["kl/mean"]) < 1e-2
+    assert abs(recorded[-1]["kl/mean"]) > 1e-2
 
 
 def test_actors_export_gauges_that_prometheus_can_scrape(bench: Bench) -> None:

@@ -110,6 +110,7 @@ def test_a_run_says_what_it_left_out_learns_and_keeps_the_best(
     assert any((kept[name] - start[name]).abs().max() > 1e-3 for name in start)
 
 
+@pytest.mark.slow
 def test_two_workers_learn_what_one_does(runs: Runs, unbroken: str) -> None:
     process = runs.start("two", "cluster.learner.actors=2", "learner.zero_stage=1")
     _, errors = process.communicate(timeout=400)
