@@ -121,17 +121,21 @@ class LearnerActor(TrainedPolicy):
         self._gauges.set(metrics)
         return StepReport(metrics)
 
-    def entropies(self, groups: Sequence[RolloutGroup]) -> list[tuple[tuple[float, ...], ...]]:
-        """Exact entropies of the current policy at every completion's tokens: for every group a
-        row per completion, in nats. A collective."""
+    def evaluate(self, groups: Sequence[RolloutGroup]) -> list[tuple[GroupLogprobs, GroupLogprobs]]:
+        """Logprobs and exact entropies of the current policy at every completion's tokens: for
+        every group a row per completion of each, in nats. A collective."""
         assert self._update is not None
-        flat = self._update.entropies(
+        flat = self._update.evaluate(
             [group.prompt_token_ids for group in groups for _ in group.completions],
             [completion.token_ids for group in groups for completion in group.completions],
             self._rl.temperature,
         )
         rows = iter(flat)
-        return [tuple(next(rows) for _ in group.completions) for group in groups]
+        found = []
+        for group in groups:
+            logprobs_GT, entropies_GT = zip(*(next(rows) for _ in group.completions), strict=True)
+            found.append((logprobs_GT, entropies_GT))
+        return found
 
     def reference_logprobs(self, groups: Sequence[RolloutGroup]) -> list[GroupLogprobs]:
         """As the reference actor's: the start policy is here, with the adapter off."""

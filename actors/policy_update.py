@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from actors.engine import TrainingEngine
-from models.packing import Row, TokenIds, collate, micro_batches, pack, share_of
+from models.packing import MAX_ROW_TOKENS, Row, TokenIds, collate, micro_batches, pack, share_of
 from rlhf.algorithms import PPO, Algorithm, Share
 from rlhf.config import RLSection
 from rlhf.importance import effective_share, importance_weights
@@ -95,20 +95,23 @@ class PolicyUpdate:
                 first = not norms or (epoch == 0 and known.start_BT is not None)
                 losses = [
                     self._loss(cut, ours, size, rows, live, first, totals)
-                    for rows, live in self._shares(cut.sequences)
+                    for rows, live in self._shares(*_token_ids(cut.sequences))
                 ]
                 norms.append(self._engine.step(losses, step))
         metrics = self._means(totals, settings.epochs)
         return metrics | {"losses/gradient_norm": sum(norms) / len(norms)}
 
-    def entropies(
+    def evaluate(
         self, prompts: Sequence[TokenIds], replies: Sequence[TokenIds], temperature: float
-    ) -> list[tuple[float, ...]]:
-        """Exact entropy of the current policy at every reply token, in nats. A collective."""
-        _, entropy_BT, _ = self._evaluate(prompts, replies, temperature)
+    ) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
+        """Logprob and exact entropy of the current policy at every reply token, in nats; two rows
+        a reply. A collective."""
+        logprobs_BT, entropy_BT, _ = self._evaluate(prompts, replies, temperature)
         return [
-            tuple(row[: len(reply)])
-            for row, reply in zip(entropy_BT.tolist(), replies, strict=True)
+            (tuple(logprobs_T[: len(reply)]), tuple(entropies_T[: len(reply)]))
+            for logprobs_T, entropies_T, reply in zip(
+                logprobs_BT.tolist(), entropy_BT.tolist(), replies, strict=True
+            )
         ]
 
     def _known(self, batch: TrainingBatch, totals: Totals) -> Known:
@@ -128,11 +131,7 @@ class PolicyUpdate:
         critic = isinstance(self._algorithm, PPO)
         several = settings.epochs * settings.mini_batches > 1
         if critic or (several and self._rl.off_policy.weights is not None):
-            start_BT, _, values_BT = self._evaluate(
-                [s.prompt_token_ids for s in sequences],
-                [s.completion_token_ids for s in sequences],
-                batch.temperature,
-            )
+            start_BT, _, values_BT = self._evaluate(*_token_ids(sequences), batch.temperature)
             known = replace(known, start_BT=start_BT)
         if isinstance(self._algorithm, PPO):
             rewards_BT = _padded([s.rewards_T for s in sequences])
@@ -154,7 +153,7 @@ class PolicyUpdate:
         width = max(map(len, replies))
         found_3BT = torch.zeros(3, len(replies), width)
         with torch.no_grad():
-            for rows, live in self._spread(pack(prompts, replies)):
+            for rows, live in self._shares(prompts, replies):
                 packed = collate(rows, self._pad_id, self._engine.device)
                 for place, out_NT in enumerate(self._engine.run(packed, temperature)):
                     if live and out_NT is not None:
@@ -162,13 +161,10 @@ class PolicyUpdate:
                         found_3BT[place, list(packed.indices), : own_NT.shape[1]] = own_NT.cpu()
         return tuple(self._summed(found_3BT))
 
-    def _shares(self, sequences: Sequence[TrainingSequence]) -> list[tuple[list[Row], float]]:
-        rows = pack(
-            [s.prompt_token_ids for s in sequences], [s.completion_token_ids for s in sequences]
-        )
-        return self._spread(rows)
-
-    def _spread(self, rows: Sequence[Row]) -> list[tuple[list[Row], float]]:
+    def _shares(
+        self, prompts: Sequence[TokenIds], replies: Sequence[TokenIds]
+    ) -> list[tuple[list[Row], float]]:
+        rows = pack(prompts, replies, min(MAX_ROW_TOKENS, self._batch_tokens))
         return share_of(micro_batches(rows, self._batch_tokens), self._rank, self._world_size)
 
     def _loss(
@@ -282,6 +278,12 @@ class PolicyUpdate:
         tensor = tensor.to(self._engine.device)
         torch.distributed.all_reduce(tensor)
         return tensor.cpu()
+
+
+def _token_ids(sequences: Sequence[TrainingSequence]) -> tuple[list[TokenIds], list[TokenIds]]:
+    """Prompts and completions."""
+    prompts: list[TokenIds] = [sequence.prompt_token_ids for sequence in sequences]
+    return prompts, [sequence.completion_token_ids for sequence in sequences]
 
 
 def _parts(count: int, parts: int) -> Iterator[slice]:

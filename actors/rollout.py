@@ -207,7 +207,8 @@ class RolloutActor:
 
     def _completion(self, output: Any, seed: int) -> Completion:
         token_ids = tuple(output.token_ids)
-        versions = [int(span.version) for span in output.weight_versions]
+        spans = tuple((int(span.version), span.end - span.start) for span in output.weight_versions)
+        versions = [version for version, _ in spans]
         return Completion(
             token_ids=token_ids,
             text=self._tokenizer.decode(token_ids),
@@ -219,6 +220,7 @@ class RolloutActor:
             oldest_version=min(versions),
             newest_version=max(versions),
             seed=seed,
+            version_spans=spans,
         )
 
     def _report(self, tokens: int) -> None:

@@ -49,7 +49,9 @@ class Completion:
 
     `token_ids` and `rollout_logprobs_T` have the same length T ≥ 1; the end-of-turn token is
     included when the engine sampled it (`finish_reason == "stop"`). `oldest_version` and
-    `newest_version` span the weight versions under which its tokens were sampled.
+    `newest_version` span the weight versions under which its tokens were sampled; `version_spans`
+    say which tokens: (version, how many tokens) in their order, more than one where weights were
+    updated in flight, empty where it is not known.
     """
 
     token_ids: tuple[int, ...]
@@ -59,6 +61,7 @@ class Completion:
     oldest_version: int
     newest_version: int
     seed: int
+    version_spans: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.token_ids or len(self.token_ids) != len(self.rollout_logprobs_T):
@@ -68,6 +71,11 @@ class Completion:
             )
         if self.oldest_version > self.newest_version:
             raise ValueError(f"versions {self.oldest_version}..{self.newest_version} run backwards")
+        spanned = sum(tokens for _, tokens in self.version_spans)
+        if self.version_spans and spanned != len(self.token_ids):
+            raise ValueError(
+                f"version spans of {spanned} tokens in a completion of {len(self.token_ids)}"
+            )
 
     @property
     def length(self) -> int:
@@ -119,14 +127,15 @@ class GroupScores:
 class ScoredGroup:
     """A group with its rewards and the reference model's logprobs (G rows, row g of length T_g).
 
-    `entropies_GT` is the learner's exact entropy at every token, where that is a part of the
-    reward; else empty.
+    `entropies_GT` is the learner's exact entropy at every token, and `learner_logprobs_GT` what it
+    thinks of that token before the step, where either is a part of the reward; else empty.
     """
 
     rollout: RolloutGroup
     scores: GroupScores
     reference_logprobs_GT: tuple[tuple[float, ...], ...]
     entropies_GT: tuple[tuple[float, ...], ...] = ()
+    learner_logprobs_GT: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         lengths = [completion.length for completion in self.rollout.completions]
@@ -134,6 +143,8 @@ class ScoredGroup:
             raise ValueError("reference logprobs do not match the completions' lengths")
         if self.entropies_GT and [len(row) for row in self.entropies_GT] != lengths:
             raise ValueError("entropies do not match the completions' lengths")
+        if self.learner_logprobs_GT and [len(row) for row in self.learner_logprobs_GT] != lengths:
+            raise ValueError("the learner's logprobs do not match the completions' lengths")
         scores = self.scores
         columns = [
             *(scores.rewards_G, scores.disagreement_G, scores.distance_G, scores.shift_G),

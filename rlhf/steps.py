@@ -29,9 +29,10 @@ def training_batch(
 ) -> TrainingBatch:
     """What a step trains on: completions with credit, from penalised rewards.
 
-    Failed groups, completions that the algorithm gives no credit and (with `mask_shifted`) those
-    flagged for domain shift are left out; nothing is refilled. Credit is given over all first, so
-    that leaving a completion out does not change its siblings' baseline.
+    Failed groups, completions that the algorithm gives no credit (unless the loss has a term of
+    its own for them) and, with `mask_shifted`, those flagged for domain shift are left out; nothing
+    is refilled. Credit is given over all first, so that leaving a completion out does not change
+    its siblings' baseline.
     """
     scored = [group for group in groups if isinstance(group, ScoredGroup)]
     empty = TrainingBatch(
@@ -47,10 +48,7 @@ def training_batch(
     terms_PGT = [_token_terms(group, settings) for group in scored]
     credit = algorithm_of(settings.algorithm).credit(_with_terms(shaped_PG, terms_PGT))
     by_token = isinstance(settings.algorithm, PPOSection)
-    # A term beside the algorithm's own loss is a mean over all of the policy's completions, with
-    # credit or without.
-    beside = settings.kl.place == "loss" or settings.entropy.place == "reward"
-    trained_PG = credit.trained_PG | beside
+    trained_PG = credit.trained_PG | _loss_has_a_term_beside(settings)
     sequences = [
         TrainingSequence(
             group.rollout.prompt_token_ids,
@@ -81,6 +79,22 @@ def training_batch(
         if trained and not (mask_shifted and shifted)
     ]
     return replace(empty, sequences=tuple(sequences))
+
+
+def _loss_has_a_term_beside(settings: RLSection) -> bool:
+    """A KL or an entropy beside the algorithm's own loss: a mean over all of the policy's
+    completions, with credit or without. `cem` takes its entropy over the elite alone."""
+    kl = settings.kl.place == "loss" and settings.kl.coefficient > 0
+    entropy = settings.entropy.coefficient > 0 and settings.algorithm.type != "cem"
+    return kl or entropy
+
+
+def rewards_ask_the_learner(settings: RLSection) -> bool:
+    """Whether something in the reward is the learner's own, before the step: its entropies, or,
+    where weights make completions those of the learner, the KL of the learner."""
+    entropy = settings.entropy.place == "reward" and settings.entropy.coefficient > 0
+    weighed = settings.off_policy.weights is not None
+    return entropy or (weighed and settings.kl.place == "reward" and settings.kl.coefficient > 0)
 
 
 def step_metrics(
@@ -150,16 +164,17 @@ def _token_terms(group: ScoredGroup, settings: RLSection) -> list[list[float]]:
     """What is added to the reward of every token of every completion: less the KL penalty, plus the
     entropy, each where it is in the reward."""
     terms_GT = [[0.0] * completion.length for completion in group.rollout.completions]
-    if settings.kl.place == "reward":
-        for terms_T, completion, reference_T in zip(
-            terms_GT, group.rollout.completions, group.reference_logprobs_GT, strict=True
+    if settings.kl.place == "reward" and settings.kl.coefficient:
+        # Of whom the completions count for: the engine that sampled, with weights the learner.
+        policy_GT = group.learner_logprobs_GT
+        if settings.off_policy.weights is None:
+            policy_GT = tuple(c.rollout_logprobs_T for c in group.rollout.completions)
+        for terms_T, policy_T, reference_T in zip(
+            terms_GT, policy_GT, group.reference_logprobs_GT, strict=True
         ):
             coefficient = settings.kl.coefficient
             terms_T[:] = [
-                -penalty
-                for penalty in token_penalties(
-                    completion.rollout_logprobs_T, reference_T, coefficient
-                )
+                -penalty for penalty in token_penalties(policy_T, reference_T, coefficient)
             ]
     if settings.entropy.place == "reward" and settings.entropy.coefficient:
         for terms_T, entropies_T in zip(terms_GT, group.entropies_GT, strict=True):

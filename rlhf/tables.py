@@ -25,6 +25,9 @@ SCORE_FIELDS = [
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 """A conversation."""
 
+VERSION_SPANS = pa.list_(pa.struct([("version", pa.int32()), ("tokens", pa.int32())]))
+"""Which weights sampled which tokens, in their order."""
+
 ROLLOUT_SCHEMA = pa.schema(
     [
         ("step", pa.int32()),
@@ -42,6 +45,7 @@ ROLLOUT_SCHEMA = pa.schema(
         ("seed", pa.int64()),
         ("oldest_version", pa.int32()),
         ("newest_version", pa.int32()),
+        ("version_spans", VERSION_SPANS),
         ("learner_version", pa.int32()),
         *SCORE_FIELDS,
         ("data_shift", pa.bool_()),
@@ -93,6 +97,10 @@ def rollout_table(
                     "seed": completion.seed,
                     "oldest_version": completion.oldest_version,
                     "newest_version": completion.newest_version,
+                    "version_spans": [
+                        {"version": version, "tokens": tokens}
+                        for version, tokens in completion.version_spans
+                    ],
                     "learner_version": learner_version,
                     "rewards": [member[sibling] for member in group.scores.rewards_KG],
                     "reward": group.scores.rewards_G[sibling],

@@ -286,19 +286,21 @@ class Fleet:
         await self._until_alive(handle, name)
         return await self._call(getattr(handle, method).remote(*arguments), name)
 
-    async def with_entropies(
+    async def evaluated(
         self, groups: Sequence[ScoredGroup | FailedGroup]
     ) -> list[ScoredGroup | FailedGroup]:
-        """The groups with the current policy's entropies at every token, where they have any."""
+        """The groups with what the current policy thinks of every token: logprobs and entropies."""
         rollouts = [group.rollout for group in groups if isinstance(group, ScoredGroup)]
         if not rollouts:
             return list(groups)
         async with self.turns.take():
-            found = iter((await self._on_learners("entropies", rollouts))[0])
-        return [
-            replace(group, entropies_GT=next(found)) if isinstance(group, ScoredGroup) else group
-            for group in groups
-        ]
+            found = iter((await self._on_learners("evaluate", rollouts))[0])
+
+        def evaluated(group: ScoredGroup) -> ScoredGroup:
+            logprobs_GT, entropies_GT = next(found)
+            return replace(group, learner_logprobs_GT=logprobs_GT, entropies_GT=entropies_GT)
+
+        return [evaluated(group) if isinstance(group, ScoredGroup) else group for group in groups]
 
     async def learn(self, batch: TrainingBatch, step: int) -> StepReport:
         """One step on every rank, of one optimiser step or several."""

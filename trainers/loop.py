@@ -38,7 +38,7 @@ from rlhf.records import (
 )
 from rlhf.seeding import derive_seed
 from rlhf.steering import steered
-from rlhf.steps import step_metrics, training_batch
+from rlhf.steps import rewards_ask_the_learner, step_metrics, training_batch
 
 Group = ScoredGroup | FailedGroup
 
@@ -57,7 +57,7 @@ class Actors(Protocol):
         self, groups: Sequence[RolloutGroup]
     ) -> list[ScoredGroup | GenerationError]: ...
 
-    async def with_entropies(self, groups: Sequence[Group]) -> list[Group]: ...
+    async def evaluated(self, groups: Sequence[Group]) -> list[Group]: ...
 
     async def learn(self, batch: TrainingBatch, step: int) -> StepReport: ...
 
@@ -157,8 +157,8 @@ class Loop:
             started, settings = time.monotonic(), self._rl
             taken = await self._buffer.take(timeout_s=self._patience_s)
             groups = [produced.group for produced in taken]
-            if settings.entropy.place == "reward" and settings.entropy.coefficient:
-                groups = await self._actors.with_entropies(groups)
+            if rewards_ask_the_learner(settings):
+                groups = await self._actors.evaluated(groups)
             batch = training_batch(groups, settings, mask_shifted=masked)
             learning = time.monotonic()
             report = await self._actors.learn(batch, step)

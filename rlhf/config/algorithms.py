@@ -340,45 +340,42 @@ class RLSection(Section):
         )
 
     @model_validator(mode="after")
-    def _kl_in_the_loss_needs_its_own_samples(self) -> Self:
-        if self.kl.place == "loss" and self.max_staleness > 0:
-            raise ValueError(
-                f'rl.kl.place = "loss" with rl.max_staleness = {self.max_staleness}: the term is a '
-                "mean over the policy's own completions, and stale ones are not; set "
-                'rl.kl.place = "reward"'
-            )
+    def _terms_beside_the_loss_need_their_own_samples(self) -> Self:
         passes = self.algorithm.epochs * self.algorithm.mini_batches
-        if self.kl.place == "loss" and passes > 1:
-            raise ValueError(
-                f'rl.kl.place = "loss" with rl.algorithm.epochs = {self.algorithm.epochs} and '
-                f"rl.algorithm.mini_batches = {self.algorithm.mini_batches}: the term is a mean "
-                "over the policy's own completions, and after the first optimiser step they are "
-                'not; set both to 1, or rl.kl.place = "reward"'
-            )
-        if self.kl.place == "loss" and self.algorithm.type == "cem":
-            raise ValueError(
-                'rl.kl.place = "loss" with rl.algorithm.type = "cem": the term is a mean over the '
-                'policy\'s own completions, and the elite is not; set rl.kl.place = "reward"'
-            )
+        for name, place, other in (("kl", "loss", "reward"), ("entropy", "reward", "loss")):
+            # Both have a part beside the algorithm's loss that is exact on policy alone. An entropy
+            # in the loss claims no such thing.
+            if getattr(self, name).place != place:
+                continue
+            here, remedy = f'rl.{name}.place = "{place}"', f'rl.{name}.place = "{other}"'
+            if self.max_staleness > 0:
+                raise ValueError(
+                    f"{here} with rl.max_staleness = {self.max_staleness}: the term beside the "
+                    "loss is a mean over the policy's own completions, and stale ones are not; set "
+                    f"{remedy}"
+                )
+            if passes > 1:
+                raise ValueError(
+                    f"{here} with rl.algorithm.epochs = {self.algorithm.epochs} and "
+                    f"rl.algorithm.mini_batches = {self.algorithm.mini_batches}: the term beside "
+                    "the loss is a mean over the policy's own completions, and after the first "
+                    f"optimiser step they are not; set both to 1, or {remedy}"
+                )
+            if self.algorithm.type == "cem":
+                raise ValueError(
+                    f'{here} with rl.algorithm.type = "cem": the term beside the loss is a mean '
+                    f"over the policy's own completions, and the elite is not; set {remedy}"
+                )
         return self
 
     @model_validator(mode="after")
     def _ratios_need_the_sampled_distribution(self) -> RLSection:
-        if self.top_p < 1:
-            what = "the KL to the reference" if self.algorithm.type == "cem" else "a ratio loss"
+        cem = self.algorithm.type == "cem"
+        if self.top_p < 1 and not (cem and self.kl.coefficient == 0):
+            what = "the KL to the reference" if cem else "a ratio loss"
             raise ValueError(
                 f"rl.top_p = {self.top_p} with {what}: the engine samples from a truncated "
                 "distribution that the learner's logprobs do not describe; set rl.top_p = 1"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _entropy_in_the_reward_is_the_policys_own(self) -> Self:
-        if self.entropy.place == "reward" and self.algorithm.type == "cem":
-            raise ValueError(
-                'rl.entropy.place = "reward" with rl.algorithm.type = "cem": the term beside the '
-                "loss is a mean over the policy's own completions, and the elite is not; set "
-                'rl.entropy.place = "loss"'
             )
         return self
 
@@ -391,6 +388,11 @@ class RLSection(Section):
             raise ValueError(
                 f'rl.completions_per_prompt = 1 with rl.algorithm.type = "{kind}": it compares '
                 "completions of the same prompt; draw at least 2"
+            )
+        if alone and self.prompts_per_step == 1 and kind != "ppo":
+            raise ValueError(
+                "rl.completions_per_prompt = 1 with rl.prompts_per_step = 1: "
+                f'rl.algorithm.type = "{kind}" compares the completions of a step; draw at least 2'
             )
         return self
 

@@ -165,11 +165,19 @@ class RLConfig(LoopConfig):
         return self.policy.lora is not None and self.reference.model is None
 
     @model_validator(mode="after")
-    def _kl_in_the_loss_holds_all_completions(self) -> RLConfig:
-        if self.rl.kl.place == "loss" and self.reward.domain_shift.response == "mask":
+    def _terms_beside_the_loss_hold_all_completions(self) -> RLConfig:
+        if self.reward.domain_shift.response != "mask":
+            return self
+        if self.rl.kl.place == "loss":
             raise ValueError(
                 'rl.kl.place = "loss" with reward.domain_shift.response = "mask": those furthest '
                 'out would be the ones that nothing pulls back; set rl.kl.place = "reward"'
+            )
+        if self.rl.entropy.place == "reward":
+            raise ValueError(
+                'rl.entropy.place = "reward" with reward.domain_shift.response = "mask": the term '
+                "beside the loss is a mean over all of the policy's completions, and those that "
+                'are masked would be missing; set rl.entropy.place = "loss"'
             )
         return self
 

@@ -82,7 +82,7 @@ groups = [
     )
     for s in sequences
 ]
-entropies = actor.entropies(groups)
+evaluated = actor.evaluate(groups)
 probe = actor.probe()
 manifest = actor.export_weights(3)
 references = actor.reference_logprobs(groups) if case == "adapter" else None
@@ -92,7 +92,7 @@ if rank == 0:
     assert manifest.version == 3 and Path(manifest.location).is_file()
     (out / "reports.json").write_text(json.dumps([report.metrics for report in reports]))
     (out / "probe.json").write_text(json.dumps(probe.logprobs))
-    (out / "entropies.json").write_text(json.dumps(entropies))
+    (out / "evaluated.json").write_text(json.dumps(evaluated))
     if gradients:
         save_file(gradients[0], out / "gradients.safetensors")
     (out / "references.json").write_text(json.dumps(references))
@@ -265,11 +265,14 @@ def require_the_same(
             assert double[key] == pytest.approx(single[key], rel=1e-3, abs=1e-5), key
     probes = [json.loads((out / "probe.json").read_text()) for out in both]
     assert probes[0] == pytest.approx(probes[1], abs=1e-4)
-    entropies = [json.loads((out / "entropies.json").read_text()) for out in both]
-    for one_group, two_group in zip(*entropies, strict=True):
-        assert [len(row) for row in one_group][1] == 4
-        for one_row, two_row in zip(one_group, two_group, strict=True):
-            assert one_row == pytest.approx(two_row, abs=1e-4)
+    evaluated = [json.loads((out / "evaluated.json").read_text()) for out in both]
+    for one_group, two_group in zip(*evaluated, strict=True):
+        logprobs, entropies = one_group
+        assert [len(row) for row in logprobs][1] == [len(row) for row in entropies][1] == 4
+        assert max(map(max, logprobs)) < 0 < min(map(min, entropies))
+        for one_rows, two_rows in zip(one_group, two_group, strict=True):
+            for one_row, two_row in zip(one_rows, two_rows, strict=True):
+                assert one_row == pytest.approx(two_row, abs=1e-4)
     return list(reports[0])
 
 

@@ -192,7 +192,7 @@ def test_an_interrupted_run_ends_cleanly(runs: Runs, unbroken: str) -> None:
 
 @pytest.mark.slow
 def test_a_critic_and_a_reward_of_ones_own_in_a_run_that_is_not_waited_for(runs: Runs) -> None:
-    """PPO on stale completions, with weights and with the entropy in the reward."""
+    """PPO on stale completions, with weights and so the learner's own KL in the reward."""
     (runs.folder / "own_rewards.py").write_text(
         "def length(prompts, completions):\n"
         "    return [float(completion.length) for completion in completions]\n"
@@ -201,7 +201,7 @@ def test_a_critic_and_a_reward_of_ones_own_in_a_run_that_is_not_waited_for(runs:
         "critic",
         *("deterministic=false", "rl.max_staleness=1", "rl.num_steps=3"),
         *("rl.algorithm.type=ppo", "rl.algorithm.epochs=2", "rl.off_policy.weights=token"),
-        *("rl.entropy.place=reward", "rl.entropy.coefficient=0.01"),
+        "rl.entropy.coefficient=0.01",
         "rl.rewards=[{name='length', function='own_rewards:length', weight=-0.1}]",
     )
     _, errors = process.communicate(timeout=400)

@@ -346,6 +346,28 @@ def test_an_override_without_key_or_value_is_refused(refusal, override):
             )
             for kind in ("grpo", "rloo", "gspo", "cem")
         ),
+        *(
+            (
+                ["rl.completions_per_prompt=1", "rl.prompts_per_step=1", *kind],
+                ["rl.completions_per_prompt = 1", "rl.prompts_per_step = 1"],
+            )
+            for kind in (
+                ["rl.algorithm.type=reinforce_pp"],
+                ["rl.algorithm.type=cem", "rl.algorithm.elite_of=batch"],
+            )
+        ),
+        (
+            ["rl.entropy.place=reward", "rl.max_staleness=2"],
+            ['rl.entropy.place = "reward"', "rl.max_staleness = 2"],
+        ),
+        (
+            ["rl.entropy.place=reward", "rl.algorithm.type=ppo"],
+            ['rl.entropy.place = "reward"', "rl.algorithm.epochs = 4"],
+        ),
+        (
+            ["rl.entropy.place=reward", "reward.domain_shift.response=mask"],
+            ['rl.entropy.place = "reward"', 'reward.domain_shift.response = "mask"'],
+        ),
         (
             ["rl.entropy.place=reward", "rl.algorithm.type=cem"],
             ['rl.entropy.place = "reward"', 'rl.algorithm.type = "cem"'],
@@ -433,6 +455,10 @@ def test_nccl_needs_a_whole_gpu_on_both_ends(refusal, overrides):
         ["rl.kl.place=loss", "rl.kl.estimator=k3"],
         ["rl.kl.place=loss", "rl.algorithm.type=gspo"],
         ["rl.algorithm.elite_share=0.5", "rl.algorithm.type=cem"],
+        ["rl.top_p=0.9", "rl.algorithm.type=cem", "rl.kl.coefficient=0"],
+        ["rl.completions_per_prompt=1", "rl.algorithm.type=reinforce_pp"],
+        ["rl.completions_per_prompt=1", "rl.prompts_per_step=1", "rl.algorithm.type=ppo"],
+        ["rl.entropy.place=reward", "rl.algorithm.type=ppo", "rl.algorithm.epochs=1"],
         ["rl.algorithm.type=grpo", "rl.algorithm.divide_by_deviation=false"],
         ["cluster.learner.actors=2"],
         ["rollout.keep_cache=true", "rl.max_staleness=1"],

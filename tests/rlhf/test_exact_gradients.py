@@ -24,39 +24,26 @@ from rlhf.config import (
 from rlhf.importance import importance_weights
 from rlhf.kl import kl_in_the_loss, token_penalties
 from rlhf.losses import BatchSize, entropy_from_logits, reduce_tokens
-
-VOCABULARY, TOKENS = 2, 2
-STOP = 0
-"""Ends a completion, so that they differ in length: (0), (1, 0), (1, 1)."""
-COMPLETIONS = [(STOP,), (1, STOP), (1, 1)]
-REWARDS = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
-REFERENCE = torch.tensor([[0.1, -0.2], [0.4, 0.0]], dtype=torch.float64)
+from tests.tabular import (
+    COMPLETIONS,
+    ENGINE,
+    LOGITS,
+    REFERENCE,
+    REWARDS,
+    STOP,
+    TOKENS,
+    exactly,
+    gradient,
+    kl_to_the_reference,
+    mean_reward,
+    probabilities,
+    token_logprobs,
+)
 
 
 @pytest.fixture
 def logits() -> Tensor:
-    """One row of logits for each prefix: () and (1)."""
-    return torch.tensor([[0.5, -0.3], [-0.2, 0.9]], dtype=torch.float64, requires_grad=True)
-
-
-def token_logprobs(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Logprobs (3, T) of every completion's tokens, padded, and their mask."""
-    table = torch.log_softmax(logits, dim=1)
-    zero = torch.zeros((), dtype=torch.float64)
-    rows = [[table[t, token] for t, token in enumerate(tokens)] for tokens in COMPLETIONS]
-    padded = torch.stack([torch.stack([*row, zero][:TOKENS]) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (TOKENS - len(row)) for row in rows])
-    return padded, mask.double()
-
-
-def probabilities(logits: Tensor) -> Tensor:
-    padded, mask = token_logprobs(logits)
-    return (padded * mask).sum(dim=1).exp()
-
-
-def gradient(objective: Tensor, logits: Tensor) -> Tensor:
-    [found] = torch.autograd.grad(objective, logits)
-    return found
+    return LOGITS.clone().requires_grad_()
 
 
 def expected_update(
@@ -92,11 +79,6 @@ def expected_update(
     return total
 
 
-def exactly(found: Tensor, wanted: Tensor) -> None:
-    assert wanted.abs().max() > 1e-3
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
-
-
 def penalties(logits: Tensor, coefficient: float) -> Tensor:
     """The KL penalty of every completion's tokens, (3, T)."""
     (policy, mask), (reference, _) = token_logprobs(logits.detach()), token_logprobs(REFERENCE)
@@ -105,10 +87,6 @@ def penalties(logits: Tensor, coefficient: float) -> Tensor:
         for own, held in zip(policy.tolist(), reference.tolist(), strict=True)
     ]
     return torch.tensor(rows, dtype=torch.float64) * mask
-
-
-def mean_reward(logits: Tensor, rewards: Tensor = REWARDS) -> Tensor:
-    return (probabilities(logits) * rewards).sum()
 
 
 # A group of equal rewards is left out; its credit would be zero, so the sum is the same. The
@@ -144,12 +122,10 @@ def test_grpo_with_two_completions_climbs_the_share_of_wins(logits):
 @pytest.mark.parametrize("coefficient", [0.1, 1.0])
 def test_k1_in_the_reward_climbs_reward_minus_kl(logits, coefficient):
     penalised = REWARDS - penalties(logits, coefficient).sum(dim=1)
-    reference = probabilities(REFERENCE)
     settings = RLOOSection(type="rloo", **CONSTANT)
     found = TOKENS * expected_update(logits, settings, 2, penalised)
-    held = probabilities(logits)
-    kl = (held * (held.log() - reference.log())).sum()
-    exactly(found, gradient(mean_reward(logits) - coefficient * kl, logits))
+    wanted = mean_reward(logits) - coefficient * kl_to_the_reference(logits)
+    exactly(found, gradient(wanted, logits))
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
@@ -171,8 +147,7 @@ def test_the_kl_in_the_loss_descends_the_kl(logits, estimator):
         found += held[a] * held[b] * TOKENS * gradient(term, logits)
         padded, mask = token_logprobs(logits)
         value += float(held[a] * held[b] * term.detach())
-    chances, wanted = probabilities(logits), probabilities(REFERENCE)
-    kl = (chances * (chances.log() - wanted.log())).sum()
+    wanted, kl = probabilities(REFERENCE), kl_to_the_reference(logits)
     exactly(found, gradient(kl, logits))
     if estimator == "k3":
         # Its mean is the KL itself, token by token.
@@ -304,9 +279,8 @@ def test_ppo_that_looks_ahead_to_the_end_climbs_reward_minus_kl_whatever_its_cri
 ):
     rewards = at_the_end(REWARDS) - penalties(logits, coefficient)
     found = expected_ppo_update(logits, rewards, gae_lambda=1.0)
-    held, reference = probabilities(logits), probabilities(REFERENCE)
-    kl = (held * (held.log() - reference.log())).sum()
-    exactly(found, gradient(mean_reward(logits) - coefficient * kl, logits))
+    wanted = mean_reward(logits) - coefficient * kl_to_the_reference(logits)
+    exactly(found, gradient(wanted, logits))
 
 
 def test_ppo_that_trusts_its_critic_after_a_token_climbs_what_the_critic_believes(logits):
@@ -339,14 +313,14 @@ def test_the_entropy_in_the_reward_climbs_the_entropy_of_whole_completions(logit
 
 
 NEVER = 1e9
-ENGINE = torch.tensor([[-0.4, 0.3], [0.8, 0.1]], dtype=torch.float64)
-"""The policy that sampled, where it is another one."""
 
 
-def expected_stale_update(logits: Tensor, **settings: object) -> Tensor:
-    """Expected update where the engine's policy samples and weights make up for it."""
+def expected_stale_update(
+    logits: Tensor, low: float = 0.2, high: float = 0.2, **settings: object
+) -> Tensor:
+    """Expected update where the engine's policy samples; weights or the ratio make up for it."""
     off_policy = OffPolicySection(**settings)
-    algorithm = algorithm_of(RLOOSection(type="rloo", **CONSTANT))
+    algorithm = algorithm_of(RLOOSection(type="rloo", clip_low=low, clip_high=high, **CONSTANT))
     padded, mask = token_logprobs(logits)
     sampled, _ = token_logprobs(ENGINE)
     chances = probabilities(ENGINE)
@@ -392,6 +366,32 @@ def test_cut_weights_give_the_learner_no_more_than_so_many_times_what_was_sample
             weight = min(held[one] / sampled[one], 1.1) * sampled[a] * sampled[b] / 2
             wanted += weight * credit * gradient(probabilities(logits).log()[one], logits)
     exactly(found, wanted)
+
+
+def test_without_weights_the_ratio_leaves_the_prefixes_to_the_sampler_as_those_of_tokens_do(logits):
+    found = expected_stale_update(logits, 0.999, NEVER)
+    exactly(found, expected_stale_update(logits, weights="token", truncate=NEVER))
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.2, 0.2), (0.6, 1.1)])
+def test_clipping_leaves_out_tokens_that_are_already_beyond_where_their_credit_pushes(
+    logits, low, high
+):
+    # The bias: less the tokens whose ratio is out of the range on that side.
+    found = expected_stale_update(logits, low, high)
+    (padded, _), (sampled, _) = token_logprobs(logits), token_logprobs(ENGINE)
+    ratios, chances = (padded - sampled).exp().detach(), probabilities(ENGINE)
+    bias, left_out = torch.zeros_like(logits), 0
+    for one, other in product(range(3), repeat=2):
+        credit = REWARDS[one] - REWARDS[other]
+        for t in range(len(COMPLETIONS[one])):
+            ratio = float(ratios[one, t])
+            if (credit > 0 and ratio > 1 + high) or (credit < 0 and ratio < 1 - low):
+                slope = gradient(token_logprobs(logits)[0][one, t], logits)
+                bias -= chances[one] * chances[other] * credit * ratio * slope
+                left_out += 1
+    assert left_out
+    exactly(found - expected_stale_update(logits, 0.999, NEVER), bias)
 
 
 def centred_by_too_many(rewards_PG: Tensor) -> Tensor:

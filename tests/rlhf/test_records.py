@@ -28,6 +28,11 @@ def test_versions_do_not_run_backwards(make):
         make.completion(oldest_version=3, newest_version=2)
 
 
+def test_version_spans_hold_every_token(make):
+    with pytest.raises(ValueError, match="version spans of 3 tokens in a completion of 2"):
+        make.completion(length=2, version_spans=((0, 1), (1, 2)))
+
+
 def test_the_length_of_a_completion_is_its_tokens(make):
     assert make.completion(length=5).length == 5
 

@@ -11,7 +11,13 @@ TEXT = "What a great question, naïve 🐈!\n"
 def table(make, tmp_path):
     """A scored and a failed group, written to Parquet and read back."""
     completions = (
-        make.completion(length=3, text=TEXT, seed=2**31 - 1, newest_version=2),
+        make.completion(
+            length=3,
+            text=TEXT,
+            seed=2**31 - 1,
+            newest_version=2,
+            version_spans=((0, 1), (2, 2)),
+        ),
         make.completion(
             length=1, text="", finish_reason="length", oldest_version=2, newest_version=2
         ),
@@ -52,6 +58,7 @@ def test_a_completion_survives_parquet_with_its_versions_rewards_and_flags(table
         "seed": 2**31 - 1,
         "oldest_version": 0,
         "newest_version": 2,
+        "version_spans": [{"version": 0, "tokens": 1}, {"version": 2, "tokens": 2}],
         "learner_version": 3,
         "rewards": [0.5, 0.5],
         "reward": 0.5,

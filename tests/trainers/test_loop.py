@@ -128,14 +128,15 @@ class FakeActors:
         scores = GroupScores((rewards,), rewards, zeros, zeros, zeros, shifted, shifted, "r1")
         return ScoredGroup(group, scores, ((-0.6, -0.6),) * size)
 
-    async def with_entropies(self, groups: Groups) -> list[ScoredGroup | FailedGroup]:
-        self.events.append(("entropies", len(groups)))
+    async def evaluated(self, groups: Groups) -> list[ScoredGroup | FailedGroup]:
+        self.events.append(("evaluated", len(groups)))
         await self._work()
+        own = {
+            "entropies_GT": ((0.5, 1.5),) * SIBLINGS,
+            "learner_logprobs_GT": ((-0.2, -0.6),) * SIBLINGS,
+        }
         return [
-            replace(group, entropies_GT=((0.5, 1.5),) * SIBLINGS)
-            if isinstance(group, ScoredGroup)
-            else group
-            for group in groups
+            replace(group, **own) if isinstance(group, ScoredGroup) else group for group in groups
         ]
 
     async def learn(self, batch: TrainingBatch, step: int) -> StepReport:
@@ -184,19 +185,31 @@ def staleness_of(actors: FakeActors) -> list[int]:
     ]
 
 
-def test_entropies_are_asked_for_only_where_they_are_in_the_reward():
-    assert "entropies" not in kinds(run(config()).events)
-    settings = config(
-        rl={"entropy": {"place": "reward", "coefficient": 0.5}, "algorithm": {"type": "ppo"}}
-    )
-    actors = run(settings)
-    asked = [place for place, event in enumerate(actors.events) if event[0] == "entropies"]
+ONE_PASS = {"type": "ppo", "epochs": 1}
+
+
+def asked_for_before_every_step(actors):
+    asked = [place for place, event in enumerate(actors.events) if event[0] == "evaluated"]
     learnt = [place for place, event in enumerate(actors.events) if event[0] == "learn"]
     assert len(asked) == len(learnt) == 4
-    assert all(before < after for before, after in zip(asked, learnt, strict=True))
+    return all(before < after for before, after in zip(asked, learnt, strict=True))
+
+
+def test_the_learner_is_asked_only_where_its_own_is_in_the_reward():
+    assert "evaluated" not in kinds(run(config()).events)
+    entropy = {"place": "reward", "coefficient": 0.5}
+    actors = run(config(rl={"entropy": entropy, "algorithm": ONE_PASS}))
+    assert asked_for_before_every_step(actors)
     # Half of 0.5 and 1.5, less the KL of 0.02 times 0.1, plus rewards of 0 and 1 at the end.
     rewards = [sequence.rewards_T for sequence in actors.batches[0].sequences[:2]]
     assert rewards == [pytest.approx((0.248, 0.748)), pytest.approx((0.248, 1.748))]
+    # With weights the KL is the learner's own: 0.02 times 0.4 and 0.
+    actors = run(config(rl={"off_policy": {"weights": "token"}, "algorithm": ONE_PASS}))
+    assert asked_for_before_every_step(actors)
+    rewards = [sequence.rewards_T for sequence in actors.batches[0].sequences[:2]]
+    assert rewards == [pytest.approx((-0.008, 0.0)), pytest.approx((-0.008, 1.0))]
+    without = {"off_policy": {"weights": "token"}, "kl": {"coefficient": 0.0}}
+    assert "evaluated" not in kinds(run(config(rl=without | {"algorithm": ONE_PASS})).events)
 
 
 # The dial
