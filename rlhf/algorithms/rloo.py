@@ -1,7 +1,9 @@
 """RLOO: each completion against the mean of its siblings.
 
 Ahmadian et al. (2024), Back to Basics, equation 8; Kool et al. (2019). Unbiased, since the baseline
-does not contain the sample.
+does not contain the sample. There a completion is one action: `ratio = "completion"`. A ratio for
+each token, the default, is clipped less often, and with completions of another sampler leaves their
+prefixes to it.
 """
 
 from __future__ import annotations
@@ -10,8 +12,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rlhf.algorithms.base import ClippedRatio, Credit, require_groups, within_groups
+from rlhf.algorithms.base import ClippedRatio, Credit, Share, require_groups, within_groups
 from rlhf.config import RLOOSection
+from rlhf.losses import PolicyLoss
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,29 @@ class RLOO(ClippedRatio):
     def credit(self, rewards_PG: Tensor) -> Credit:
         """Reward minus the mean of the others."""
         return within_groups(leave_one_out(rewards_PG), rewards_PG)
+
+    def loss(self, share: Share) -> PolicyLoss:
+        """The clipped surrogate, of tokens or of whole completions."""
+        if self.settings.ratio == "token":
+            return ClippedRatio.loss(self, share)
+        padding_BT = share.mask_BT == 0
+
+        def whole_B1(logprobs_BT: Tensor) -> Tensor:
+            return logprobs_BT.masked_fill(padding_BT, 0.0).sum(dim=1, keepdim=True)
+
+        found = ClippedRatio.loss(
+            self,
+            Share(
+                whole_B1(share.policy_logprobs_BT),
+                whole_B1(share.old_logprobs_BT),
+                # The same for all tokens of a completion.
+                share.credit_BT[:, :1],
+                share.mask_BT.amax(dim=1, keepdim=True),
+                share.size,
+            ),
+        )
+        ratio_BT = found.ratio_BT.expand(padding_BT.shape)
+        return PolicyLoss(found.loss, ratio_BT, found.clipped_BT & ~padding_BT)
 
 
 def leave_one_out(rewards_PG: Tensor) -> Tensor:

@@ -67,6 +67,19 @@ class RLOOSection(ClippedSection):
 
     type: Literal["rloo"]
     """This algorithm."""
+    ratio: Literal["token", "completion"] = "token"
+    """What has a ratio, and is clipped by it: every token, or, as published, the completion as one
+    action."""
+
+    @model_validator(mode="after")
+    def _completions_are_divided_by_a_constant(self) -> Self:
+        if self.ratio == "completion" and self.normalisation != "constant":
+            raise ValueError(
+                'rl.algorithm.ratio = "completion" with rl.algorithm.normalisation = '
+                f'"{self.normalisation}": there are no ratios of tokens to take a mean of; set '
+                'normalisation = "constant"'
+            )
+        return self
 
 
 class ReinforcePPSection(ClippedSection):
@@ -404,10 +417,13 @@ class RLSection(Section):
                 f'rl.off_policy.weights = "{weights}" with rl.algorithm.type = "cem": the elite is '
                 "what is wanted, whoever sampled it; leave them out"
             )
-        if weights == "token" and kind == "gspo":
+        whole = {"gspo": 'rl.algorithm.type = "gspo"'}
+        if isinstance(self.algorithm, RLOOSection) and self.algorithm.ratio == "completion":
+            whole["rloo"] = 'rl.algorithm.ratio = "completion"'
+        if weights == "token" and kind in whole:
             raise ValueError(
-                'rl.off_policy.weights = "token" with rl.algorithm.type = "gspo": its ratio is of '
-                'whole completions; set weights = "sequence"'
+                f'rl.off_policy.weights = "token" with {whole[kind]}: the ratio is of whole '
+                'completions; set weights = "sequence"'
             )
         return self
 

@@ -239,8 +239,9 @@ def test_advantages_agree_with_trl(trl, case, settings, dtype, atol):
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
-def test_gspo_agrees_with_trl(trl, dtype, atol):
-    case = trl["cases"]["loss_grpo_sequence"]
+@pytest.mark.parametrize("kind", ["gspo", "rloo"])
+def test_losses_of_whole_completions_agree_with_trl(trl, kind, dtype, atol):
+    case = trl["cases"]["loss_grpo_sequence" if kind == "gspo" else "loss_rloo"]
     mask = torch.tensor(trl["inputs"]["completion_mask"])
     policy = torch.tensor(trl["inputs"]["policy_logprobs"], dtype=dtype, requires_grad=True)
     clips = {f"clip_{side}": case["settings"][key] for side, key in CLIPS.items()}
@@ -251,9 +252,15 @@ def test_gspo_agrees_with_trl(trl, dtype, atol):
         mask,
         BatchSize(len(mask), int(mask.sum()), 8),
     )
-    found = algorithm_of(GSPOSection(type="gspo", **clips)).loss(share)
-    found.loss.backward()
-    assert found.loss.item() == pytest.approx(case["loss"], abs=atol)
+    if kind == "gspo":
+        settings, factor = GSPOSection(type="gspo", **clips), 1
+    else:
+        # TRL's is a mean over completions, here over completions times the tokens they may have.
+        whole = {"ratio": "completion", "normalisation": "constant"}
+        settings, factor = RLOOSection(type="rloo", **whole, **clips), share.size.max_tokens
+    found = algorithm_of(settings).loss(share)
+    (factor * found.loss).backward()
+    assert factor * found.loss.item() == pytest.approx(case["loss"], abs=atol)
     expected = torch.tensor(case["grad_policy_logprobs"], dtype=dtype)
     torch.testing.assert_close(policy.grad, expected, rtol=0, atol=atol)
     assert found.clipped_BT.any()

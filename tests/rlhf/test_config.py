@@ -357,6 +357,19 @@ def test_an_override_without_key_or_value_is_refused(refusal, override):
             )
         ),
         (
+            ["rl.algorithm.type=rloo", "rl.algorithm.ratio=completion"],
+            ['rl.algorithm.ratio = "completion"', 'rl.algorithm.normalisation = "token"'],
+        ),
+        (
+            [
+                "rl.algorithm.type=rloo",
+                "rl.algorithm.ratio=completion",
+                "rl.algorithm.normalisation=constant",
+                "rl.off_policy.weights=token",
+            ],
+            ['rl.off_policy.weights = "token"', 'rl.algorithm.ratio = "completion"'],
+        ),
+        (
             ["rl.entropy.place=reward", "rl.max_staleness=2"],
             ['rl.entropy.place = "reward"', "rl.max_staleness = 2"],
         ),
@@ -456,6 +469,12 @@ def test_nccl_needs_a_whole_gpu_on_both_ends(refusal, overrides):
         ["rl.kl.place=loss", "rl.algorithm.type=gspo"],
         ["rl.algorithm.elite_share=0.5", "rl.algorithm.type=cem"],
         ["rl.top_p=0.9", "rl.algorithm.type=cem", "rl.kl.coefficient=0"],
+        [
+            "rl.algorithm.type=rloo",
+            "rl.algorithm.ratio=completion",
+            "rl.algorithm.normalisation=constant",
+            "rl.off_policy.weights=sequence",
+        ],
         ["rl.completions_per_prompt=1", "rl.algorithm.type=reinforce_pp"],
         ["rl.completions_per_prompt=1", "rl.prompts_per_step=1", "rl.algorithm.type=ppo"],
         ["rl.entropy.place=reward", "rl.algorithm.type=ppo", "rl.algorithm.epochs=1"],

@@ -316,11 +316,16 @@ NEVER = 1e9
 
 
 def expected_stale_update(
-    logits: Tensor, low: float = 0.2, high: float = 0.2, **settings: object
+    logits: Tensor,
+    low: float = 0.2,
+    high: float = 0.2,
+    ratio: str = "token",
+    **off_policy_settings: object,
 ) -> Tensor:
     """Expected update where the engine's policy samples; weights or the ratio make up for it."""
-    off_policy = OffPolicySection(**settings)
-    algorithm = algorithm_of(RLOOSection(type="rloo", clip_low=low, clip_high=high, **CONSTANT))
+    off_policy = OffPolicySection(**off_policy_settings)
+    settings = RLOOSection(type="rloo", ratio=ratio, clip_low=low, clip_high=high, **CONSTANT)
+    algorithm = algorithm_of(settings)
     padded, mask = token_logprobs(logits)
     sampled, _ = token_logprobs(ENGINE)
     chances = probabilities(ENGINE)
@@ -366,6 +371,11 @@ def test_cut_weights_give_the_learner_no_more_than_so_many_times_what_was_sample
             weight = min(held[one] / sampled[one], 1.1) * sampled[a] * sampled[b] / 2
             wanted += weight * credit * gradient(probabilities(logits).log()[one], logits)
     exactly(found, wanted)
+
+
+def test_without_weights_the_ratio_of_completions_makes_up_for_another_sampler(logits):
+    found = expected_stale_update(logits, 0.999, NEVER, "completion")
+    exactly(found, gradient(mean_reward(logits), logits))
 
 
 def test_without_weights_the_ratio_leaves_the_prefixes_to_the_sampler_as_those_of_tokens_do(logits):

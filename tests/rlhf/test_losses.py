@@ -195,7 +195,7 @@ def test_every_trl_case_without_kl_at_token_level_is_compared(trl):
         for name, case in trl["cases"].items()
         if case["loss"] is not None
         and case["settings"]["beta"] == 0
-        and case["settings"]["importance_sampling_level"] == "token"
+        and case["settings"].get("importance_sampling_level") == "token"
     }
     assert supported == set(SUPPORTED)
 
