@@ -157,6 +157,8 @@ class Fleet:
             timeout_s=config.cluster.start_timeout_s,
             say=say,
         )
+        if config.policy.lora is not None:
+            say("weights: the adapter alone is sent; engines merge it (vLLM's LoRA is not used)")
         fleet = cls(handles, config)
         master = await fleet._call(fleet._learners[0].address.remote(), "learner-0")
         await fleet._on_learners("start", master)
