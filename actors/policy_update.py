@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from actors.engine import TrainingEngine
-from models.packing import MAX_ROW_TOKENS, Row, TokenIds, collate, micro_batches, pack, share_of
+from models.packing import Row, TokenIds, collate, packed_batches, share_of
 from rlhf.algorithms import PPO, Algorithm, Share
 from rlhf.config import RLSection
 from rlhf.importance import effective_share, importance_weights
@@ -164,8 +164,8 @@ class PolicyUpdate:
     def _shares(
         self, prompts: Sequence[TokenIds], replies: Sequence[TokenIds]
     ) -> list[tuple[list[Row], float]]:
-        rows = pack(prompts, replies, min(MAX_ROW_TOKENS, self._batch_tokens))
-        return share_of(micro_batches(rows, self._batch_tokens), self._rank, self._world_size)
+        batches = packed_batches(prompts, replies, self._batch_tokens)
+        return share_of(batches, self._rank, self._world_size)
 
     def _loss(
         self,
@@ -242,7 +242,7 @@ class PolicyUpdate:
                     totals["importance/tokens"] += float(mask_NT.sum())
                     # As credit is multiplied, or, where it is not, as the loss's ratio is.
                     weighed = self._rl.off_policy.weights is not None
-                    used_NT = weights.weights_BT if weighed else weights.ratios_BT
+                    used_NT = weights.weights_BT if weighed else policy.ratio_BT
                     _count(totals, "importance/weight", used_NT, mask_NT)
                     _count(totals, "importance/square", used_NT.square(), mask_NT)
                     _count(totals, "importance/truncated_share", weights.truncated_BT, mask_NT)

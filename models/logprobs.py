@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.packing import PackedBatch, TokenIds, collate, micro_batches, pack
+from models.packing import PackedBatch, TokenIds, collate, packed_batches
 from rlhf.losses import entropy_from_logits
 
 
@@ -75,7 +75,7 @@ def reply_logprobs(
     results: list[tuple[float, ...]] = [()] * len(replies)
     device = next(module.parameters()).device
     with torch.inference_mode():
-        for rows in micro_batches(pack(prompts, replies), budget_tokens):
+        for rows in packed_batches(prompts, replies, budget_tokens):
             batch = collate(rows, pad_id, device)
             logprobs_NT, _, _ = module(batch, temperature)
             for row, index in zip(logprobs_NT.tolist(), batch.indices, strict=True):

@@ -104,6 +104,19 @@ def micro_batches(
     return batches
 
 
+def packed_batches(
+    prompts: Sequence[TokenIds],
+    replies: Sequence[TokenIds],
+    budget_tokens: int,
+    *,
+    aligned: bool = True,
+) -> list[list[Row]]:
+    """Packed rows in micro-batches. A row keeps the budget too: only a single reply that is longer
+    with its prompt goes beyond it."""
+    rows = pack(prompts, replies, min(MAX_ROW_TOKENS, budget_tokens))
+    return micro_batches(rows, budget_tokens, aligned=aligned)
+
+
 def share_of(
     batches: Sequence[list[Row]], rank: int, world_size: int
 ) -> list[tuple[list[Row], float]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from models.chat import ChatTokenizer
 from models.loading import load_backbone
 from models.logprobs import attention_mask
-from models.packing import PackedBatch, Row, TokenIds, collate, micro_batches, pack
+from models.packing import PackedBatch, Row, TokenIds, collate, packed_batches
 from models.precision import resolve_dtype
 from models.sources import weights_fingerprint
 from models.top_layers import TopLayers, keep_layers, tap_states
@@ -160,8 +160,8 @@ class Trunk:
 
     def passes(self, rows: Sequence[TokenRow]) -> Iterator[TrunkPass]:
         """One forward pass a micro-batch. Neighbours with the same prompt share its part of it."""
-        packed = pack([prompt for prompt, _ in rows], [reply for _, reply in rows])
-        for chunk in micro_batches(packed, self._batch_tokens, aligned=False):
+        prompts, replies = [prompt for prompt, _ in rows], [reply for _, reply in rows]
+        for chunk in packed_batches(prompts, replies, self._batch_tokens, aligned=False):
             yield self.run(chunk)
 
     def run(self, rows: Sequence[Row]) -> TrunkPass:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_LARGEST_LOG_RATIO = 40.0
+
 Normalisation = Literal["sequence", "token", "constant"]
 
 
@@ -79,7 +81,9 @@ def clipped_policy_loss(
     # Padding may hold anything, even NaN, which a product with zero would keep.
     policy_logprobs_BT = policy_logprobs_BT.masked_fill(padding_BT, 0.0)
     old_logprobs_BT = old_logprobs_BT.masked_fill(padding_BT, 0.0)
-    ratio_BT = torch.exp(policy_logprobs_BT - old_logprobs_BT)
+    log_ratio_BT = policy_logprobs_BT - old_logprobs_BT
+    # A whole completion's may be more than float32 holds: beyond, as good as any, and no slope.
+    ratio_BT = torch.exp(log_ratio_BT.clamp(max=_LARGEST_LOG_RATIO))
     free_BT = ratio_BT * advantages_BT
     held_BT = ratio_BT.clamp(1 - clip_low, 1 + clip_high) * advantages_BT
     surrogate_BT = torch.minimum(free_BT, held_BT)

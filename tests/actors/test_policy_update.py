@@ -200,6 +200,12 @@ def test_weights_of_completions_make_up_for_another_sampler_in_the_reward_and_in
     climbs(lambda logits: mean_reward(logits) - 0.5 * kl_to_the_reference(logits), found)
 
 
+def test_the_bare_ratio_of_completions_makes_up_for_another_sampler():
+    whole = {"ratio": "completion", "clip_low": 0.999, "clip_high": NEVER}
+    found, _ = expected_update(ENGINE, algorithm=RLOO | whole, max_staleness=1)
+    climbs(mean_reward, found)
+
+
 def leaving_the_prefixes(rewards: Tensor) -> Callable[[Tensor], Tensor]:
     """Tokens are the learner's; how often a prefix is met, and what follows is worth, is not."""
 

@@ -218,6 +218,10 @@ def test_requests_in_flight_go_on_with_the_new_weights_and_say_so(bench: Bench) 
             break
     assert (old, bench.version) in spans
     assert group.oldest_version == old
+    for completion in group.completions:
+        versions = [version for version, _ in completion.version_spans]
+        assert versions == sorted({completion.oldest_version, completion.newest_version})
+        assert sum(tokens for _, tokens in completion.version_spans) == completion.length
 
 
 def test_an_updated_engine_gives_what_a_fresh_engine_with_those_weights_gives(

@@ -266,6 +266,20 @@ def test_losses_of_whole_completions_agree_with_trl(trl, kind, dtype, atol):
     assert found.clipped_BT.any()
 
 
+def test_a_completion_that_has_become_far_likelier_is_no_nan():
+    policy = torch.full((3, 160), -0.1, requires_grad=True)
+    old, mask = torch.full((3, 160), -0.8), torch.ones(3, 160)
+    mask[2, 1:] = 0
+    share = Share(policy, old, torch.tensor([[1.0], [0.0], [1.0]]), mask, BatchSize(3, 321, 160))
+    whole = RLOOSection(type="rloo", ratio="completion", normalisation="constant")
+    found = algorithm_of(whole).loss(share)
+    found.loss.backward()
+    assert torch.isfinite(found.loss)
+    assert torch.isfinite(policy.grad).all()
+    # Clipped are the tokens of those with credit, and no padding.
+    assert found.clipped_BT.sum(dim=1).tolist() == [160, 0, 1]
+
+
 # Completions of three tokens and of two.
 PPO_MASK = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]], dtype=torch.float64)
 PPO_REWARDS = torch.tensor([[0.0, -0.5, 2.0], [0.0, 1.0, 0.0]], dtype=torch.float64)

@@ -51,8 +51,6 @@ def expected_update(
     settings: object,
     group_size: int,
     penalised: Tensor = REWARDS,
-    *,
-    entropy: float = 0.0,
 ) -> Tensor:
     """Mean over all groups, with their probabilities, of minus the loss's gradient."""
     algorithm = algorithm_of(settings)  # type: ignore[arg-type]
@@ -70,11 +68,6 @@ def expected_update(
         values = credit.values_PG[0][live].unsqueeze(1).expand_as(padded[kept])
         share = Share(padded[kept], padded[kept].detach(), values, mask[kept], size)
         loss = algorithm.loss(share).loss
-        if entropy:
-            each_T = entropy_from_logits(logits)
-            loss = loss - entropy * reduce_tokens(
-                each_T.expand(len(kept), TOKENS), mask[kept], "token", size
-            )
         total -= chances[chosen].prod() * torch.autograd.grad(loss, logits, retain_graph=True)[0]
     return total
 
@@ -225,24 +218,6 @@ def test_reinforce_pp_leans_towards_what_the_batch_lacks(logits):
                 z = (REWARDS[n] - batch.mean()) / batch.std(correction=0)
                 weights[n] += held[n] * held[list(others)].prod() * z
     exactly(found, gradient((weights * probabilities(logits).log()).sum(), logits))
-
-
-def test_the_entropy_bonus_climbs_the_entropy_of_the_tokens_that_are_there(logits):
-    # Exact entropies in the loss: the gradient of the entropy at each visited prefix, which leaves
-    # out that the policy could also visit prefixes of more entropy.
-    settings = RLOOSection(type="rloo", normalisation="token")
-    without = expected_update(logits, settings, 2)
-    found = expected_update(logits, settings, 2, entropy=0.7) - without
-    held = probabilities(logits).detach()
-    wanted = torch.zeros_like(logits)
-    each_T = entropy_from_logits(logits)
-    for a, b in product(range(3), repeat=2):
-        if REWARDS[a] != REWARDS[b]:
-            lengths = [len(COMPLETIONS[a]), len(COMPLETIONS[b])]
-            inside = sum(each_T[:length].sum() for length in lengths) / sum(lengths)
-            wanted += held[a] * held[b] * 0.7 * gradient(inside, logits)
-            each_T = entropy_from_logits(logits)
-    exactly(found, wanted)
 
 
 # What a critic believes before each token, the same for all completions with this prefix. A critic
