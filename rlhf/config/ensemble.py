@@ -55,7 +55,7 @@ class ProbeMembers(Section):
     """Members, each on a bootstrap draw of its own."""
     model: str | None = None
     """Backbone; default: `ensemble.model`. Members of one backbone share its pass."""
-    depth: Annotated[float, Field(gt=0, le=1)] = 0.67
+    depth: Annotated[float, Field(gt=0, le=1)] = 0.53
     """Share of the layers that are run; deeper ones add cost, not accuracy (measured)."""
     pooling: Literal["last", "mean"] = "last"
     """The reply's last token, or the mean over its tokens."""
@@ -163,9 +163,10 @@ class EnsembleSection(Section):
     """Precision of the frozen pass."""
     members: list[Members] = Field(
         default=[
-            ProbeMembers(count=12, pooling="last"),
-            ProbeMembers(count=10, pooling="mean"),
-            ProbeMembers(count=10, pooling="mean", depth=0.4),
+            ProbeMembers(count=8, pooling="last"),
+            ProbeMembers(count=8, pooling="mean"),
+            ProbeMembers(count=8, pooling="last", depth=0.33),
+            ProbeMembers(count=8, pooling="mean", depth=0.33),
         ],
         min_length=1,
     )

@@ -55,12 +55,17 @@ def accuracy(folder: Path) -> dict[str, Any]:
     for seed in SEEDS:
         model = trained(folder, seed)
         margins: dict[str, list[torch.Tensor]] = {}
+        log_odds: dict[str, list[torch.Tensor]] = {}
         for source, criterion in _SOURCES.items():
             pairs, rows = validation(source)
-            scores = model.score_features(features(model, rows))
-            chosen_KN, rejected_KN = scores.criteria_KCN[:, model.criterion(criterion)].chunk(2, 1)
-            margins_N = aggregate(chosen_KN - rejected_KN)
+            [heads], [features_NFH] = model.banks, features(model, rows)
+            place = model.criterion(criterion)
+            margins_N, raw_N = (
+                _margins(said_KCN[:, place])
+                for said_KCN in (heads.criteria(features_NFH), heads.raw(features_NFH))
+            )
             margins.setdefault(criterion, []).append(margins_N)
+            log_odds.setdefault(criterion, []).append(raw_N)
             right = float((margins_N > 0).float().sum())
             share, low, _ = wilson_interval(right, len(pairs), z=_Z_90)
             lengths_N = torch.tensor([len(reply) for _, reply in rows])
@@ -79,16 +84,25 @@ def accuracy(folder: Path) -> dict[str, Any]:
             share = float((margins_N > 0).float().mean())
             ece = expected_calibration_error(probabilities_N, labels_N)
             band = calibrated_ece(probabilities_N)
-            raw = float(bradley_terry_loss(margins_N, labels_N))
-            cooled = float(bradley_terry_loss(margins_N / temperature, labels_N))
+            raw, standardised, cooled = (
+                float(bradley_terry_loss(each_N, labels_N))
+                for each_N in (torch.cat(log_odds[criterion]), margins_N, margins_N / temperature)
+            )
             bars[f"{criterion} at least {least}, seed {seed}"] = share >= least
             bars[f"{criterion} ECE in the band, seed {seed}"] = ece <= band
             bars[f"{criterion} temperature helps, seed {seed}"] = cooled < raw
             figures[f"{criterion}, seed {seed}"] = (
                 f"{share:.3f} on {len(margins_N)} pairs, ECE {ece:.3f} (band {band:.3f}), "
-                f"temperature {temperature:.2f}, cross-entropy {raw:.4f} to {cooled:.4f}"
+                f"temperature {temperature:.2f}, cross-entropy of the log-odds {raw:.4f}, of the "
+                f"standardised reward {standardised:.4f}, after the temperature {cooled:.4f}"
             )
     return hold(bars, figures)
+
+
+def _margins(said_KN: torch.Tensor) -> torch.Tensor:
+    """Chosen less rejected, the mean over members."""
+    chosen_KN, rejected_KN = said_KN.chunk(2, 1)
+    return aggregate(chosen_KN - rejected_KN)
 
 
 def domain_shift(folder: Path) -> dict[str, Any]:
