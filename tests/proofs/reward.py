@@ -49,7 +49,8 @@ def accuracy(folder: Path) -> dict[str, Any]:
     """On every seed, on validation pairs: the helpful head is right at least 62 % of the time
     (all three sources together), the harmless head 60 %; on every source the lower 90 % bound lies
     above what length alone gives (longer wins); the ECE lies within the 95 % band of a calibrated
-    model; the temperature lowers the cross-entropy."""
+    model; the temperature lowers the cross-entropy of the heads' own log-odds, which is what it
+    replaces (that of the standardised reward as it is stands beside it)."""
     figures: dict[str, Any] = {}
     bars: dict[str, bool] = {}
     for seed in SEEDS:
