@@ -171,8 +171,9 @@ class EnsembleSection(Section):
     Default: `overall` where the data has it, else every criterion with the same weight."""
     max_tokens: Annotated[int, Field(ge=16)] = 384
     """Of prompt and reply: a prompt keeps its last third of them, a reply gets the rest."""
-    folds: Annotated[int, Field(ge=2)] = 5
-    """Folds of the cross-validation, by first user turn."""
+    folds: Annotated[int, Field(ge=2)] = 10
+    """Folds of the cross-validation, by first user turn. With few of them, members that have seen
+    less than the final ones set the threshold, too high (docs/reward-models.md)."""
     false_alarm_rate: Fraction = 0.05
     """Share of held-out replies that the domain-shift threshold may flag."""
     batch_tokens: PositiveInt = 2048
