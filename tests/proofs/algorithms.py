@@ -15,7 +15,7 @@ import shutil
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,12 @@ from tests.proofs.runner import PICTURES, ROOT, commit, hold, pavlov, prove, row
 CONFIG = ROOT / "configs" / "demo.toml"
 # As many samples for each: 16 steps of 36 completions.
 SAME = ("rl.num_steps=16", "rl.prompts_per_step=6", "rl.completions_per_prompt=6")
+# Pinned, so that cells of another day stand on the reward model of the kept ones.
+ENSEMBLE = (
+    "ensemble.members=[{pooling='last',count=12,depth=0.67},"
+    "{pooling='mean',count=10,depth=0.67},{pooling='mean',count=10,depth=0.4}]",
+    "ensemble.folds=5",
+)
 SEEDS = (0, 1)
 JUDGES = ("rule", "reward")
 SIDES = ("base", "tuned")
@@ -100,6 +106,7 @@ def cell(name: str, overrides: Sequence[str]) -> dict[str, Any]:
 
 def _run(name: str, settings: Sequence[str]) -> Path:
     """The folder of a finished demo; one that was interrupted goes on."""
+    settings = [*ENSEMBLE, *settings]
     cells = ROOT / "runs" / "proofs" / "algorithms" / "cells"
     folder = cells / name
     finished = [path.parent for path in sorted(cells.glob("*/summary.json"))]
@@ -142,6 +149,11 @@ def _lines(found: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
+def one_reward_model(cells: Iterable[dict[str, Any]]) -> bool:
+    """Whether the same ensemble trained and judged all."""
+    return len({each["reward_version"] for each in cells}) == 1
+
+
 def judged(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Tuned against base on the held-out prompts, means over seeds and paired over prompts."""
     found: dict[str, Any] = {}
@@ -177,14 +189,14 @@ def they_learn(folder: Path) -> dict[str, Any]:
     36 completions, 2 seeds), against the base on held-out prompts, by the ensemble that trained it
     and by the rule that took no part in training: mean paired differences with 95 % intervals. The
     default is better by both."""
-    figures: dict[str, Any] = {}
-    bars: dict[str, bool] = {}
     # Seed by seed, so that an interrupted round has all algorithms once.
     made = {
         (name, seed): cell(f"{name}, seed {seed}", (f"seed={seed}", *settings))
         for seed in SEEDS
         for name, settings in ALGORITHMS.items()
     }
+    figures: dict[str, Any] = {}
+    bars = {"one reward model": one_reward_model(made.values())}
     for name in ALGORITHMS:
         found = judged([made[name, seed] for seed in SEEDS])
         figures[name] = shown(found)
@@ -199,9 +211,11 @@ def kl_and_entropy(folder: Path) -> dict[str, Any]:
     same run without, over all steps and over the last four; a fixed entropy bonus keeps it less
     certain over all steps (the last four are reported), a steered one also in the last four. The
     curves: docs/pictures/kl_and_entropy.png."""
-    curves = {}
-    for name, settings in TERMS.items():
-        curves[name] = cell(f"terms, {name}", ("seed=0", *FAST, *settings))["metrics"]
+    made = {
+        name: cell(f"terms, {name}", ("seed=0", *FAST, *settings))
+        for name, settings in TERMS.items()
+    }
+    curves = {name: each["metrics"] for name, each in made.items()}
     _draw(
         curves,
         {
@@ -221,7 +235,10 @@ def kl_and_entropy(folder: Path) -> dict[str, Any]:
         for name in TERMS
         for when, last in (("all steps", 0), ("last four", 4))
     }
-    bars = {"steered, last four": mean("both, steered", "entropy", 4) > mean("both", "entropy", 4)}
+    bars = {
+        "one reward model": one_reward_model(made.values()),
+        "steered, last four": mean("both, steered", "entropy", 4) > mean("both", "entropy", 4),
+    }
     for held, free in (("KL alone", "neither"), ("both", "entropy alone")):
         for last in (0, 4):
             bars[f"{held}: KL below {free}, last {last}"] = mean(held, "kl", last) < mean(
@@ -235,11 +252,11 @@ def kl_and_entropy(folder: Path) -> dict[str, Any]:
 def staleness(folder: Path) -> dict[str, Any]:
     """The dial at 0, 1 and 4 publishes, with importance weights of tokens and without: no
     completion lags further than it says. Throughput, lags and the outcome are reported."""
+    # A run of its own also at 0, so that all are of one machine and can be compared in time.
+    made = {name: cell(f"lag {name}", ("seed=0", *more)) for name, more in LAGS.items()}
     figures: dict[str, Any] = {}
-    bars: dict[str, bool] = {}
-    for name, settings in LAGS.items():
-        # Its own run also at 0, so that all are of one machine and can be compared in time.
-        done = cell(f"lag {name}", ("seed=0", *settings))
+    bars = {"one reward model": one_reward_model(made.values())}
+    for name, done in made.items():
         metrics = done["metrics"]
         found = judged([done])
         tokens = sum(row["tokens/step"] for row in metrics)
