@@ -138,12 +138,12 @@ def test_members_of_all_kinds_stand_in_one_ensemble(train, tmp_path: Path):
     model = RewardModel.load(run)
     figures = model.card.metrics["cross_validation"]
     assert figures["accuracy"] > 0.9
-    # Only what no trained member has seen: a fifth of the pairs.
-    assert figures["pairs"] == model.card.data["pairs_held_out"] < 25
+    # Only what no trained member has seen: a tenth of the pairs.
+    assert 0 < figures["pairs"] == model.card.data["pairs_held_out"] < 15
     [bank] = model.card.banks
     assert [group.kind for group in bank.groups] == ["probe", "top", "full", "lora"]
     assert [family.layers for family in bank.families] == [1, 1, 0, 0]
-    assert bank.groups[2].training["steps"] == 2 * -(-(60 - figures["pairs"]) // 16)
+    assert bank.groups[2].training["steps"] == -(-2 * (60 - figures["pairs"]) // 16)
     files = sorted((run / "reward" / "own").iterdir())
     assert [file.stem for file in files] == sorted(map(file_hash, files))
     assert len(files) == 3
