@@ -50,7 +50,7 @@ def pair_report(
             "longer_wins": longer_wins(longer_N[which_N], labels_N[which_N], weights_N[which_N]),
         }
 
-    rewards_KN = _margins(said.rewards_KN)
+    rewards_KN = margins(said.rewards_KN)
     everything_N = torch.ones(len(pairs), dtype=torch.bool)
     whole = figures(rewards_KN, card.temperature[COMBINED], everything_N)
     per_criterion: dict[str, Any] = {}
@@ -59,7 +59,7 @@ def pair_report(
     for index, criterion in enumerate(card.criteria):
         which_N = torch.tensor([name == criterion for name in asked])
         if which_N.any():
-            margins_KN = _margins(said.criteria_KCN[:, index])
+            margins_KN = margins(said.criteria_KCN[:, index])
             own_KN[:, which_N] = margins_KN[:, which_N] / card.temperature[criterion]
             per_criterion[criterion] = figures(margins_KN, card.temperature[criterion], which_N)
     others_N = torch.tensor([name not in card.criteria for name in asked])
@@ -232,7 +232,8 @@ def _probes_section(probes: Mapping[str, Mapping[str, float]]) -> list[str]:
     return lines
 
 
-def _margins(values_KM: Tensor) -> Tensor:
+def margins(values_KM: Tensor) -> Tensor:
+    """Chosen less rejected, shape (K, N), of values of both, chosen ones first; M = 2 N."""
     chosen_KN, rejected_KN = values_KM.chunk(2, dim=1)
     return chosen_KN - rejected_KN
 

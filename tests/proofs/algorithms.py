@@ -209,8 +209,8 @@ def they_learn(folder: Path) -> dict[str, Any]:
 def kl_and_entropy(folder: Path) -> dict[str, Any]:
     """With a large step (1e-4), the KL penalty keeps the policy nearer to the reference than the
     same run without, over all steps and over the last four; a fixed entropy bonus keeps it less
-    certain over all steps (the last four are reported), a steered one also in the last four. The
-    curves: docs/pictures/kl_and_entropy.png."""
+    certain over all steps, alone also in the last four (beside the KL these are reported), a
+    steered one there too. The curves: docs/pictures/kl_and_entropy.png."""
     made = {
         name: cell(f"terms, {name}", ("seed=0", *FAST, *settings))
         for name, settings in TERMS.items()
@@ -227,6 +227,7 @@ def kl_and_entropy(folder: Path) -> dict[str, Any]:
     )
 
     def mean(name: str, key: str, last: int = 0) -> float:
+        """Over the last so many steps, 0 for all."""
         return statistics.fmean(row[f"{key}/mean"] for row in curves[name][-last:])
 
     figures = {
@@ -237,7 +238,10 @@ def kl_and_entropy(folder: Path) -> dict[str, Any]:
     }
     bars = {
         "one reward model": one_reward_model(made.values()),
-        "steered, last four": mean("both, steered", "entropy", 4) > mean("both", "entropy", 4),
+        "bonus alone, last four": mean("entropy alone", "entropy", 4)
+        > mean("neither", "entropy", 4),
+        "steered, last four": mean("both, steered", "entropy", 4)
+        > max(mean("both", "entropy", 4), mean("KL alone", "entropy", 4)),
     }
     for held, free in (("KL alone", "neither"), ("both", "entropy alone")):
         for last in (0, 4):

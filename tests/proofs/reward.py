@@ -30,7 +30,7 @@ from rlhf.losses import bradley_terry_loss
 from rlhf.records import PreferencePair
 from rlhf.statistics import wilson_interval
 from tests.proofs.runner import hold, pavlov, prove, rows, start
-from trainers.reward_card import longer_wins, probe_report
+from trainers.reward_card import longer_wins, margins, probe_report
 
 SEEDS = (0, 1, 2)
 CONFIG = "configs/reward_hh_cpu.toml"
@@ -49,23 +49,23 @@ def accuracy(folder: Path) -> dict[str, Any]:
     """On every seed, on validation pairs: the helpful head is right at least 62 % of the time
     (all three sources together), the harmless head 60 %; on every source the lower 90 % bound lies
     above what length alone gives (longer wins); the ECE lies within the 95 % band of a calibrated
-    model; the temperature lowers the cross-entropy of the heads' own log-odds, which is what it
-    replaces (that of the standardised reward as it is stands beside it)."""
+    model; the temperature lowers the cross-entropy, of the standardised reward as it is and of the
+    heads' own log-odds."""
     figures: dict[str, Any] = {}
     bars: dict[str, bool] = {}
     for seed in SEEDS:
         model = trained(folder, seed)
-        margins: dict[str, list[torch.Tensor]] = {}
+        standard: dict[str, list[torch.Tensor]] = {}
         log_odds: dict[str, list[torch.Tensor]] = {}
         for source, criterion in _SOURCES.items():
             pairs, rows = validation(source)
             [heads], [features_NFH] = model.banks, features(model, rows)
             place = model.criterion(criterion)
             margins_N, raw_N = (
-                _margins(said_KCN[:, place])
+                aggregate(margins(said_KCN[:, place]))
                 for said_KCN in (heads.criteria(features_NFH), heads.raw(features_NFH))
             )
-            margins.setdefault(criterion, []).append(margins_N)
+            standard.setdefault(criterion, []).append(margins_N)
             log_odds.setdefault(criterion, []).append(raw_N)
             right = float((margins_N > 0).float().sum())
             share, low, _ = wilson_interval(right, len(pairs), z=_Z_90)
@@ -78,7 +78,7 @@ def accuracy(folder: Path) -> dict[str, Any]:
                 f"{share:.3f}, 90 % bound {low:.3f}, longer wins {length:.3f}, {len(pairs)} pairs"
             )
         for criterion, least in (("helpful", 0.62), ("harmless", 0.60)):
-            margins_N = torch.cat(margins[criterion])
+            margins_N = torch.cat(standard[criterion])
             temperature = model.card.temperature[criterion]
             labels_N = torch.ones(len(margins_N))
             probabilities_N = torch.sigmoid(margins_N / temperature)
@@ -91,19 +91,13 @@ def accuracy(folder: Path) -> dict[str, Any]:
             )
             bars[f"{criterion} at least {least}, seed {seed}"] = share >= least
             bars[f"{criterion} ECE in the band, seed {seed}"] = ece <= band
-            bars[f"{criterion} temperature helps, seed {seed}"] = cooled < raw
+            bars[f"{criterion} temperature helps, seed {seed}"] = cooled < min(raw, standardised)
             figures[f"{criterion}, seed {seed}"] = (
                 f"{share:.3f} on {len(margins_N)} pairs, ECE {ece:.3f} (band {band:.3f}), "
                 f"temperature {temperature:.2f}, cross-entropy of the log-odds {raw:.4f}, of the "
                 f"standardised reward {standardised:.4f}, after the temperature {cooled:.4f}"
             )
     return hold(bars, figures)
-
-
-def _margins(said_KN: torch.Tensor) -> torch.Tensor:
-    """Chosen less rejected, the mean over members."""
-    chosen_KN, rejected_KN = said_KN.chunk(2, 1)
-    return aggregate(chosen_KN - rejected_KN)
 
 
 def domain_shift(folder: Path) -> dict[str, Any]:
