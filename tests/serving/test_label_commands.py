@@ -40,7 +40,7 @@ def config(tmp_path: Path) -> LabelConfig:
         "database": f"sqlite:///{tmp_path}/labels.db",
         "requests_per_minute": 100_000,
         # Who judges when differs from time to time: nobody is to be paused by chance.
-        "attention": {"false_pause_rate": 1e-6, "false_break_rate": 1e-6},
+        "attention": {"false_pause_rate": 1e-6, "false_break_rate": 1e-6, "honeypot_share": 0.3},
     }
     return parse_config(LabelConfig, {"label": {**label, "criteria": ["helpful"]}}, "test")
 
@@ -96,7 +96,8 @@ def test_simulated_judges_turn_pairs_into_labels_that_a_reward_model_reads(
     assert found["progress"] == {"pairs": 60, "wanted": 180, "taken": 180}
     assert {each["state"] for each in found["assessors"]} == {"active"}
     assert found["win_matrix"]["tuned"]["base"]["share"] > 0.6
-    assert all(each["honeypot"]["high"] > 0.92 for each in found["assessors"])
+    # Some 25 honeypots each, judged right with 0.92: a mean of 0.75 is five deviations away.
+    assert sum(each["honeypot"]["share"] for each in found["assessors"]) / 3 > 0.75
     assert show_report(config, "chat", "person")["judgements"] == 0
 
     out = tmp_path / "labels.parquet"
