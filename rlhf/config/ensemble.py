@@ -169,7 +169,7 @@ class EnsembleSection(Section):
     combination: dict[str, float] | None = None
     """The reward as weights of the standardised criteria, such as `{helpful = 1, harmless = 0.5}`.
     Default: `overall` where the data has it, else every criterion with the same weight."""
-    max_tokens: Annotated[int, Field(ge=16)] = 384
+    max_tokens: Annotated[int, Field(ge=16)] = 768
     """Of prompt and reply: a prompt keeps its last third of them, a reply gets the rest."""
     folds: Annotated[int, Field(ge=2)] = 10
     """Folds of the cross-validation, by first user turn. With few of them, members that have seen
