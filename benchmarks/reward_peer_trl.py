@@ -1,5 +1,7 @@
 """A peer for the reward model: TRL's `RewardTrainer` on the same pairs, for a given time.
 
+What came out: `benchmarks/reward_peer.md`.
+
     python -m benchmarks.reward_peer_trl --model embedded --train train.parquet \\
         --validation validation.parquet --budget-s 360 --out result.json
 
