@@ -98,6 +98,8 @@ class RewardCard(_Part):
     criteria: tuple[str, ...] = Field(min_length=1)
     combination: dict[str, float]
     """The reward is this weighted sum of the standardised criteria, standardised again."""
+    correlation: dict[str, float] = {}
+    """How alike the heads of two criteria were taken to be before their pairs were seen."""
     temperature: dict[str, float]
     """By criterion, and of the combination (`reward`)."""
     signal_mean: tuple[float, float]

@@ -2,7 +2,8 @@
 
 ::
 
-    pairs ─► rows (tokens) ─► trunk pass, kept ─► Comparisons ─┬─► L2 for each group and criterion
+    pairs ─► rows (tokens) ─► trunk pass, kept ─► Comparisons ─┬─► L2 for each group and criterion,
+                                                               │   what criteria tell of each other
                                                                ├─► cross-validation ─► temperatures,
                                                                │   threshold, figures
                                                                └─► final heads, on all pairs
@@ -22,7 +23,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import fields
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -39,23 +39,15 @@ from cluster.session import cluster_address, ray_session
 from models.data_files import ReadReport
 from models.embedded import cache_folder
 from models.feature_store import Compute, FeatureStore
-from models.heads import (
-    Comparisons,
-    ProbeGroup,
-    TrainedHead,
-    choose_l2,
-    fit_members,
-    fit_temperature,
-)
+from models.head_fitting import Comparisons, correlation_matrix
+from models.heads import fit_members
 from models.preferences import folds_by_first_user_turn, read_pairs
 from models.probes import probe_rows
 from models.reward_model import (
     COMBINED,
-    Answers,
     RewardCard,
     RewardModel,
     RowFeatures,
-    ask,
     version_of,
 )
 from models.sources import resolve_model
@@ -66,7 +58,7 @@ from rlhf.config import (
     RewardConfig,
     data_path,
 )
-from rlhf.ensemble import aggregate, false_alarm_interval, quantile_threshold, shift_score
+from rlhf.ensemble import false_alarm_interval, quantile_threshold, shift_score
 from rlhf.errors import DataError, ModelError
 from rlhf.records import OVERALL, PreferencePair
 from trainers.reward_banks import (
@@ -78,6 +70,12 @@ from trainers.reward_banks import (
     with_trained_members,
 )
 from trainers.reward_card import describe, pair_report, probe_report, report
+from trainers.reward_choices import (
+    choose_correlations,
+    choose_groups,
+    cross_validate,
+    temperatures,
+)
 
 _LEAST_TURNS = 16
 _PROBES = 32
@@ -193,12 +191,21 @@ def train_reward_model(
     combination = combination_of(criteria, settings)
     combination_C = torch.tensor([combination[criterion] for criterion in criteria])
     data = [_comparisons(features_NFH, pairs, criteria) for features_NFH in features]
-    groups, l2_losses = _choose_groups(banks, data, folds_N, criteria)
+    groups, l2_losses = choose_groups(banks, data, folds_N, criteria)
+    correlations, correlation_losses = choose_correlations(
+        data, groups, folds_N, criteria, settings.correlations
+    )
+    fit = partial(
+        fit_members,
+        combination_C=combination_C,
+        seed=seed,
+        correlation_CC=correlation_matrix(len(criteria), correlations),
+    )
     # Trained members have seen all folds but the first.
     held_folds = [0] if any(bank.heads for bank in banks) else sorted(set(folds_N.tolist()))
-    held, held_out = _cross_validate(data, groups, combination_C, folds_N, held_folds, seed)
+    held, held_out = cross_validate(data, groups, fit, folds_N, held_folds)
     held_pairs = [pairs[n] for n in held]
-    fitted = [fit_members(d, g, combination_C, seed) for d, g in zip(data, groups, strict=True)]
+    fitted = [fit(d, g) for d, g in zip(data, groups, strict=True)]
 
     signals_SN = torch.stack([held_out.disagreement_N, held_out.distance_N])
     signal_mean_S, signal_deviation_S = signals_SN.mean(dim=1), signals_SN.std(dim=1) + 1e-6
@@ -211,7 +218,8 @@ def train_reward_model(
         max_tokens=settings.max_tokens,
         criteria=tuple(criteria),
         combination=combination,
-        temperature=_temperatures(held_out, held_pairs, criteria),
+        correlation={f"{criteria[a]}, {criteria[b]}": r for (a, b), r in correlations.items()},
+        temperature=temperatures(held_out, held_pairs, criteria),
         signal_mean=tuple(signal_mean_S.tolist()),
         signal_deviation=tuple(signal_deviation_S.tolist()),
         threshold=threshold if math.isfinite(threshold) else None,
@@ -238,6 +246,7 @@ def train_reward_model(
             "flagged_share": float((shift_N > threshold).double().mean()),
         },
         "l2_losses": l2_losses,
+        "correlation_losses": correlation_losses,
         "probes": probe_report(probed, probe_sizes, held_out, shift_N),
     }
     if validation:
@@ -300,75 +309,6 @@ def _features(
 def _lengths(rows: Sequence[Sequence[TokenRow]]) -> list[int]:
     """Tokens of the replies, as the first backbone reads them."""
     return [len(reply) for _, reply in rows[0]]
-
-
-def _choose_groups(
-    banks: Sequence[Bank], data: Sequence[Comparisons], folds_N: Tensor, criteria: Sequence[str]
-) -> tuple[list[list[ProbeGroup | TrainedHead]], dict[str, dict[str, float]]]:
-    """Every group of probes with its L2 for each criterion, and what the candidates lost; then the
-    trained members."""
-    groups: list[list[ProbeGroup | TrainedHead]] = []
-    losses: dict[str, dict[str, float]] = {}
-    for bank, pairs in zip(banks, data, strict=True):
-        own_groups: list[ProbeGroup | TrainedHead] = []
-        for members, family in bank.probes:
-            chosen = []
-            for index, criterion in enumerate(criteria):
-                own = pairs.criterion_N == index
-                l2, tried = choose_l2(
-                    pairs[own], family, members.l2, folds_N[own], centring=members.centring
-                )
-                chosen.append(l2)
-                losses[f"{bank.name} {bank.trunk.families[family]} {criterion}"] = tried
-            own_groups.append(ProbeGroup(family, members.count, tuple(chosen), members.centring))
-        groups.append([*own_groups, *(head for head, _ in bank.heads)])
-    return groups, losses
-
-
-def _cross_validate(
-    data: Sequence[Comparisons],
-    groups: Sequence[Sequence[ProbeGroup | TrainedHead]],
-    combination_C: Tensor,
-    folds_N: Tensor,
-    held_folds: Sequence[int],
-    seed: int,
-) -> tuple[list[int], Answers]:
-    """The pairs of `held_folds`, and what members that never saw their prompts say of their
-    replies; chosen ones first."""
-    places: list[Tensor] = []
-    sides: list[tuple[Answers, int]] = []
-    for fold in held_folds:
-        held, fit = folds_N == fold, folds_N != fold
-        banks = [
-            fit_members(d[fit], g, combination_C, seed) for d, g in zip(data, groups, strict=True)
-        ]
-        places.append(torch.nonzero(held).squeeze(1))
-        sides.append((ask(banks, tuple(d[held].replies_NFH for d in data)), len(places[-1])))
-    order = torch.argsort(torch.cat(places))
-    whole = []
-    for f in fields(Answers):
-        chosen = torch.cat([getattr(said, f.name)[..., :count] for said, count in sides], dim=-1)
-        rejected = torch.cat([getattr(said, f.name)[..., count:] for said, count in sides], dim=-1)
-        whole.append(torch.cat([chosen[..., order], rejected[..., order]], dim=-1))
-    return torch.cat(places)[order].tolist(), Answers(*whole)
-
-
-def _temperatures(
-    held_out: Answers, pairs: Sequence[PreferencePair], criteria: Sequence[str]
-) -> dict[str, float]:
-    """One for the combination on all pairs, one for each criterion on its own."""
-    labels_N = torch.tensor([pair.label for pair in pairs])
-    weights_N = torch.tensor([pair.weight for pair in pairs])
-    chosen_KN, rejected_KN = held_out.rewards_KN.chunk(2, dim=1)
-    temperatures = {
-        COMBINED: fit_temperature(aggregate(chosen_KN - rejected_KN), labels_N, weights_N)
-    }
-    for index, criterion in enumerate(criteria):
-        own_N = torch.tensor([pair.judged_by == criterion for pair in pairs])
-        chosen_KN, rejected_KN = held_out.criteria_KCN[:, index].chunk(2, dim=1)
-        margins_N = aggregate(chosen_KN - rejected_KN)[own_N]
-        temperatures[criterion] = fit_temperature(margins_N, labels_N[own_N], weights_N[own_N])
-    return temperatures
 
 
 def _tokenised(

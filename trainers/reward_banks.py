@@ -12,7 +12,8 @@ from rich.console import Console
 from torch import Tensor
 
 from actors.reward_member import MemberJob, PairRow, TrainedMember
-from models.heads import ProbeGroup, TrainedHead
+from models.head_fitting import ProbeGroup
+from models.heads import TrainedHead
 from models.precision import resolve_dtype
 from models.reward_model import BankCard, FamilyCard, GroupCard, OwnLayersCard, trunk_of
 from models.sources import portable_name, resolve_model, weights_fingerprint

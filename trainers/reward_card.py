@@ -159,6 +159,7 @@ def report(card: RewardCard) -> str:
     parts = [
         f"# Reward model {card.version}\n",
         f"- reward: {_combination(card)}, each criterion in deviations over the training replies",
+        f"- prior correlation of criteria's heads: {_listed(card.correlation, '{:g}') or 'none'}",
         f"- temperatures: {_listed(card.temperature, '{:.2f}')}",
         f"- domain shift: threshold {threshold} on disagreement + distance (each in deviations "
         f"over held-out replies), for {card.false_alarm_rate:.0%} false alarms "

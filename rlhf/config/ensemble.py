@@ -169,6 +169,11 @@ class EnsembleSection(Section):
     combination: dict[str, float] | None = None
     """The reward as weights of the standardised criteria, such as `{helpful = 1, harmless = 0.5}`.
     Default: `overall` where the data has it, else every criterion with the same weight."""
+    correlations: list[Annotated[float, Field(gt=-1, lt=1)]] = Field(
+        default=[-0.9, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 0.9], min_length=1
+    )
+    """Candidates for how alike the heads of two criteria are taken to be before their pairs are
+    seen: cross-validation chooses. `[0]` keeps criteria apart."""
     max_tokens: Annotated[int, Field(ge=16)] = 768
     """Of prompt and reply: a prompt keeps its last third of them, a reply gets the rest."""
     folds: Annotated[int, Field(ge=2)] = 10

@@ -17,7 +17,8 @@ import torch
 
 from models.embedded import cache_folder
 from models.feature_store import FeatureStore
-from models.heads import Comparisons, ProbeGroup, fit_members
+from models.head_fitting import Comparisons, ProbeGroup
+from models.heads import fit_members
 from models.preferences import read_pairs
 from models.probes import FLUENT, SEPARABLE, probe_rows
 from models.reward_model import Answers, RewardModel, RowFeatures, Scores

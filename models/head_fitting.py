@@ -1,0 +1,275 @@
+"""How linear heads are fitted, and how their L2 and the kinship of criteria are chosen.
+
+Shapes: K members, C criteria, N pairs, F feature families of H values each; L candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from rlhf.errors import DataError
+from rlhf.losses import bradley_terry_loss, centring_loss
+from rlhf.seeding import derive_seed
+
+NEVER_ZERO = 1e-6
+"""Added to deviations."""
+_KEPT_GAIN = 0.9
+"""Share of the best candidate's gain that a weaker L2 must keep to be preferred."""
+_LEAST_EIGENVALUE = 0.05
+"""Of the correlations of criteria, so that their inverse stays tame."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparisons:
+    """N pairs as tensors: features of both replies, and what was said of them.
+
+    `labels_N` is the probability that chosen is preferred, `margins_N` by how much at least (in
+    log-odds), `criterion_N` the index of what was asked.
+    """
+
+    chosen_NFH: Tensor
+    rejected_NFH: Tensor
+    labels_N: Tensor
+    weights_N: Tensor
+    margins_N: Tensor
+    criterion_N: Tensor
+
+    def __getitem__(self, mask_N: Tensor) -> Comparisons:
+        return Comparisons(*(getattr(self, f.name)[mask_N] for f in fields(self)))
+
+    def between(self, criteria: Sequence[int]) -> Comparisons:
+        """The pairs of these criteria alone, which are numbered from 0 then."""
+        places_N = torch.full_like(self.criterion_N, -1)
+        for place, criterion in enumerate(criteria):
+            places_N[self.criterion_N == criterion] = place
+        return replace(self, criterion_N=places_N)[places_N >= 0]
+
+    @property
+    def replies_NFH(self) -> Tensor:
+        """Features of all replies, chosen ones first; shape (2 N, F, H)."""
+        return torch.cat([self.chosen_NFH, self.rejected_NFH])
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeGroup:
+    """`count` bootstrap members on one family; `l2_C` is each criterion's weight of |w|^2."""
+
+    family: int
+    count: int
+    l2_C: tuple[float, ...]
+    centring: float = 0.0
+
+    @property
+    def kin(self) -> int:
+        """Members of one family are compared with each other."""
+        return self.family
+
+
+def bootstrap(weights_N: Tensor, members: int, seed: int, first: int = 0) -> Tensor:
+    """Each member's weights over a draw of N pairs with replacement, summing to 1; shape (K, N).
+
+    Drawn from the pairs that count: a draw of pairs without weight would have no mean. Members are
+    numbered from `first`, so that a member is the same whoever stands beside it.
+
+    Raises:
+        DataError: no pair has any weight.
+    """
+    live = torch.nonzero(weights_N > 0).squeeze(1)
+    if not len(live):
+        raise DataError("every pair has weight 0: there is nothing to train on")
+    draws_KN = torch.zeros(members, len(weights_N))
+    for member in range(members):
+        generator = torch.Generator().manual_seed(derive_seed(seed, "bootstrap", first + member))
+        drawn = live[torch.randint(len(live), (len(live),), generator=generator)]
+        draws_KN[member] = torch.bincount(drawn, minlength=len(weights_N)) * weights_N
+    return draws_KN / draws_KN.sum(dim=1, keepdim=True)
+
+
+def prior_precision(l2_KC: Tensor, correlation_CC: Tensor) -> Tensor:
+    """What `fit_heads` weighs the products of criteria's heads with, shape (K, C, C): each
+    criterion's L2, and the correlation that its head is taken to have with the others'.
+
+    The penalty is that of a Gaussian prior of variance 1 / (2 L2) whose draws for the criteria are
+    correlated in every feature (Evgeniou & Pontil, 2004; Zhang & Yeung, 2010). `correlation_CC` may
+    have one matrix a member, shape (K, C, C); the unit matrix keeps the criteria apart.
+    """
+    root_KC = l2_KC.sqrt()
+    inverse: Tensor = torch.linalg.inv(correlation_CC)
+    return root_KC.unsqueeze(2) * inverse * root_KC.unsqueeze(1)
+
+
+def fit_heads(
+    pairs: Comparisons,
+    family: int,
+    scale: tuple[Tensor, Tensor],
+    draws_KN: Tensor,
+    precision_KCC: Tensor,
+    *,
+    centring: float = 0.0,
+) -> Tensor:
+    """Weights (K, C, H) on one family standardised by `scale` (mean, deviation), by L-BFGS.
+
+    Each member minimises the sum over criteria of its Bradley-Terry cross-entropy over its own
+    weights of the pairs (which sum to 1 for each criterion), plus `centring` times the mean square
+    of a pair's summed rewards, plus ``sum_cd P_cd w_c . w_d`` (see `prior_precision`; ``l2 |w|^2``
+    where criteria are apart). The members are independent problems solved side by side.
+    """
+    mean_H, deviation_H = scale
+    members, criteria = precision_KCC.shape[:2]
+    difference_NH = (pairs.chosen_NFH[:, family] - pairs.rejected_NFH[:, family]) / deviation_H
+    sum_NH = (
+        pairs.chosen_NFH[:, family] + pairs.rejected_NFH[:, family] - 2 * mean_H
+    ) / deviation_H
+    asked = [
+        (criterion, own_N)
+        for criterion in range(criteria)
+        if draws_KN[:, own_N := torch.nonzero(pairs.criterion_N == criterion).squeeze(1)].any()
+    ]
+    parts = [
+        (
+            criterion,
+            difference_NH[own_N],
+            sum_NH[own_N],
+            pairs.labels_N[own_N].repeat(members),
+            pairs.margins_N[own_N].repeat(members),
+            draws_KN[:, own_N].flatten(),
+        )
+        for criterion, own_N in asked
+    ]
+    weights_KCH = torch.zeros(members, criteria, difference_NH.shape[1], requires_grad=True)
+    optimiser = torch.optim.LBFGS([weights_KCH], max_iter=150, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        loss = torch.einsum("kcd,kch,kdh->", precision_KCC, weights_KCH, weights_KCH)
+        for criterion, own_NH, own_sum_NH, labels_M, margins_M, draws_M in parts:
+            weights_KH = weights_KCH[:, criterion]
+            # The draws sum to 1 for each member: K times the mean is the sum of members' losses.
+            loss = loss + members * bradley_terry_loss(
+                (weights_KH @ own_NH.T).flatten(), labels_M, draws_M, margins_M
+            )
+            if centring:
+                sums_M = (weights_KH @ own_sum_NH.T).flatten()
+                loss = loss + members * centring * centring_loss(sums_M, draws_M)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimiser.step(closure)  # type: ignore[no-untyped-call]
+    return weights_KCH.detach()
+
+
+def _held_out_margins(
+    pairs: Comparisons,
+    family: int,
+    precision_LCC: Tensor,
+    folds_N: Tensor,
+    centring: float,
+) -> Tensor:
+    """Cross-validated margins, shape (L, N): of every pair by its own criterion's head, one head
+    without bootstrap for each of L precisions."""
+    margins_LN = torch.zeros(len(precision_LCC), len(folds_N))
+    for fold in sorted(set(folds_N.tolist())):
+        held, fit = folds_N == fold, (folds_N != fold) & (pairs.weights_N > 0)
+        if not fit.any():
+            continue
+        own = pairs[fit]
+        replies_NH = own.replies_NFH[:, family]
+        scale = replies_NH.mean(dim=0), replies_NH.std(dim=0) + NEVER_ZERO
+        criteria = precision_LCC.shape[1]
+        total_C = torch.zeros(criteria).index_add(0, own.criterion_N, own.weights_N)
+        draws_LN = (own.weights_N / total_C[own.criterion_N]).expand(len(precision_LCC), -1)
+        weights_LCH = fit_heads(own, family, scale, draws_LN, precision_LCC, centring=centring)
+        apart_NH = (pairs.chosen_NFH[held, family] - pairs.rejected_NFH[held, family]) / scale[1]
+        margins_LCN = weights_LCH @ apart_NH.T
+        place_1N = pairs.criterion_N[held].expand(len(precision_LCC), 1, -1)
+        margins_LN[:, held] = margins_LCN.gather(1, place_1N).squeeze(1)
+    return margins_LN
+
+
+def _tempered_loss(margins_N: Tensor, pairs: Comparisons) -> float:
+    """Mean cross-entropy after a temperature of its own."""
+    temperature = fit_temperature(margins_N, pairs.labels_N, pairs.weights_N)
+    return float(bradley_terry_loss(margins_N / temperature, pairs.labels_N, pairs.weights_N))
+
+
+def choose_l2(
+    pairs: Comparisons,
+    family: int,
+    candidates: Sequence[float],
+    folds_N: Tensor,
+    *,
+    centring: float = 0.0,
+) -> tuple[float, dict[str, float]]:
+    """The L2 for one group and criterion, and every candidate's cross-validated cross-entropy.
+
+    Chosen is the smallest candidate that keeps nine tenths of the best one's gain over a coin:
+    strong shrinkage makes all members alike, so that they agree even where they know nothing.
+    Losses are of one head without bootstrap, after its own temperature, on pairs of one criterion.
+    """
+    if len(candidates) == 1:
+        return candidates[0], {}
+    pairs = replace(pairs, criterion_N=torch.zeros_like(pairs.criterion_N))
+    precision_L11 = torch.tensor(candidates).view(-1, 1, 1)
+    margins_LN = _held_out_margins(pairs, family, precision_L11, folds_N, centring)
+    losses = {
+        f"{l2:g}": _tempered_loss(margins_N, pairs)
+        for l2, margins_N in zip(candidates, margins_LN, strict=True)
+    }
+    coin = _tempered_loss(torch.zeros_like(pairs.labels_N), pairs)
+    least = min(losses.values())
+    allowed = coin - _KEPT_GAIN * (coin - least) if least < coin else least
+    return min(l2 for l2 in candidates if losses[f"{l2:g}"] <= allowed), losses
+
+
+def correlation_losses(
+    pairs: Comparisons, group: ProbeGroup, candidates: Sequence[float], folds_N: Tensor
+) -> dict[str, float]:
+    """Every candidate's cross-validated loss as the prior correlation of two criteria's heads.
+
+    `pairs` are of criteria 0 and 1, and `group` has the L2 of these two. The loss is the
+    cross-entropy summed over pairs, each criterion's after its own temperature: so a criterion of
+    few pairs counts by what it gains.
+    """
+    losses = dict.fromkeys((f"{candidate:g}" for candidate in candidates), 0.0)
+    correlation_LCC = torch.eye(2).repeat(len(candidates), 1, 1)
+    correlation_LCC[:, 0, 1] = correlation_LCC[:, 1, 0] = torch.tensor(candidates)
+    precision_LCC = prior_precision(
+        torch.tensor(group.l2_C).expand(len(candidates), -1), correlation_LCC
+    )
+    margins_LN = _held_out_margins(pairs, group.family, precision_LCC, folds_N, group.centring)
+    for criterion in (0, 1):
+        own_N = pairs.criterion_N == criterion
+        own = pairs[own_N]
+        for candidate, margins_N in zip(losses, margins_LN[:, own_N], strict=True):
+            losses[candidate] += float(own.weights_N.sum()) * _tempered_loss(margins_N, own)
+    return losses
+
+
+def correlation_matrix(criteria: int, pairwise: Mapping[tuple[int, int], float]) -> Tensor:
+    """Correlations of all criteria from those of two at a time, shape (C, C).
+
+    Chosen two by two they need not fit together: they are shrunk, all by the same factor, as far
+    as it takes to have an inverse.
+    """
+    correlation_CC = torch.eye(criteria)
+    for (one, other), value in pairwise.items():
+        correlation_CC[one, other] = correlation_CC[other, one] = value
+    least = float(torch.linalg.eigvalsh(correlation_CC).min())
+    if least >= _LEAST_EIGENVALUE:
+        return correlation_CC
+    kept = (1 - _LEAST_EIGENVALUE) / (1 - least)
+    return kept * correlation_CC + (1 - kept) * torch.eye(criteria)
+
+
+def fit_temperature(margins_N: Tensor, labels_N: Tensor, weights_N: Tensor) -> float:
+    """The temperature T that minimises the cross-entropy of sigmoid(margin / T) on held-out pairs.
+
+    Guo et al. (2017), section 4.2; a grid over the logarithm, which one parameter needs no more of.
+    """
+    grid = torch.logspace(-2, 2, 161)
+    losses = torch.stack([bradley_terry_loss(margins_N / t, labels_N, weights_N) for t in grid])
+    return float(grid[losses.argmin()])
