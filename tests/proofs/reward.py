@@ -7,30 +7,35 @@ import shutil
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import torch
+from rich.console import Console
+from torch import Tensor
 
 from models.embedded import cache_folder
 from models.feature_store import FeatureStore
 from models.head_fitting import Comparisons, ProbeGroup
 from models.heads import fit_members
-from models.preferences import read_pairs
+from models.preferences import folds_by_first_user_turn, read_pairs
 from models.probes import FLUENT, SEPARABLE, probe_rows
 from models.reward_model import Answers, RewardModel, RowFeatures, Scores
 from models.sources import resolve_model
 from models.trunk import Family, TokenRow, Trunk, layers_at
 from rlhf.calibration import calibrated_ece, expected_calibration_error
-from rlhf.config import data_path
+from rlhf.config import RewardConfig, data_path, load_config
 from rlhf.ensemble import aggregate
 from rlhf.losses import bradley_terry_loss
 from rlhf.records import PreferencePair
 from rlhf.statistics import wilson_interval
 from tests.proofs.runner import hold, pavlov, prove, rows, start
+from trainers.reward import train_reward_model
 from trainers.reward_card import longer_wins, margins, probe_report
 
 SEEDS = (0, 1, 2)
@@ -44,6 +49,82 @@ _SOURCES = {
 }
 _Z_90 = statistics.NormalDist().inv_cdf(0.95)
 _PROBE_PROMPTS = 150
+_PARTS = 7
+"""Of the training pairs, each about as large as the validation files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What a criterion's own head says of pairs that it never saw, all of one source."""
+
+    source: str
+    criterion: str
+    log_odds_N: Tensor
+    margins_N: Tensor
+    """Of the standardised reward."""
+    tempered_N: Tensor
+    longer_N: Tensor
+    """Tokens by which the chosen reply is the longer one."""
+
+
+def judged(
+    model: RewardModel, source: str, pairs: Sequence[PreferencePair], rows: Sequence[TokenRow]
+) -> Judged:
+    """`rows` are of the chosen replies first, then of the rejected ones."""
+    [heads], [features_NFH] = model.banks, features(model, rows)
+    criterion = _SOURCES[source]
+    place = model.criterion(criterion)
+    margins_N, log_odds_N = (
+        aggregate(margins(said_KCN[:, place]))
+        for said_KCN in (heads.criteria(features_NFH), heads.raw(features_NFH))
+    )
+    lengths_N = torch.tensor([len(reply) for _, reply in rows])
+    longer_N = lengths_N[: len(pairs)] - lengths_N[len(pairs) :]
+    tempered_N = margins_N / model.card.temperature[criterion]
+    return Judged(source, criterion, log_odds_N, margins_N, tempered_N, longer_N)
+
+
+def held_to_bars(every: Sequence[Judged], name: str) -> tuple[dict[str, bool], dict[str, Any]]:
+    """The bars of accuracy and calibration on all that was judged, and the figures."""
+    bars: dict[str, bool] = {}
+    figures: dict[str, Any] = {}
+    for source in _SOURCES:
+        own = [each for each in every if each.source == source]
+        margins_N = torch.cat([each.margins_N for each in own])
+        longer_N = torch.cat([each.longer_N for each in own])
+        right = float((margins_N > 0).float().sum())
+        share, low, _ = wilson_interval(right, len(margins_N), z=_Z_90)
+        length = longer_wins(longer_N, torch.ones(len(longer_N)), torch.ones(len(longer_N)))
+        assert length is not None
+        bars[f"{source} above length, {name}"] = low > length
+        figures[f"{source}, {name}"] = (
+            f"{share:.3f}, 90 % bound {low:.3f}, longer wins {length:.3f}, {len(margins_N)} pairs"
+        )
+    for criterion, least in (("helpful", 0.62), ("harmless", 0.60)):
+        own = [each for each in every if each.criterion == criterion]
+        log_odds_N, margins_N, tempered_N = (
+            torch.cat([getattr(each, kind) for each in own])
+            for kind in ("log_odds_N", "margins_N", "tempered_N")
+        )
+        labels_N = torch.ones(len(margins_N))
+        probabilities_N = torch.sigmoid(tempered_N)
+        share = float((margins_N > 0).float().mean())
+        ece = expected_calibration_error(probabilities_N, labels_N)
+        band = calibrated_ece(probabilities_N)
+        raw, standardised, cooled = (
+            float(bradley_terry_loss(each_N, labels_N))
+            for each_N in (log_odds_N, margins_N, tempered_N)
+        )
+        bars[f"{criterion} at least {least}, {name}"] = share >= least
+        bars[f"{criterion} ECE in the band, {name}"] = ece <= band
+        bars[f"{criterion} temperature helps, {name}"] = cooled < min(raw, standardised)
+        temperature = float((margins_N / tempered_N).nanmean())
+        figures[f"{criterion}, {name}"] = (
+            f"{share:.3f} on {len(margins_N)} pairs, ECE {ece:.3f} (band {band:.3f}), "
+            f"temperature {temperature:.2f}, cross-entropy of the log-odds {raw:.4f}, of the "
+            f"standardised reward {standardised:.4f}, after the temperature {cooled:.4f}"
+        )
+    return bars, figures
 
 
 def accuracy(folder: Path) -> dict[str, Any]:
@@ -56,49 +137,49 @@ def accuracy(folder: Path) -> dict[str, Any]:
     bars: dict[str, bool] = {}
     for seed in SEEDS:
         model = trained(folder, seed)
-        standard: dict[str, list[torch.Tensor]] = {}
-        log_odds: dict[str, list[torch.Tensor]] = {}
-        for source, criterion in _SOURCES.items():
-            pairs, rows = validation(source)
-            [heads], [features_NFH] = model.banks, features(model, rows)
-            place = model.criterion(criterion)
-            margins_N, raw_N = (
-                aggregate(margins(said_KCN[:, place]))
-                for said_KCN in (heads.criteria(features_NFH), heads.raw(features_NFH))
-            )
-            standard.setdefault(criterion, []).append(margins_N)
-            log_odds.setdefault(criterion, []).append(raw_N)
-            right = float((margins_N > 0).float().sum())
-            share, low, _ = wilson_interval(right, len(pairs), z=_Z_90)
-            lengths_N = torch.tensor([len(reply) for _, reply in rows])
-            longer_N = lengths_N[: len(pairs)] - lengths_N[len(pairs) :]
-            length = longer_wins(longer_N, torch.ones(len(pairs)), torch.ones(len(pairs)))
-            assert length is not None
-            bars[f"{source} above length, seed {seed}"] = low > length
-            figures[f"{source}, seed {seed}"] = (
-                f"{share:.3f}, 90 % bound {low:.3f}, longer wins {length:.3f}, {len(pairs)} pairs"
-            )
-        for criterion, least in (("helpful", 0.62), ("harmless", 0.60)):
-            margins_N = torch.cat(standard[criterion])
-            temperature = model.card.temperature[criterion]
-            labels_N = torch.ones(len(margins_N))
-            probabilities_N = torch.sigmoid(margins_N / temperature)
-            share = float((margins_N > 0).float().mean())
-            ece = expected_calibration_error(probabilities_N, labels_N)
-            band = calibrated_ece(probabilities_N)
-            raw, standardised, cooled = (
-                float(bradley_terry_loss(each_N, labels_N))
-                for each_N in (torch.cat(log_odds[criterion]), margins_N, margins_N / temperature)
-            )
-            bars[f"{criterion} at least {least}, seed {seed}"] = share >= least
-            bars[f"{criterion} ECE in the band, seed {seed}"] = ece <= band
-            bars[f"{criterion} temperature helps, seed {seed}"] = cooled < min(raw, standardised)
-            figures[f"{criterion}, seed {seed}"] = (
-                f"{share:.3f} on {len(margins_N)} pairs, ECE {ece:.3f} (band {band:.3f}), "
-                f"temperature {temperature:.2f}, cross-entropy of the log-odds {raw:.4f}, of the "
-                f"standardised reward {standardised:.4f}, after the temperature {cooled:.4f}"
-            )
+        every = [judged(model, source, *validation(source)) for source in _SOURCES]
+        more_bars, more = held_to_bars(every, f"seed {seed}")
+        bars |= more_bars
+        figures |= {f"prior correlation, seed {seed}": model.card.correlation, **more}
     return hold(bars, figures)
+
+
+def parts(folder: Path) -> dict[str, Any]:
+    """The bars of `accuracy` once more, by seven models on the seventh of the training pairs that
+    each of them did not see: together they are ten times as many pairs, and one by one, each about
+    as many as the validation files have, they say how often such bars hold by chance."""
+    config = load_config(RewardConfig, Path(CONFIG))
+    pairs, _ = read_pairs(
+        [data_path(file.path) for file in config.data.train],
+        None,
+        [file.criterion for file in config.data.train],
+    )
+    parts_N = folds_by_first_user_turn(pairs, _PARTS, 99)
+    every: list[Judged] = []
+    bars_held: Counter[str] = Counter()
+    figures: dict[str, Any] = {}
+    for part in range(_PARTS):
+        fit = [pair for pair, own in zip(pairs, parts_N, strict=True) if own != part]
+        model = train_reward_model(config.ensemble, fit, [], 0, Console(quiet=True), folder / "own")
+        [trunk] = model.trunks()
+        own_part: list[Judged] = []
+        for source in _SOURCES:
+            held = [
+                pair
+                for pair, own in zip(pairs, parts_N, strict=True)
+                if own == part and pair.source.startswith(source)
+            ]
+            own_part.append(judged(model, source, held, rows_of(trunk, held)))
+        bars, own_figures = held_to_bars(own_part, f"part {part}")
+        bars_held.update(name.rsplit(",", 1)[0] for name, held in bars.items() if held)
+        figures |= {name: said for name, said in own_figures.items() if name.startswith("h")}
+        every += own_part
+    bars, together = held_to_bars(every, "all parts")
+    held_in = {
+        f"{name}, held in parts": f"{bars_held[name]} of {_PARTS}"
+        for name in (bar.rsplit(",", 1)[0] for bar in bars)
+    }
+    return hold(bars, {**together, **held_in, **figures})
 
 
 def domain_shift(folder: Path) -> dict[str, Any]:
@@ -169,7 +250,12 @@ def validation(source: str) -> tuple[list[PreferencePair], list[TokenRow]]:
     """A source's validation pairs, and their rows: chosen replies first, then the rejected ones."""
     pairs, _ = read_pairs([data_path(f"hh/{source}/validation.jsonl.gz")])
     [trunk] = trained_any().trunks()
-    return pairs, [
+    return pairs, rows_of(trunk, pairs)
+
+
+def rows_of(trunk: Trunk, pairs: Sequence[PreferencePair]) -> list[TokenRow]:
+    """The chosen replies first, then the rejected ones."""
+    return [
         *(trunk.tokenise(pair.prompt, pair.chosen) for pair in pairs),
         *(trunk.tokenise(pair.prompt, pair.rejected) for pair in pairs),
     ]
@@ -402,7 +488,7 @@ def driven_off(folder: Path) -> dict[str, Any]:
     return hold(bars, figures)
 
 
-PROOFS = [accuracy, domain_shift, card, cost, killed, driven_off]
+PROOFS = [accuracy, parts, domain_shift, card, cost, killed, driven_off]
 
 
 if __name__ == "__main__":
