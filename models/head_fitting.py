@@ -124,22 +124,16 @@ def fit_heads(
     sum_NH = (
         pairs.chosen_NFH[:, family] + pairs.rejected_NFH[:, family] - 2 * mean_H
     ) / deviation_H
-    asked = [
-        (criterion, own_N)
-        for criterion in range(criteria)
-        if draws_KN[:, own_N := torch.nonzero(pairs.criterion_N == criterion).squeeze(1)].any()
-    ]
-    parts = [
-        (
-            criterion,
-            difference_NH[own_N],
-            sum_NH[own_N],
-            pairs.labels_N[own_N].repeat(members),
-            pairs.margins_N[own_N].repeat(members),
-            draws_KN[:, own_N].flatten(),
-        )
-        for criterion, own_N in asked
-    ]
+    parts = []
+    for criterion in range(criteria):
+        own_N = pairs.criterion_N == criterion
+        draws_M = draws_KN[:, own_N].flatten()
+        # Without pairs a criterion's heads are what the others tell of them.
+        if draws_M.any():
+            labels_M = pairs.labels_N[own_N].repeat(members)
+            margins_M = pairs.margins_N[own_N].repeat(members)
+            own = difference_NH[own_N], sum_NH[own_N], labels_M, margins_M, draws_M
+            parts.append((criterion, *own))
     weights_KCH = torch.zeros(members, criteria, difference_NH.shape[1], requires_grad=True)
     optimiser = torch.optim.LBFGS([weights_KCH], max_iter=150, line_search_fn="strong_wolfe")
 
