@@ -1,4 +1,4 @@
-"""How linear heads are fitted, and how their L2 and the kinship of criteria are chosen.
+"""How linear heads are fitted, and how their L2 and what criteria tell of each other are chosen.
 
 Shapes: K members, C criteria, N pairs, F feature families of H values each; L candidates.
 """
@@ -48,6 +48,11 @@ class Comparisons:
             places_N[self.criterion_N == criterion] = place
         return replace(self, criterion_N=places_N)[places_N >= 0]
 
+    def shares(self, criteria: int) -> Tensor:
+        """Each criterion's share of the pairs' weight, shape (C,)."""
+        total_C = torch.zeros(criteria).index_add(0, self.criterion_N, self.weights_N)
+        return total_C / total_C.sum()
+
     @property
     def replies_NFH(self) -> Tensor:
         """Features of all replies, chosen ones first; shape (2 N, F, H)."""
@@ -89,15 +94,16 @@ def bootstrap(weights_N: Tensor, members: int, seed: int, first: int = 0) -> Ten
     return draws_KN / draws_KN.sum(dim=1, keepdim=True)
 
 
-def prior_precision(l2_KC: Tensor, correlation_CC: Tensor) -> Tensor:
-    """What `fit_heads` weighs the products of criteria's heads with, shape (K, C, C): each
-    criterion's L2, and the correlation that its head is taken to have with the others'.
+def prior_precision(l2_KC: Tensor, share_C: Tensor, correlation_CC: Tensor) -> Tensor:
+    """What `fit_heads` weighs the products of criteria's heads with, shape (K, C, C).
 
-    The penalty is that of a Gaussian prior of variance 1 / (2 L2) whose draws for the criteria are
-    correlated in every feature (Evgeniou & Pontil, 2004; Zhang & Yeung, 2010). `correlation_CC` may
-    have one matrix a member, shape (K, C, C); the unit matrix keeps the criteria apart.
+    ``P_cd = sqrt(s_c l2_c s_d l2_d) (R^-1)_cd`` for the criteria's shares s of the pairs, their L2
+    and the correlation R that their heads are taken to have: the penalty is that of a Gaussian
+    prior whose draws for the criteria are correlated by R in every feature (Evgeniou & Pontil,
+    2004; Zhang & Yeung, 2010). `correlation_CC` may have one matrix a member, shape (K, C, C); the
+    unit matrix keeps the criteria apart.
     """
-    root_KC = l2_KC.sqrt()
+    root_KC = (l2_KC * share_C).sqrt()
     inverse: Tensor = torch.linalg.inv(correlation_CC)
     return root_KC.unsqueeze(2) * inverse * root_KC.unsqueeze(1)
 
@@ -113,10 +119,11 @@ def fit_heads(
 ) -> Tensor:
     """Weights (K, C, H) on one family standardised by `scale` (mean, deviation), by L-BFGS.
 
-    Each member minimises the sum over criteria of its Bradley-Terry cross-entropy over its own
-    weights of the pairs (which sum to 1 for each criterion), plus `centring` times the mean square
-    of a pair's summed rewards, plus ``sum_cd P_cd w_c . w_d`` (see `prior_precision`; ``l2 |w|^2``
-    where criteria are apart). The members are independent problems solved side by side.
+    Each member minimises the Bradley-Terry cross-entropy summed over its own weights of the pairs
+    (which sum to the criteria's shares), plus `centring` times the square of a pair's summed
+    rewards, summed likewise, plus ``sum_cd P_cd w_c . w_d`` (see `prior_precision`; with one
+    criterion, or criteria apart, a mean cross-entropy plus ``l2 |w|^2``). The members are
+    independent problems solved side by side.
     """
     mean_H, deviation_H = scale
     members, criteria = precision_KCC.shape[:2]
@@ -142,13 +149,14 @@ def fit_heads(
         loss = torch.einsum("kcd,kch,kdh->", precision_KCC, weights_KCH, weights_KCH)
         for criterion, own_NH, own_sum_NH, labels_M, margins_M, draws_M in parts:
             weights_KH = weights_KCH[:, criterion]
-            # The draws sum to 1 for each member: K times the mean is the sum of members' losses.
-            loss = loss + members * bradley_terry_loss(
+            part = bradley_terry_loss(
                 (weights_KH @ own_NH.T).flatten(), labels_M, draws_M, margins_M
             )
             if centring:
                 sums_M = (weights_KH @ own_sum_NH.T).flatten()
-                loss = loss + members * centring * centring_loss(sums_M, draws_M)
+                part = part + centring * centring_loss(sums_M, draws_M)
+            # From the mean back to the sum.
+            loss = loss + draws_M.sum() * part
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
@@ -173,9 +181,7 @@ def _held_out_margins(
         own = pairs[fit]
         replies_NH = own.replies_NFH[:, family]
         scale = replies_NH.mean(dim=0), replies_NH.std(dim=0) + NEVER_ZERO
-        criteria = precision_LCC.shape[1]
-        total_C = torch.zeros(criteria).index_add(0, own.criterion_N, own.weights_N)
-        draws_LN = (own.weights_N / total_C[own.criterion_N]).expand(len(precision_LCC), -1)
+        draws_LN = (own.weights_N / own.weights_N.sum()).expand(len(precision_LCC), -1)
         weights_LCH = fit_heads(own, family, scale, draws_LN, precision_LCC, centring=centring)
         apart_NH = (pairs.chosen_NFH[held, family] - pairs.rejected_NFH[held, family]) / scale[1]
         margins_LCN = weights_LCH @ apart_NH.T
@@ -220,27 +226,26 @@ def choose_l2(
 
 
 def correlation_losses(
-    pairs: Comparisons, group: ProbeGroup, candidates: Sequence[float], folds_N: Tensor
-) -> dict[str, float]:
-    """Every candidate's cross-validated loss as the prior correlation of two criteria's heads.
+    pairs: Comparisons, group: ProbeGroup, correlation_LCC: Tensor, folds_N: Tensor
+) -> Tensor:
+    """What heads under each of L prior correlations of the criteria lose on held-out pairs, (L,).
 
-    `pairs` are of criteria 0 and 1, and `group` has the L2 of these two. The loss is the
-    cross-entropy summed over pairs, each criterion's after its own temperature: so a criterion of
-    few pairs counts by what it gains.
+    The cross-entropy in nats, summed over pairs (as many as weigh as these do, by Kish), each
+    criterion's after its own temperature: so a criterion of few pairs counts by what it gains.
     """
-    losses = dict.fromkeys((f"{candidate:g}" for candidate in candidates), 0.0)
-    correlation_LCC = torch.eye(2).repeat(len(candidates), 1, 1)
-    correlation_LCC[:, 0, 1] = correlation_LCC[:, 1, 0] = torch.tensor(candidates)
-    precision_LCC = prior_precision(
-        torch.tensor(group.l2_C).expand(len(candidates), -1), correlation_LCC
-    )
+    criteria = correlation_LCC.shape[1]
+    l2_LC = torch.tensor(group.l2_C).expand(len(correlation_LCC), -1)
+    precision_LCC = prior_precision(l2_LC, pairs.shares(criteria), correlation_LCC)
     margins_LN = _held_out_margins(pairs, group.family, precision_LCC, folds_N, group.centring)
-    for criterion in (0, 1):
+    losses_L = torch.zeros(len(correlation_LCC))
+    for criterion in range(criteria):
         own_N = pairs.criterion_N == criterion
         own = pairs[own_N]
-        for candidate, margins_N in zip(losses, margins_LN[:, own_N], strict=True):
-            losses[candidate] += float(own.weights_N.sum()) * _tempered_loss(margins_N, own)
-    return losses
+        if not own.weights_N.any():
+            continue
+        count = float(own.weights_N.sum() ** 2 / own.weights_N.square().sum())
+        losses_L += count * torch.tensor([_tempered_loss(m_N, own) for m_N in margins_LN[:, own_N]])
+    return losses_L
 
 
 def correlation_matrix(criteria: int, pairwise: Mapping[tuple[int, int], float]) -> Tensor:

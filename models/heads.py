@@ -146,6 +146,7 @@ def fit_members(
     replies_NFH = pairs.replies_NFH
     mean_FH, deviation_FH = replies_NFH.mean(dim=0), replies_NFH.std(dim=0) + NEVER_ZERO
     criteria = len(combination_C)
+    share_C = pairs.shares(criteria)
     if correlation_CC is None:
         correlation_CC = torch.eye(criteria)
     weights: list[Tensor] = []
@@ -157,16 +158,18 @@ def fit_members(
             first += 1
             continue
         draws_KN = torch.zeros(group.count, len(pairs.labels_N))
-        for criterion in range(criteria):
+        for criterion, share in enumerate(share_C):
             own_N = pairs.criterion_N == criterion
-            draws_KN[:, own_N] = bootstrap(pairs.weights_N[own_N], group.count, seed, first)
+            draws_KN[:, own_N] = share * bootstrap(pairs.weights_N[own_N], group.count, seed, first)
         weights.append(
             fit_heads(
                 pairs,
                 group.family,
                 (mean_FH[group.family], deviation_FH[group.family]),
                 draws_KN,
-                prior_precision(torch.tensor(group.l2_C).expand(group.count, -1), correlation_CC),
+                prior_precision(
+                    torch.tensor(group.l2_C).expand(group.count, -1), share_C, correlation_CC
+                ),
                 centring=group.centring,
             )
         )

@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
-from itertools import chain
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from cluster.session import cluster_address, ray_session
 from models.data_files import ReadReport
 from models.embedded import cache_folder
 from models.feature_store import Compute, FeatureStore
-from models.head_fitting import Comparisons, correlation_matrix
+from models.head_fitting import Comparisons
 from models.heads import fit_members
 from models.preferences import folds_by_first_user_turn, read_pairs
 from models.probes import probe_rows
@@ -71,9 +71,10 @@ from trainers.reward_banks import (
 )
 from trainers.reward_card import describe, pair_report, probe_report, report
 from trainers.reward_choices import (
-    choose_correlations,
+    choose_correlation,
     choose_groups,
     cross_validate,
+    pair_name,
     temperatures,
 )
 
@@ -192,14 +193,11 @@ def train_reward_model(
     combination_C = torch.tensor([combination[criterion] for criterion in criteria])
     data = [_comparisons(features_NFH, pairs, criteria) for features_NFH in features]
     groups, l2_losses = choose_groups(banks, data, folds_N, criteria)
-    correlations, correlation_losses = choose_correlations(
+    correlation_CC, correlation_losses = choose_correlation(
         data, groups, folds_N, criteria, settings.correlations
     )
     fit = partial(
-        fit_members,
-        combination_C=combination_C,
-        seed=seed,
-        correlation_CC=correlation_matrix(len(criteria), correlations),
+        fit_members, combination_C=combination_C, seed=seed, correlation_CC=correlation_CC
     )
     # Trained members have seen all folds but the first.
     held_folds = [0] if any(bank.heads for bank in banks) else sorted(set(folds_N.tolist()))
@@ -218,7 +216,10 @@ def train_reward_model(
         max_tokens=settings.max_tokens,
         criteria=tuple(criteria),
         combination=combination,
-        correlation={f"{criteria[a]}, {criteria[b]}": r for (a, b), r in correlations.items()},
+        correlation={
+            pair_name(criteria, pair): round(float(correlation_CC[pair]), 4)
+            for pair in combinations(range(len(criteria)), 2)
+        },
         temperature=temperatures(held_out, held_pairs, criteria),
         signal_mean=tuple(signal_mean_S.tolist()),
         signal_deviation=tuple(signal_deviation_S.tolist()),

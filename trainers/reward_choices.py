@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from itertools import combinations
-from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from models.head_fitting import (
     ProbeGroup,
     choose_l2,
     correlation_losses,
+    correlation_matrix,
     fit_temperature,
 )
 from models.heads import Heads, TrainedHead
@@ -53,46 +53,66 @@ def choose_groups(
     return groups, losses
 
 
-def choose_correlations(
+def choose_correlation(
     data: Sequence[Comparisons],
     groups: Sequence[Sequence[ProbeGroup | TrainedHead]],
     folds_N: Tensor,
     criteria: Sequence[str],
     candidates: Sequence[float],
-) -> tuple[dict[tuple[int, int], float], dict[str, dict[str, float]]]:
-    """What the heads of every two criteria tell of each other before they are fitted, and what the
-    candidates lost: cross-entropy summed over pairs, its mean over the groups of probes.
+) -> tuple[Tensor, dict[str, dict[str, float]]]:
+    """What the heads of criteria tell of each other before they are fitted, shape (C, C), and what
+    the candidates for every two lost: nats over all pairs, the mean over the groups of probes.
 
-    Criteria stay as far apart as the candidates allow unless another one gains a nat over all
-    pairs: of few pairs, chance alone prefers some correlation.
+    Criteria stay as far apart as the candidates allow unless another one gains a nat: of few pairs,
+    chance alone prefers some correlation. So do more than two unless all correlations together
+    gain one. Trained heads were trained apart.
     """
+    probes = [
+        (pairs, group)
+        for pairs, own_groups in zip(data, groups, strict=True)
+        for group in own_groups
+        if isinstance(group, ProbeGroup)
+    ]
+    apart = min(candidates, key=abs)
+    names = [f"{candidate:g}" for candidate in candidates]
+    two_LCC = torch.stack([correlation_matrix(2, {(0, 1): each}) for each in candidates])
     chosen: dict[tuple[int, int], float] = {}
     losses: dict[str, dict[str, float]] = {}
-    apart = min(candidates, key=abs)
-    for one, other in combinations(range(len(criteria)), 2):
-        if len(candidates) == 1:
-            chosen[one, other] = apart
-            continue
-        lost: list[dict[str, float]] = []
-        for pairs, own_groups in zip(data, groups, strict=True):
-            own_N = (pairs.criterion_N == one) | (pairs.criterion_N == other)
-            both = pairs.between((one, other))
-            lost += [
-                correlation_losses(
-                    both,
-                    replace(group, l2_C=(group.l2_C[one], group.l2_C[other])),
-                    candidates,
-                    folds_N[own_N],
-                )
-                for group in own_groups
-                if isinstance(group, ProbeGroup)
-            ]
-        tried = {name: fmean(each[name] for each in lost) for name in (lost[0] if lost else {})}
-        best = min(candidates, key=lambda c: tried.get(f"{c:g}", 0.0))
-        gain = tried[f"{apart:g}"] - tried[f"{best:g}"] if tried else 0.0
-        chosen[one, other] = best if gain > _LEAST_GAIN else apart
-        losses[f"{criteria[one]}, {criteria[other]}"] = tried
-    return chosen, losses
+
+    def lost(asked: Sequence[int], correlation_LCC: Tensor) -> Tensor:
+        every = []
+        for pairs, group in probes:
+            own_N = torch.isin(pairs.criterion_N, torch.tensor(asked))
+            own = replace(group, l2_C=tuple(group.l2_C[criterion] for criterion in asked))
+            every.append(
+                correlation_losses(pairs.between(asked), own, correlation_LCC, folds_N[own_N])
+            )
+        return torch.stack(every).mean(dim=0)
+
+    if not probes:
+        return torch.eye(len(criteria)), losses
+    for pair in combinations(range(len(criteria)), 2):
+        chosen[pair] = apart
+        if len(candidates) > 1:
+            lost_L = lost(pair, two_LCC)
+            best = int(lost_L.argmin())
+            if float(lost_L[candidates.index(apart)] - lost_L[best]) > _LEAST_GAIN:
+                chosen[pair] = candidates[best]
+            losses[pair_name(criteria, pair)] = dict(zip(names, lost_L.tolist(), strict=True))
+    correlation_CC = correlation_matrix(len(criteria), chosen)
+    if len(criteria) > 2 and len(candidates) > 1:
+        apart_CC = correlation_matrix(len(criteria), dict.fromkeys(chosen, apart))
+        apart_lost, together_lost = lost(
+            range(len(criteria)), torch.stack([apart_CC, correlation_CC])
+        ).tolist()
+        if apart_lost - together_lost <= _LEAST_GAIN:
+            return apart_CC, losses
+    return correlation_CC, losses
+
+
+def pair_name(criteria: Sequence[str], pair: tuple[int, int]) -> str:
+    """Of two criteria, on a card."""
+    return " ~ ".join(criteria[criterion] for criterion in pair)
 
 
 def cross_validate(

@@ -169,7 +169,7 @@ class EnsembleSection(Section):
     combination: dict[str, float] | None = None
     """The reward as weights of the standardised criteria, such as `{helpful = 1, harmless = 0.5}`.
     Default: `overall` where the data has it, else every criterion with the same weight."""
-    correlations: list[Annotated[float, Field(gt=-1, lt=1)]] = Field(
+    correlations: list[Annotated[float, Field(ge=-0.95, le=0.95)]] = Field(
         default=[-0.9, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 0.9], min_length=1
     )
     """Candidates for how alike the heads of two criteria are taken to be before their pairs are
@@ -192,6 +192,12 @@ class EnsembleSection(Section):
                 f"ensemble.members gives {count} members: at least 3 are needed to disagree (fewer "
                 "than 8 are a lottery)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _candidates_differ(self) -> EnsembleSection:
+        if len({f"{each:g}" for each in self.correlations}) < len(self.correlations):
+            raise ValueError("ensemble.correlations names a candidate twice")
         return self
 
     @model_validator(mode="after")

@@ -307,6 +307,10 @@ def test_a_single_candidate_is_taken_untried():
 BOTH_L2 = 0.1
 
 
+def correlated(correlation: float) -> Tensor:
+    return correlation_matrix(2, {(0, 1): correlation})
+
+
 def related(
     correlation: float, few: int = 40, many: int = 600, width: int = 40
 ) -> tuple[Comparisons, Tensor, Tensor]:
@@ -326,13 +330,12 @@ def related(
 
 def fit_related(pairs: Comparisons, correlation: float) -> Tensor:
     """The two heads (2, H), with what they are taken to have in common beforehand."""
-    counts_C = torch.bincount(pairs.criterion_N, minlength=2)
-    draws_1N = (1 / counts_C[pairs.criterion_N]).unsqueeze(0)
+    draws_1N = (pairs.weights_N / pairs.weights_N.sum()).unsqueeze(0)
     width = pairs.chosen_NFH.shape[2]
     scale = torch.zeros(width), torch.ones(width)
-    precision_1CC = prior_precision(
-        torch.full((1, 2), BOTH_L2), correlation_matrix(2, {(0, 1): correlation})
-    )
+    shares_C = torch.tensor([600, 40]) / 640
+    l2_1C = torch.full((1, 2), BOTH_L2)
+    precision_1CC = prior_precision(l2_1C, shares_C, correlated(correlation))
     return fit_heads(pairs, 0, scale, draws_1N, precision_1CC)[0]
 
 
@@ -358,20 +361,54 @@ def test_without_correlation_criteria_are_fitted_as_if_alone():
         torch.testing.assert_close(both_CH[criterion], alone_H, atol=2e-3, rtol=0)
 
 
-def test_related_heads_are_at_the_minimum_of_their_joint_loss():
+def test_related_members_are_at_the_minimum_of_their_joint_loss():
+    """Minus the logarithm of a posterior: the pairs' cross-entropy, and a Gaussian whose draws for
+    the criteria are correlated, each with a variance by its own L2 and number of pairs."""
     pairs, _, _ = related(-0.5)
-    weights_CH = fit_related(pairs, -0.75).requires_grad_()
-    logits_N = ((pairs.chosen_NFH - pairs.rejected_NFH)[:, 0] * weights_CH[pairs.criterion_N]).sum(
-        1
+    # What the replies of a pair share, so that centring has something to do.
+    shared_N1H = torch.randn(640, 1, 40, generator=torch.Generator().manual_seed(9))
+    pairs = replace(
+        pairs,
+        chosen_NFH=pairs.chosen_NFH + shared_N1H,
+        rejected_NFH=pairs.rejected_NFH + shared_N1H,
     )
-    losses_N = F.binary_cross_entropy_with_logits(logits_N, pairs.labels_N, reduction="none")
-    loss = sum(losses_N[pairs.criterion_N == criterion].mean() for criterion in (0, 1))
-    # Minus the logarithm of a Gaussian whose draws for the criteria are correlated by -0.75.
-    covariance_CC = torch.tensor([[1.0, -0.75], [-0.75, 1.0]]) / (2 * BOTH_L2)
-    prior = torch.distributions.MultivariateNormal(torch.zeros(2), covariance_CC)
-    (loss - prior.log_prob(weights_CH.T).sum()).backward()
-    assert weights_CH.grad is not None
-    assert weights_CH.grad.abs().max() < 1e-3
+    counts_C = torch.tensor([600.0, 40.0])
+    l2_KC, correlation, centring = torch.tensor([[0.02, 0.3], [0.5, 0.1]]), -0.75, 0.1
+    draws_KN = torch.stack([torch.ones(640), torch.arange(640) % 3 / 1.0])
+    for criterion, count in enumerate(counts_C):
+        own_N = pairs.criterion_N == criterion
+        draws_KN[:, own_N] *= count / draws_KN[:, own_N].sum(dim=1, keepdim=True)
+    precision_KCC = prior_precision(l2_KC, counts_C / 640, correlated(correlation))
+    scale = torch.zeros(40), torch.ones(40)
+    weights_KCH = fit_heads(pairs, 0, scale, draws_KN / 640, precision_KCC, centring=centring)
+    weights_KCH.requires_grad_()
+    own_KNH = weights_KCH[:, pairs.criterion_N]
+    chosen_KN, rejected_KN = (
+        (own_KNH * replies_NFH[:, 0]).sum(dim=2)
+        for replies_NFH in (pairs.chosen_NFH, pairs.rejected_NFH)
+    )
+    losses_KN = F.binary_cross_entropy_with_logits(
+        chosen_KN - rejected_KN, pairs.labels_N.expand(2, -1), reduction="none"
+    )
+    losses_KN = losses_KN + centring * (chosen_KN + rejected_KN).square()
+    log_prior = torch.zeros(())
+    for weights_CH, l2_C in zip(weights_KCH, l2_KC, strict=True):
+        deviation_C = (1 / (2 * counts_C * l2_C)).sqrt()
+        covariance_CC = correlated(correlation) * torch.outer(deviation_C, deviation_C)
+        prior = torch.distributions.MultivariateNormal(torch.zeros(2), covariance_CC)
+        log_prior = log_prior + prior.log_prob(weights_CH.T).sum()
+    (((draws_KN * losses_KN).sum() - log_prior) / 640).backward()
+    assert weights_KCH.grad is not None
+    assert weights_KCH.grad.abs().max() < 1e-3
+    assert weights_KCH.abs().amax(dim=2).min() > 0.02
+
+
+def test_many_pairs_are_hardly_moved_by_a_criterion_of_few():
+    pairs, _, _ = related(0.9, few=40, many=600)
+    misled_CH, alone_CH = fit_related(pairs, -0.5), fit_related(pairs, 0.0)
+    moved_C = (misled_CH - alone_CH).norm(dim=1) / alone_CH.norm(dim=1)
+    assert moved_C[0] < 0.15
+    assert moved_C[0] < 0.5 * moved_C[1]
 
 
 def test_a_criterion_without_pairs_in_a_fold_is_what_the_others_tell_of_it():
@@ -379,20 +416,24 @@ def test_a_criterion_without_pairs_in_a_fold_is_what_the_others_tell_of_it():
     only_first = pairs[pairs.criterion_N == 0]
     first_H, second_H = fit_related(only_first, -0.5)
     assert torch.cosine_similarity(first_H, planted_CH[0], dim=0) > 0.7
-    torch.testing.assert_close(second_H, -0.5 * first_H, atol=5e-3, rtol=0)
+    # By the same L2 of a mean over fewer pairs, the prior is as much wider.
+    torch.testing.assert_close(second_H, -0.5 * math.sqrt(600 / 40) * first_H, atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("planted", [-0.9, 0.0, 0.9])
 def test_the_correlation_is_found_in_held_out_pairs(planted):
     pairs, _, folds_N = related(planted, few=120)
     candidates = [-0.9, -0.5, 0.0, 0.5, 0.9]
+    correlation_LCC = torch.stack(list(map(correlated, candidates)))
     group = ProbeGroup(0, 2, (BOTH_L2, BOTH_L2))
-    losses = correlation_losses(pairs, group, candidates, folds_N)
-    assert list(losses) == ["-0.9", "-0.5", "0", "0.5", "0.9"]
-    found = float(min(losses, key=losses.__getitem__))
+    losses_L = correlation_losses(pairs, group, correlation_LCC, folds_N)
+    found = candidates[int(losses_L.argmin())]
     assert math.copysign(1, found) * (abs(found) >= 0.5) == round(planted)
-    # Summed over pairs, in nats.
-    assert 300 < losses["0"] < 720 * math.log(2)
+    # Summed over pairs, in nats, whatever unit weights are in.
+    assert 300 < losses_L[2] < 720 * math.log(2)
+    heavy = replace(pairs, weights_N=100 * pairs.weights_N)
+    heavy_L = correlation_losses(heavy, group, correlation_LCC, folds_N)
+    torch.testing.assert_close(heavy_L, losses_L, atol=0.1, rtol=0)
 
 
 def test_correlations_chosen_two_by_two_are_shrunk_until_they_fit_together():

@@ -216,14 +216,20 @@ def test_a_pair_without_weight_does_not_move_the_scales(opposed):
 def test_members_of_related_criteria_borrow_and_others_do_not(opposed):
     """Of the opposed criteria the second has a dozen pairs."""
     few = opposed[(opposed.criterion_N == 0) | (torch.arange(600) < 24)]
-    groups = [ProbeGroup(0, 3, (0.1, 0.1))]
     rest = opposed[(opposed.criterion_N == 1) & (torch.arange(600) >= 24)]
+    groups = [ProbeGroup(0, 3, (0.1, 0.1))]
 
-    def right(correlation: float) -> float:
-        correlation_CC = torch.tensor([[1.0, correlation], [correlation, 1.0]])
+    def second(correlation_CC: Tensor | None) -> tuple[Tensor, float]:
         heads = fit_members(few, groups, torch.ones(2), 0, correlation_CC)
         margins_KN = heads.raw(rest.chosen_NFH)[:, 1] - heads.raw(rest.rejected_NFH)[:, 1]
-        return float(((margins_KN > 0) == (rest.labels_N > 0)).float().mean())
+        right = ((margins_KN > 0) == (rest.labels_N > 0)).float().mean()
+        return heads.weights_KCH[:, 1], float(right)
 
-    assert right(0.0) == right(-1e-7)
-    assert right(-0.9) > right(0.0) + 0.05
+    apart_KH, apart = second(None)
+    # As without the other criterion's pairs, on the same scales.
+    scaled = replace(few, weights_N=torch.where(few.criterion_N == 1, 1.0, 1e-6))
+    alone_KH = fit_members(scaled, groups, torch.ones(2), 0).weights_KCH[:, 1]
+    torch.testing.assert_close(apart_KH, alone_KH, atol=5e-3, rtol=0)
+    related_KH, related = second(torch.tensor([[1.0, -0.9], [-0.9, 1.0]]))
+    assert related > apart + 0.05
+    assert (related_KH - apart_KH).abs().max() > 0.05

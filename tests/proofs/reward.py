@@ -172,7 +172,7 @@ def parts(folder: Path) -> dict[str, Any]:
             own_part.append(judged(model, source, held, rows_of(trunk, held)))
         bars, own_figures = held_to_bars(own_part, f"part {part}")
         bars_held.update(name.rsplit(",", 1)[0] for name, held in bars.items() if held)
-        figures |= {name: said for name, said in own_figures.items() if name.startswith("h")}
+        figures |= own_figures
         every += own_part
     bars, together = held_to_bars(every, "all parts")
     held_in = {

@@ -120,6 +120,15 @@ def test_a_combination_that_weighs_nothing_is_refused(parse, combination):
         parse(combination=combination)
 
 
+@pytest.mark.parametrize(
+    ("candidates", "why"),
+    [([], "correlations"), ([1.0], "0.95"), ([-0.5, 0, -0.5], "names a candidate twice")],
+)
+def test_correlations_that_cannot_be_tried_are_refused(parse, candidates, why):
+    with pytest.raises(ConfigError, match=why):
+        parse(correlations=candidates)
+
+
 def test_a_combination_may_weigh_a_criterion_against_another(parse):
     for combination in (None, {"helpful": 1.0, "long": -0.5}, {"helpful": 1.0, "harmless": 0.0}):
         assert parse(combination=combination).ensemble.combination == combination

@@ -162,14 +162,14 @@ def test_what_criteria_tell_of_each_other_is_tried_and_stands_on_the_card(train)
     rows += [pair(n, criterion="honest", label=0.0) for n in range(20, 40)]
     run, _ = train(rows, [], correlations=[-0.5, 0.0])
     tried = RewardModel.load(run).card
-    assert set(tried.metrics["correlation_losses"]["helpful, honest"]) == {"-0.5", "0"}
-    versions = {tried.correlation["helpful, honest"]: {tried.version}}
+    assert set(tried.metrics["correlation_losses"]["helpful ~ honest"]) == {"-0.5", "0"}
+    versions = {tried.correlation["helpful ~ honest"]: {tried.version}}
     for correlation in (-0.5, 0.0):
         shutil.rmtree(run)
         run, _ = train(rows, [], correlations=[correlation])
         card = RewardModel.load(run).card
-        assert card.correlation == {"helpful, honest": correlation}
-        assert f"helpful, honest {correlation:g}" in (run / "reward" / "card.md").read_text()
+        assert card.correlation == {"helpful ~ honest": correlation}
+        assert f"helpful ~ honest {correlation:g}" in (run / "reward" / "card.md").read_text()
         versions.setdefault(correlation, set()).add(card.version)
     # The chosen one is what the heads were fitted with.
     assert sorted(map(len, versions.values())) == [1, 1]
