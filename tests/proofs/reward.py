@@ -58,7 +58,6 @@ class Judged:
     """What a criterion's own head says of pairs that it never saw, all of one source."""
 
     source: str
-    criterion: str
     log_odds_N: Tensor
     margins_N: Tensor
     """Of the standardised reward."""
@@ -81,7 +80,7 @@ def judged(
     lengths_N = torch.tensor([len(reply) for _, reply in rows])
     longer_N = lengths_N[: len(pairs)] - lengths_N[len(pairs) :]
     tempered_N = margins_N / model.card.temperature[criterion]
-    return Judged(source, criterion, log_odds_N, margins_N, tempered_N, longer_N)
+    return Judged(source, log_odds_N, margins_N, tempered_N, longer_N)
 
 
 def held_to_bars(every: Sequence[Judged], name: str) -> tuple[dict[str, bool], dict[str, Any]]:
@@ -101,7 +100,7 @@ def held_to_bars(every: Sequence[Judged], name: str) -> tuple[dict[str, bool], d
             f"{share:.3f}, 90 % bound {low:.3f}, longer wins {length:.3f}, {len(margins_N)} pairs"
         )
     for criterion, least in (("helpful", 0.62), ("harmless", 0.60)):
-        own = [each for each in every if each.criterion == criterion]
+        own = [each for each in every if _SOURCES[each.source] == criterion]
         log_odds_N, margins_N, tempered_N = (
             torch.cat([getattr(each, kind) for each in own])
             for kind in ("log_odds_N", "margins_N", "tempered_N")
