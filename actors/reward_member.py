@@ -23,6 +23,7 @@ from models.sources import resolve_model
 from models.top_layers import TopLayers, write_layers
 from models.trunk import Family, Pooling, Trunk, pool
 from rlhf.config import LoRAMembers, OwnLayers
+from rlhf.ensemble import bootstrap_draw
 from rlhf.losses import bradley_terry_loss, centring_loss
 from rlhf.seeding import derive_seed
 
@@ -174,8 +175,8 @@ class MemberTraining:
         """The member's bootstrap draw of the pairs, gone through in a new order every epoch."""
         job = self._job
         live = [pair for pair in job.pairs if pair.weight > 0]
-        generator = torch.Generator().manual_seed(derive_seed(job.seed, "bootstrap", job.member))
-        drawn = torch.randint(len(live), (len(live),), generator=generator)
+        drawn = bootstrap_draw(len(live), job.member, job.seed)
+        generator = torch.Generator().manual_seed(derive_seed(job.seed, "order", job.member))
         order = torch.cat(
             [
                 drawn[torch.randperm(len(drawn), generator=generator)]

@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from rlhf.ensemble import bootstrap_draw
 from rlhf.errors import DataError
 from rlhf.losses import bradley_terry_loss, centring_loss
-from rlhf.seeding import derive_seed
 
 NEVER_ZERO = 1e-6
 """Added to deviations."""
@@ -77,8 +77,9 @@ class ProbeGroup:
 def bootstrap(weights_N: Tensor, members: int, seed: int, first: int = 0) -> Tensor:
     """Each member's weights over a draw of N pairs with replacement, summing to 1; shape (K, N).
 
-    Drawn from the pairs that count: a draw of pairs without weight would have no mean. Members are
-    numbered from `first`, so that a member is the same whoever stands beside it.
+    Drawn (`rlhf.ensemble.bootstrap_draw`) from the pairs that count: a draw of pairs without weight
+    would have no mean. Members are numbered from `first`, so that a member is the same whoever
+    stands beside it.
 
     Raises:
         DataError: no pair has any weight.
@@ -88,8 +89,7 @@ def bootstrap(weights_N: Tensor, members: int, seed: int, first: int = 0) -> Ten
         raise DataError("every pair has weight 0: there is nothing to train on")
     draws_KN = torch.zeros(members, len(weights_N))
     for member in range(members):
-        generator = torch.Generator().manual_seed(derive_seed(seed, "bootstrap", first + member))
-        drawn = live[torch.randint(len(live), (len(live),), generator=generator)]
+        drawn = live[bootstrap_draw(len(live), first + member, seed)]
         draws_KN[member] = torch.bincount(drawn, minlength=len(weights_N)) * weights_N
     return draws_KN / draws_KN.sum(dim=1, keepdim=True)
 
@@ -267,8 +267,13 @@ def correlation_matrix(criteria: int, pairwise: Mapping[tuple[int, int], float])
 def fit_temperature(margins_N: Tensor, labels_N: Tensor, weights_N: Tensor) -> float:
     """The temperature T that minimises the cross-entropy of sigmoid(margin / T) on held-out pairs.
 
-    Guo et al. (2017), section 4.2; a grid over the logarithm, which one parameter needs no more of.
+    Guo et al. (2017), section 4.2. From 0.01 to 100, by a grid over the logarithm and a finer one
+    around its best.
     """
-    grid = torch.logspace(-2, 2, 161)
-    losses = torch.stack([bradley_terry_loss(margins_N / t, labels_N, weights_N) for t in grid])
-    return float(grid[losses.argmin()])
+
+    def best(grid: Tensor) -> float:
+        losses = [bradley_terry_loss(margins_N / each, labels_N, weights_N) for each in grid]
+        return float(grid[torch.stack(losses).argmin()])
+
+    coarse = best(torch.logspace(-2, 2, 161))
+    return best(coarse * torch.logspace(-0.025, 0.025, 51))

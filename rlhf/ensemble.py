@@ -12,6 +12,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rlhf.seeding import derive_seed
+
+_BALANCED = 8
+"""Members that draw every example equally often between them."""
+
+
+def bootstrap_draw(count: int, member: int, seed: int) -> Tensor:
+    """Which of `count` examples a member is trained on, drawn with replacement; indices, (count,).
+
+    Balanced (Davison, Hinkley & Schechtman, 1986): eight members that follow each other share out
+    eight copies of every example, so that their mean leans on none more than on another. Members
+    are numbered, and a member's draw does not depend on how many there are.
+    """
+    block, place = divmod(member, _BALANCED)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "bootstrap", block))
+    copies = torch.randperm(_BALANCED * count, generator=generator) % count
+    return copies.view(_BALANCED, count)[place]
+
 
 def standardise(scores_KN: Tensor, mean_K: Tensor, deviation_K: Tensor) -> Tensor:
     """Each member's scores by its own mean and deviation (both stored with the reward model)."""

@@ -5,6 +5,7 @@ import torch
 
 from rlhf.ensemble import (
     aggregate,
+    bootstrap_draw,
     conformal_rank,
     disagreement,
     distance,
@@ -139,3 +140,22 @@ def test_disagreement_is_taken_within_families_and_those_of_one_member_say_nothi
 def test_members_that_all_stand_alone_disagree_with_each_other():
     rewards_KN = torch.tensor([[1.0], [3.0]])
     assert family_disagreement(rewards_KN, torch.tensor([0, 1])).tolist() == [1.0]
+
+
+def test_eight_members_that_follow_each_other_draw_every_example_equally_often():
+    draws_KN = torch.stack([bootstrap_draw(50, member, 0) for member in range(24)])
+    for eight_KN in draws_KN.split(8):
+        assert torch.bincount(eight_KN.flatten()).tolist() == [8] * 50
+    counts_KN = torch.stack([torch.bincount(draw_N, minlength=50) for draw_N in draws_KN])
+    assert len(torch.unique(counts_KN, dim=0)) == 24
+    # Each leaves out about as many as a draw with replacement would (37 %).
+    left_out_K = (counts_KN == 0).float().mean(dim=1)
+    assert left_out_K.min() > 0.2
+    assert left_out_K.max() < 0.5
+    assert left_out_K.mean().item() == pytest.approx((7 / 8) ** 8, abs=0.03)
+
+
+def test_a_draw_is_the_same_again_by_its_seed_and_another_one_by_another():
+    assert torch.equal(bootstrap_draw(50, 5, 0), bootstrap_draw(50, 5, 0))
+    assert not torch.equal(bootstrap_draw(50, 5, 0), bootstrap_draw(50, 5, 1))
+    assert bootstrap_draw(1, 3, 0).tolist() == [0]
