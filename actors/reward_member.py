@@ -23,7 +23,7 @@ from models.sources import resolve_model
 from models.top_layers import TopLayers, write_layers
 from models.trunk import Family, Pooling, Trunk, pool
 from rlhf.config import LoRAMembers, OwnLayers
-from rlhf.ensemble import bootstrap_draw
+from rlhf.ensemble import bootstrap_draws
 from rlhf.losses import bradley_terry_loss, centring_loss
 from rlhf.seeding import derive_seed
 
@@ -103,6 +103,18 @@ def train_member(config: dict[str, Any]) -> TrainedMember | None:
     return MemberTraining(job, context.get_world_rank(), context.get_world_size()).run()
 
 
+def batches(job: MemberJob) -> list[list[PairRow]]:
+    """The member's bootstrap draw of the pairs, gone through in a new order every epoch."""
+    live = [pair for pair in job.pairs if pair.weight > 0]
+    [drawn] = bootstrap_draws(len(live), 1, job.seed, first=job.member)
+    generator = torch.Generator().manual_seed(derive_seed(job.seed, "order", job.member))
+    order = torch.cat(
+        [drawn[torch.randperm(len(drawn), generator=generator)] for _ in range(job.settings.epochs)]
+    ).tolist()
+    size = job.settings.batch_pairs
+    return [[live[n] for n in order[at : at + size]] for at in range(0, len(order), size)]
+
+
 class MemberTraining:
     """One rank's part in training a member; the ranks have met already."""
 
@@ -137,7 +149,7 @@ class MemberTraining:
     def run(self) -> TrainedMember | None:
         """Train, write the layers; rank 0 returns what was trained, the others None."""
         started = time.monotonic()
-        for step, batch in enumerate(self.batches()):
+        for step, batch in enumerate(batches(self._job)):
             self.step(batch, step)
         # A collective, so all ranks walk through all of them.
         heads_CH, layers = self._trained()
@@ -170,21 +182,6 @@ class MemberTraining:
             dtype = getattr(torch, resolve_dtype(self._job.dtype))
             trained = {name: value.to(dtype) for name, value in trained.items()}
         return heads_CH, {name.removeprefix("layers."): value for name, value in trained.items()}
-
-    def batches(self) -> list[list[PairRow]]:
-        """The member's bootstrap draw of the pairs, gone through in a new order every epoch."""
-        job = self._job
-        live = [pair for pair in job.pairs if pair.weight > 0]
-        drawn = bootstrap_draw(len(live), job.member, job.seed)
-        generator = torch.Generator().manual_seed(derive_seed(job.seed, "order", job.member))
-        order = torch.cat(
-            [
-                drawn[torch.randperm(len(drawn), generator=generator)]
-                for _ in range(job.settings.epochs)
-            ]
-        ).tolist()
-        size = job.settings.batch_pairs
-        return [[live[n] for n in order[at : at + size]] for at in range(0, len(order), size)]
 
     def step(self, batch: Sequence[PairRow], step: int) -> float:
         """One optimiser step on this rank's share of the batch; returns the gradient's norm."""

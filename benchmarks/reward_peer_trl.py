@@ -50,11 +50,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import RewardConfig, RewardTrainer
 
+from models.head_fitting import fit_temperature
 from models.precision import resolve_dtype
 from models.preferences import folds_by_first_user_turn, read_pairs
 from models.sources import resolve_model
 from rlhf.calibration import pair_figures
-from rlhf.losses import bradley_terry_loss
 from rlhf.records import PreferencePair
 
 WARM_UP_STEPS = 3
@@ -268,13 +268,6 @@ def margins(model: Any, tokenizer: Any, pairs: Sequence[PreferencePair], max_len
             pooled_BH = hidden_BLH[torch.arange(len(indices), device=device), last_B]
             rewards_R[indices] = (pooled_BH.float() @ head_H).cpu()
     return rewards_R[0::2] - rewards_R[1::2]
-
-
-def fit_temperature(margins_N: Tensor, labels_N: Tensor, weights_N: Tensor) -> float:
-    """The temperature with the least cross-entropy on a grid (Guo et al., 2017, section 4.2)."""
-    grid = torch.logspace(-2, 2, 161)
-    losses = torch.stack([bradley_terry_loss(margins_N / t, labels_N, weights_N) for t in grid])
-    return float(grid[losses.argmin()])
 
 
 def figures(

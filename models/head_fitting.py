@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from rlhf.ensemble import bootstrap_draw
+from rlhf.ensemble import bootstrap_draws
 from rlhf.errors import DataError
 from rlhf.losses import bradley_terry_loss, centring_loss
 
@@ -75,11 +75,10 @@ class ProbeGroup:
 
 
 def bootstrap(weights_N: Tensor, members: int, seed: int, first: int = 0) -> Tensor:
-    """Each member's weights over a draw of N pairs with replacement, summing to 1; shape (K, N).
+    """Each member's weights over a balanced draw of the N pairs, summing to 1; shape (K, N).
 
-    Drawn (`rlhf.ensemble.bootstrap_draw`) from the pairs that count: a draw of pairs without weight
-    would have no mean. Members are numbered from `first`, so that a member is the same whoever
-    stands beside it.
+    Drawn (`rlhf.ensemble.bootstrap_draws`) from the pairs that count: a draw of pairs without
+    weight would have no mean.
 
     Raises:
         DataError: no pair has any weight.
@@ -88,9 +87,8 @@ def bootstrap(weights_N: Tensor, members: int, seed: int, first: int = 0) -> Ten
     if not len(live):
         raise DataError("every pair has weight 0: there is nothing to train on")
     draws_KN = torch.zeros(members, len(weights_N))
-    for member in range(members):
-        drawn = live[bootstrap_draw(len(live), first + member, seed)]
-        draws_KN[member] = torch.bincount(drawn, minlength=len(weights_N)) * weights_N
+    for member, drawn in enumerate(bootstrap_draws(len(live), members, seed, first)):
+        draws_KN[member] = torch.bincount(live[drawn], minlength=len(weights_N)) * weights_N
     return draws_KN / draws_KN.sum(dim=1, keepdim=True)
 
 
@@ -267,8 +265,8 @@ def correlation_matrix(criteria: int, pairwise: Mapping[tuple[int, int], float])
 def fit_temperature(margins_N: Tensor, labels_N: Tensor, weights_N: Tensor) -> float:
     """The temperature T that minimises the cross-entropy of sigmoid(margin / T) on held-out pairs.
 
-    Guo et al. (2017), section 4.2. From 0.01 to 100, by a grid over the logarithm and a finer one
-    around its best.
+    Guo et al. (2017), section 4.2. From about 0.01 to 100, by a grid over the logarithm and a
+    finer one around its best.
     """
 
     def best(grid: Tensor) -> float:

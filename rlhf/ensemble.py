@@ -1,7 +1,8 @@
-"""How a family of reward models becomes one reward and one doubt.
+"""What makes reward models a family, and how they become one reward and one doubt.
 
-Shapes: K members, N completions, S signals. Members are standardised before they get here: each has
-mean 0 and deviation 1 on the replies it was trained on, so that none outvotes another by scale.
+Shapes: K members, N completions, S signals. Members' rewards are standardised before they get here:
+each has mean 0 and deviation 1 on the replies it was trained on, so that none outvotes another by
+scale.
 """
 
 from __future__ import annotations
@@ -14,21 +15,28 @@ from torch import Tensor
 
 from rlhf.seeding import derive_seed
 
-_BALANCED = 8
+_BLOCK = 8
 """Members that draw every example equally often between them."""
 
 
-def bootstrap_draw(count: int, member: int, seed: int) -> Tensor:
-    """Which of `count` examples a member is trained on, drawn with replacement; indices, (count,).
+def bootstrap_draws(count: int, members: int, seed: int, first: int = 0) -> Tensor:
+    """Which of `count` examples (at least 1) each member is trained on, indices, (K, count).
 
-    Balanced (Davison, Hinkley & Schechtman, 1986): eight members that follow each other share out
-    eight copies of every example, so that their mean leans on none more than on another. Members
-    are numbered, and a member's draw does not depend on how many there are.
+    As a draw with replacement, but balanced (Davison, Hinkley & Schechtman, 1986): members 0 to 7
+    share out eight copies of every example, so do 8 to 15 and so on, and the mean of such a block
+    leans on no example more than on another. Members are numbered from `first`, so that a member is
+    the same whoever stands beside it.
     """
-    block, place = divmod(member, _BALANCED)
-    generator = torch.Generator().manual_seed(derive_seed(seed, "bootstrap", block))
-    copies = torch.randperm(_BALANCED * count, generator=generator) % count
-    return copies.view(_BALANCED, count)[place]
+    blocks: dict[int, Tensor] = {}
+    draws = []
+    for member in range(first, first + members):
+        block, place = divmod(member, _BLOCK)
+        if block not in blocks:
+            generator = torch.Generator().manual_seed(derive_seed(seed, "bootstrap", block))
+            copies = torch.randperm(_BLOCK * count, generator=generator) % count
+            blocks = {block: copies.view(_BLOCK, count)}
+        draws.append(blocks[block][place])
+    return torch.stack(draws)
 
 
 def standardise(scores_KN: Tensor, mean_K: Tensor, deviation_K: Tensor) -> Tensor:

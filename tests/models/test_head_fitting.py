@@ -181,7 +181,7 @@ def test_a_bootstrap_draw_is_one_of_as_many_pairs_as_count_each_by_its_weight():
     torch.testing.assert_close(draws_KN.sum(dim=1), torch.ones(200))
     assert not draws_KN[:, 1].any()
     for draw_N in draws_KN[:20]:
-        # Three pairs drawn with replacement; of weights w the draw has counts c with c w / sum.
+        # Three pairs are drawn; of weights w the draw has counts c with c w / sum.
         unscaled_N = draw_N[weights_N > 0] / weights_N[weights_N > 0]
         counts_N = unscaled_N * 3 / unscaled_N.sum()
         torch.testing.assert_close(counts_N, counts_N.round(), atol=1e-4, rtol=0)

@@ -5,7 +5,7 @@ import torch
 
 from rlhf.ensemble import (
     aggregate,
-    bootstrap_draw,
+    bootstrap_draws,
     conformal_rank,
     disagreement,
     distance,
@@ -142,8 +142,8 @@ def test_members_that_all_stand_alone_disagree_with_each_other():
     assert family_disagreement(rewards_KN, torch.tensor([0, 1])).tolist() == [1.0]
 
 
-def test_eight_members_that_follow_each_other_draw_every_example_equally_often():
-    draws_KN = torch.stack([bootstrap_draw(50, member, 0) for member in range(24)])
+def test_every_eight_members_draw_every_example_equally_often():
+    draws_KN = bootstrap_draws(50, 24, 0)
     for eight_KN in draws_KN.split(8):
         assert torch.bincount(eight_KN.flatten()).tolist() == [8] * 50
     counts_KN = torch.stack([torch.bincount(draw_N, minlength=50) for draw_N in draws_KN])
@@ -155,7 +155,8 @@ def test_eight_members_that_follow_each_other_draw_every_example_equally_often()
     assert left_out_K.mean().item() == pytest.approx((7 / 8) ** 8, abs=0.03)
 
 
-def test_a_draw_is_the_same_again_by_its_seed_and_another_one_by_another():
-    assert torch.equal(bootstrap_draw(50, 5, 0), bootstrap_draw(50, 5, 0))
-    assert not torch.equal(bootstrap_draw(50, 5, 0), bootstrap_draw(50, 5, 1))
-    assert bootstrap_draw(1, 3, 0).tolist() == [0]
+def test_a_member_draws_the_same_by_its_seed_and_number_whoever_stands_beside_it():
+    draws_KN = bootstrap_draws(50, 20, 0)
+    assert torch.equal(bootstrap_draws(50, 3, 0, first=6), draws_KN[6:9])
+    assert not torch.equal(bootstrap_draws(50, 20, 1), draws_KN)
+    assert bootstrap_draws(1, 2, 0).tolist() == [[0], [0]]

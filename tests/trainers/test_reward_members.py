@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from actors.reward_member import MemberJob
+from actors.reward_member import MemberJob, PairRow, batches
 from models.precision import resolve_dtype
 from rlhf.config import EnsembleSection, TopMembers
 from rlhf.errors import DataError, ResourceError
@@ -95,3 +97,22 @@ def test_other_processes_are_told_the_folder_and_the_precision_that_hold_here(
     assert told["dtype"] == resolve_dtype("auto") != "auto"
     monkeypatch.setattr(trainer, "cluster_address", lambda: None)
     assert trainer._stream(bank, settings, tmp_path, trainer.Console()) is None
+
+
+def test_a_member_goes_through_its_own_draw_of_the_live_pairs_in_a_new_order_every_epoch():
+    pairs = tuple(
+        PairRow((n,), (1,), (2,), label=1.0, weight=float(n % 5 > 0), margin=0.0, criterion=0)
+        for n in range(50)
+    )
+    of_eight: Counter[int] = Counter()
+    for member in range(8):
+        own = replace(job(epochs=2, batch_pairs=10), pairs=pairs, member=member)
+        made = batches(own)
+        assert [len(batch) for batch in made] == [10] * 8
+        seen = [pair.prompt[0] for batch in made for pair in batch]
+        first, second = seen[:40], seen[40:]
+        assert sorted(first) == sorted(second)
+        assert first != second
+        assert batches(own) == made
+        of_eight.update(first)
+    assert of_eight == {n: 8 for n in range(50) if n % 5}
