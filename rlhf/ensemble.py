@@ -27,16 +27,13 @@ def bootstrap_draws(count: int, members: int, seed: int, first: int = 0) -> Tens
     leans on no example more than on another. Members are numbered from `first`, so that a member is
     the same whoever stands beside it.
     """
-    blocks: dict[int, Tensor] = {}
-    draws = []
-    for member in range(first, first + members):
-        block, place = divmod(member, _BLOCK)
-        if block not in blocks:
-            generator = torch.Generator().manual_seed(derive_seed(seed, "bootstrap", block))
-            copies = torch.randperm(_BLOCK * count, generator=generator) % count
-            blocks = {block: copies.view(_BLOCK, count)}
-        draws.append(blocks[block][place])
-    return torch.stack(draws)
+    start, stop = first // _BLOCK, math.ceil((first + members) / _BLOCK)
+    blocks = []
+    for block in range(start, stop):
+        generator = torch.Generator().manual_seed(derive_seed(seed, "bootstrap", block))
+        copies = torch.randperm(_BLOCK * count, generator=generator) % count
+        blocks.append(copies.view(_BLOCK, count))
+    return torch.cat(blocks)[first - start * _BLOCK :][:members]
 
 
 def standardise(scores_KN: Tensor, mean_K: Tensor, deviation_K: Tensor) -> Tensor:
