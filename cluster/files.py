@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import runs_path
+from rlhf.config import Section, read_again, runs_path
 from rlhf.errors import CheckpointError, RunFolderError
 
 _CLAIM = {"run.lock", "config.json"}
@@ -96,7 +96,12 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _refuse_other_settings(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+def _refuse_other_settings(recorded: Path, config: Section) -> None:
+    try:
+        started = read_again(type(config), recorded.read_text())
+    except ValueError as error:
+        raise RunFolderError(f"{recorded} is damaged or of another version: {error}") from None
+    old, new = (_flat(each.model_dump(mode="json")) for each in (started, config))
     # A section that is not there at all is null: then its settings count as null too.
     absent = {key for values in (old, new) for key, value in values.items() if value is None}
     for key in {**old, **new}:
@@ -106,8 +111,8 @@ def _refuse_other_settings(path: Path, old: dict[str, Any], new: dict[str, Any])
     for key in new:
         if key in old and old[key] != new[key] and not key.startswith(_MAY_CHANGE):
             raise RunFolderError(
-                f"{path} was started with {key} = {json.dumps(old[key])} and cannot go on with "
-                f"{json.dumps(new[key])}; resume with the same or choose another run.dir"
+                f"{recorded.parent} was started with {key} = {json.dumps(old[key])} and cannot go "
+                f"on with {json.dumps(new[key])}; resume with the same or choose another run.dir"
             )
 
 
@@ -123,10 +128,11 @@ class RunFolder:
         self._lock: Any = None
 
     @classmethod
-    def claim(cls, path: Path, config: dict[str, Any], *, resume: bool | None) -> RunFolder:
+    def claim(cls, path: Path, config: Section, *, resume: bool | None) -> RunFolder:
         """Take the folder for this process; the lock goes with the process.
 
-        A run is resumed with the settings it was started with, but for those in `_MAY_CHANGE`.
+        A run is resumed with the settings it was started with, but for those in `_MAY_CHANGE`. Of
+        settings that there were not yet when it started, it has had the defaults.
 
         Args:
             resume: None for a command that has no --resume.
@@ -157,13 +163,11 @@ class RunFolder:
             raise RunFolderError(f"{path} is in use by another process") from None
         if resume:
             try:
-                _refuse_other_settings(path, _flat(json.loads(recorded.read_text())), _flat(config))
-            except (RunFolderError, ValueError, AttributeError) as error:
+                _refuse_other_settings(recorded, config)
+            except RunFolderError:
                 folder.release()
-                if isinstance(error, RunFolderError):
-                    raise
-                raise RunFolderError(f"{recorded} is damaged: {error}") from None
-        write_atomically(recorded, json.dumps(config, indent=2) + "\n")
+                raise
+        write_atomically(recorded, config.model_dump_json(indent=2) + "\n")
         return folder
 
     def release(self) -> None:

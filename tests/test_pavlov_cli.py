@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 import pavlov
-from rlhf.config import DemoConfig, RewardConfig, RLConfig, load_config
+from rlhf.config import DemoConfig, RewardConfig, RLConfig, load_config, read_again
 from rlhf.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -177,7 +177,8 @@ def busy(place: Place) -> Iterator[Path]:
     run = place.runs / "busy"
     code = (
         "import sys; from pathlib import Path; from cluster.files import RunFolder; "
-        f"folder = RunFolder.claim(Path({str(run)!r}), {{}}, resume=False); "
+        "from rlhf.config import Section; "
+        f"folder = RunFolder.claim(Path({str(run)!r}), Section(), resume=False); "
         "print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(
@@ -345,8 +346,10 @@ def read(path: Path, overrides: list[str]) -> object:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.name)
-def test_every_shipped_configuration_is_valid(path):
-    read(path, [])
+def test_every_shipped_configuration_is_valid_and_comes_back_from_what_a_run_records(path):
+    config = read(path, [])
+    recorded = json.loads(config.model_dump_json()) | {"a_setting_that_is_gone": 1}
+    assert read_again(type(config), json.dumps(recorded)) == config
 
 
 def test_configurations_are_shipped_for_every_command_that_takes_one():

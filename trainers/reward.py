@@ -96,7 +96,7 @@ def run_reward(config: RewardConfig, config_path: Path, console: Console) -> Pat
     for each in reports:
         console.print(each.sentence())
     require_pairs(train, config.ensemble)
-    folder = RunFolder.claim(folder_path, config.model_dump(mode="json"), resume=None)
+    folder = RunFolder.claim(folder_path, config, resume=None)
     try:
         # Left by a start is what begins with a dot, so a killed one can be run again.
         own = folder.path / ".own"

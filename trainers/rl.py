@@ -65,7 +65,7 @@ def run_rl(
         limits = config.data.max_prompt_tokens, console, config.data.limit
         prompts = usable_prompts(files, [policy], *limits)
     require_memory([policy, reference], config)
-    folder = RunFolder.claim(folder_path, config.model_dump(mode="json"), resume=resume)
+    folder = RunFolder.claim(folder_path, config, resume=resume)
     try:
         for left in range(config.cluster.restarts, -1, -1):
             try:

@@ -50,7 +50,7 @@ def claim(config: SFTConfig, path: Path, prepared: Prepared, *, resume: bool) ->
     Raises:
         RunFolderError: as `RunFolder.claim`, or it was started with other data.
     """
-    folder = RunFolder.claim(path, config.model_dump(mode="json"), resume=resume)
+    folder = RunFolder.claim(path, config, resume=resume)
     mark = folder.path / ".data"
     if resume and mark.is_file() and mark.read_text() != prepared.fingerprint:
         folder.release()

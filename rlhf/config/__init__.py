@@ -55,7 +55,14 @@ from rlhf.config.ensemble import (
     TrainedMembers,
 )
 from rlhf.config.label import AttentionSection, LabelConfig, LabelSection, SimulatedSection
-from rlhf.config.reading import data_path, known_keys, load_config, parse_config, runs_path
+from rlhf.config.reading import (
+    data_path,
+    known_keys,
+    load_config,
+    parse_config,
+    read_again,
+    runs_path,
+)
 from rlhf.config.runs import (
     AssessorSection,
     DemoConfig,
@@ -149,5 +156,6 @@ __all__ = [
     "known_keys",
     "load_config",
     "parse_config",
+    "read_again",
     "runs_path",
 ]

@@ -49,6 +49,34 @@ def parse_config(root: type[Root], values: dict[str, Any], origin: str) -> Root:
         raise ConfigError(f"{origin}: {_sentence(root, error)}") from None
 
 
+def read_again(root: type[Root], text: str) -> Root:
+    """Settings as an earlier version of Pavlov may have recorded them, in JSON: what is new since
+    has its default, what is gone is left out.
+
+    Raises:
+        ValueError: not JSON, or what it holds is refused today.
+    """
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise ValueError("it holds no settings")
+    while True:
+        try:
+            return root.model_validate_json(json.dumps(values))
+        except ValidationError as error:
+            gone = [e["loc"] for e in error.errors() if e["type"] == "extra_forbidden"]
+            if not gone:
+                raise ValueError(_sentence(root, error)) from None
+            for location in gone:
+                _leave_out(values, location)
+
+
+def _leave_out(values: Any, location: Sequence[str | int]) -> None:
+    *parents, leaf = (part for part in location if not TAG.match(str(part)))
+    for parent in parents:
+        values = values[parent]
+    del values[leaf]
+
+
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:

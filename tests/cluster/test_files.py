@@ -19,10 +19,43 @@ from cluster.files import (
     resolve_run_folder,
     write_atomically,
 )
+from rlhf.config import Section
 from rlhf.errors import CheckpointError, RunFolderError
 
 ROOT = Path(__file__).parents[2]
-CONFIG = {"seed": 1}
+
+
+class Adapter(Section):
+    rank: int = 8
+
+
+class Policy(Section):
+    lora: Adapter | None = None
+
+
+class Stage(Section):
+    path: str
+    weight: float = 1.0
+
+
+class Steps(Section):
+    num_steps: int = 3
+    prompts_per_step: int = 8
+    stages: tuple[Stage, ...] = (Stage(path="a"),)
+
+
+class Run(Section):
+    dir: str | None = None
+
+
+class Settings(Section):
+    seed: int = 1
+    rl: Steps = Steps()
+    run: Run = Run()
+    policy: Policy = Policy()
+
+
+CONFIG = Settings()
 
 
 # Where it stands
@@ -80,9 +113,10 @@ HOLD = """
 import sys
 from pathlib import Path
 from cluster.files import RunFolder
+from rlhf.config import Section
 from rlhf.errors import PavlovError
 try:
-    folder = RunFolder.claim(Path(sys.argv[1]), {}, resume=sys.argv[2] == "resume")
+    folder = RunFolder.claim(Path(sys.argv[1]), Section(), resume=sys.argv[2] == "resume")
 except PavlovError as error:
     print(f"refused: {error}", flush=True)
     sys.exit(2)
@@ -142,7 +176,7 @@ def test_a_claim_makes_the_folder_and_records_the_configuration(tmp_path):
     run = tmp_path / "new" / "run"
     folder = RunFolder.claim(run, CONFIG, resume=False)
     assert folder.path == run
-    assert json.loads((run / "config.json").read_text()) == CONFIG
+    assert recorded(run) == CONFIG
     assert {path.name for path in run.iterdir()} == {"config.json", "run.lock"}
     folder.release()
 
@@ -157,47 +191,65 @@ def test_a_folder_that_holds_a_run_is_only_resumed(tmp_path):
     RunFolder.claim(tmp_path, CONFIG, resume=True).release()
 
 
-OLD = {
-    "seed": 1,
-    "rl": {"num_steps": 3, "prompts_per_step": 8},
-    "run": {"dir": None},
-    "policy": {"lora": None},
-}
+def recorded(run: Path) -> Settings:
+    return Settings.model_validate_json((run / "config.json").read_text())
 
 
 @pytest.mark.parametrize(
     ("new", "refused"),
     [
-        ({**OLD, "rl": {"num_steps": 6, "prompts_per_step": 8}}, ""),
-        ({**OLD, "run": {"dir": "x"}, "a_new_setting": 1}, ""),
-        ({**OLD, "seed": 2}, "started with seed = 1 and cannot go on with 2"),
+        (Settings(rl=Steps(num_steps=6)), ""),
+        (Settings(run=Run(dir="x")), ""),
+        (Settings(seed=2), "started with seed = 1 and cannot go on with 2"),
         (
-            {**OLD, "policy": {"lora": {"rank": 4}}},
+            Settings(policy=Policy(lora=Adapter(rank=4))),
             "started with policy.lora.rank = null and cannot go on with 4",
         ),
         (
-            {**OLD, "rl": {"num_steps": 3, "prompts_per_step": 16}},
+            Settings(rl=Steps(prompts_per_step=16)),
             "started with rl.prompts_per_step = 8 and cannot go on with 16",
         ),
     ],
 )
 def test_a_run_is_resumed_with_its_own_settings_and_says_which_it_has(tmp_path, new, refused):
-    RunFolder.claim(tmp_path, OLD, resume=False).release()
+    RunFolder.claim(tmp_path, CONFIG, resume=False).release()
     if refused:
         with pytest.raises(RunFolderError, match=refused):
             RunFolder.claim(tmp_path, new, resume=True)
-        new = OLD
+        new = CONFIG
     RunFolder.claim(tmp_path, new, resume=True).release()
-    assert json.loads((tmp_path / "config.json").read_text()) == new
+    assert recorded(tmp_path) == new
 
 
-@pytest.mark.parametrize("text", ['{"seed": ', "[]"])
+def test_a_run_of_an_earlier_version_goes_on_with_the_defaults_of_what_is_new_alone(tmp_path):
+    RunFolder.claim(tmp_path, CONFIG, resume=False).release()
+    older = {
+        "seed": 1,
+        "a_setting_that_is_gone": 3,
+        "rl": {"num_steps": 3, "gone": {"x": 1}, "stages": [{"path": "a", "gone": None}]},
+        "run": {"dir": None},
+    }
+    text = json.dumps(older)
+    (tmp_path / "config.json").write_text(text)
+    for new, what in (
+        (Settings(rl=Steps(prompts_per_step=16)), "prompts_per_step = 8"),
+        (Settings(rl=Steps(stages=(Stage(path="a", weight=2.0),))), '"weight": 1.0'),
+        (Settings(policy=Policy(lora=Adapter())), "policy.lora.rank = null"),
+    ):
+        with pytest.raises(RunFolderError, match=f"was started with .*{what}"):
+            RunFolder.claim(tmp_path, new, resume=True)
+        assert (tmp_path / "config.json").read_text() == text
+    RunFolder.claim(tmp_path, CONFIG, resume=True).release()
+    assert recorded(tmp_path) == CONFIG
+
+
+@pytest.mark.parametrize("text", ['{"seed": ', "[]", '{"seed": "one"}'])
 def test_a_damaged_configuration_is_one_sentence_and_lets_the_folder_go(tmp_path, text):
-    RunFolder.claim(tmp_path, OLD, resume=False).release()
+    RunFolder.claim(tmp_path, CONFIG, resume=False).release()
     (tmp_path / "config.json").write_text(text)
     for _ in range(2):
         with pytest.raises(RunFolderError, match="is damaged"):
-            RunFolder.claim(tmp_path, OLD, resume=True)
+            RunFolder.claim(tmp_path, CONFIG, resume=True)
     assert (tmp_path / "config.json").read_text() == text
 
 
@@ -208,8 +260,8 @@ def test_what_a_killed_write_left_is_no_reason_to_refuse_either(tmp_path):
 
 def test_a_run_that_ended_before_its_first_step_is_no_reason_to_refuse_the_next(tmp_path):
     RunFolder.claim(tmp_path, CONFIG, resume=False).release()
-    RunFolder.claim(tmp_path, {"seed": 2}, resume=False).release()
-    assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 2}
+    RunFolder.claim(tmp_path, Settings(seed=2), resume=False).release()
+    assert recorded(tmp_path) == Settings(seed=2)
 
 
 def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):

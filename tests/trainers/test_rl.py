@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from cluster.files import RunFolder
+from rlhf.config import Section
 from rlhf.prompts import PromptCursor
 from tests.trainers.test_loop import GROUPS, PROMPTS, FakeActors, config
 from trainers import rl
@@ -33,7 +34,9 @@ def run(folder: RunFolder, first_step: int, steps: int) -> list[dict[str, float]
 
 
 def test_a_resumed_run_steers_on_from_the_step_before_it(tmp_path: Path) -> None:
-    folders = [RunFolder.claim(tmp_path / name, {}, resume=False) for name in ("whole", "resumed")]
+    folders = [
+        RunFolder.claim(tmp_path / name, Section(), resume=False) for name in ("whole", "resumed")
+    ]
     whole = run(folders[0], 0, 4)
     run(folders[1], 0, 2)
     resumed = run(folders[1], 2, 4)
