@@ -32,6 +32,7 @@ def requests_for(
             tuple(derive_seed(seed, "sampling", prompt.id, index) for index in range(count)),
             settings.max_tokens,
             settings.temperature,
+            settings.top_p,
         )
         for prompt in prompts
     ]

@@ -56,14 +56,14 @@ class StartPolicy:
         return scored
 
 
-def settings(completions: int = 99, rate: float = 0.1) -> RLConfig:
+def settings(completions: int = 99, rate: float = 0.1, **rl: Any) -> RLConfig:
     shift = {"calibration_completions": completions, "false_alarm_rate": rate}
     return parse_config(
         RLConfig,
         {
             "reward": {"model": "r", "domain_shift": shift},
             "data": {"prompts": ["p"]},
-            "rl": {"completions_per_prompt": SIBLINGS, "prompts_per_step": 2},
+            "rl": {"completions_per_prompt": SIBLINGS, "prompts_per_step": 2} | rl,
         },
         "test",
     )
@@ -89,10 +89,11 @@ def test_the_threshold_is_the_conformal_quantile_of_the_start_policys_scores(tmp
 
 
 def test_it_is_sampled_as_the_run_samples_with_seeds_of_its_own(tmp_path):
-    config, fleet = settings(), StartPolicy()
+    config = settings(top_p=0.9, algorithm={"type": "cem"}, kl={"coefficient": 0})
+    fleet = StartPolicy()
     threshold(tmp_path, fleet, config)
-    assert {(r.max_tokens, r.temperature) for r in fleet.requests} == {
-        (config.rl.max_tokens, config.rl.temperature)
+    assert {(r.max_tokens, r.temperature, r.top_p) for r in fleet.requests} == {
+        (config.rl.max_tokens, config.rl.temperature, config.rl.top_p)
     }
     seeds = [seed for request in fleet.requests for seed in request.seeds]
     assert len(set(seeds)) == len(seeds) == 120
