@@ -115,6 +115,31 @@ def test_a_containers_limit_counts_where_it_is_lower(tmp_path, monkeypatch):
     assert memory.free_memory() == 0
 
 
+@pytest.mark.parametrize(
+    ("stat", "free"),
+    [
+        ("anon 3000\nshmem 500\ninactive_file 700\nactive_file 300\n", 2000),
+        ("active_file 1\ninactive_file 1\ntotal_inactive_file 700\ntotal_active_file 300\n", 2000),
+        ("inactive_file 9000\nactive_file 0\n", 5000),
+        ("inactive_file 700\n", 1000),
+        ("inactive_file many\nactive_file 300\n", 1000),
+        ("of another kernel\n", 1000),
+        (None, 1000),
+    ],
+)
+def test_files_that_a_container_has_read_count_as_free(tmp_path, monkeypatch, stat, free):
+    from cluster import memory
+
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    limit.write_text("5000\n")
+    used.write_text("4000\n")
+    if stat is not None:
+        (tmp_path / "memory.stat").write_text(stat)
+    monkeypatch.setattr(memory, "_CGROUP_V2", (tmp_path / "none", tmp_path / "none"))
+    monkeypatch.setattr(memory, "_CGROUP_V1", (limit, used))
+    assert memory.free_memory() == free
+
+
 def test_damaged_weights_are_named(tmp_path):
     folder = model_of(tmp_path / "model", 10)
     (folder / "model.safetensors").write_bytes(b"not safetensors")
