@@ -138,7 +138,7 @@ def drawn(config: TuneConfig) -> list[Trial]:
             math.exp(low + (high - low) * (part + draw.random()) / count),
             draw.choice(settings.epochs),
             draw.choice(settings.batch_conversations),
-            draw.choice(settings.lora_rank),
+            draw.choice(config.lora_ranks),
         )
         for number, part in enumerate(parts)
     ]
@@ -151,9 +151,9 @@ def settings_of(config: TuneConfig, trial: Trial) -> SFTConfig:
     values["sft"] |= {"epochs": trial.epochs, "batch_conversations": trial.batch_conversations}
     values["policy"]["lora"] = None
     if trial.lora_rank:
-        layers = config.policy.lora.layers if config.policy.lora else None
-        lora = LoRASection(rank=trial.lora_rank, alpha=2 * trial.lora_rank, layers=layers)
-        values["policy"]["lora"] = lora.model_dump()
+        lora = config.policy.lora or LoRASection()
+        alpha = max(1, round(trial.lora_rank * lora.alpha / lora.rank))
+        values["policy"]["lora"] = lora.model_dump() | {"rank": trial.lora_rank, "alpha": alpha}
     return SFTConfig.model_validate(values)
 
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from rlhf.config import TuneConfig, parse_config
+from rlhf.config import LoRASection, TuneConfig, parse_config
+from rlhf.config.actors import PolicySection
+from rlhf.config.tune import TuneSection
 from rlhf.errors import ConfigError
 from trainers.tune import drawn, settings_of, start_known
 
@@ -48,6 +50,21 @@ def test_a_trial_is_the_configuration_with_its_own_settings():
     assert (found.policy.lora.rank, found.policy.lora.alpha) == (8, 16)
     plain = config(trials=2, lora_rank=[0])
     assert settings_of(plain, drawn(plain)[0]).policy.lora is None
+
+
+def test_an_adapter_that_the_policy_asks_for_is_what_every_trial_trains():
+    lora = LoRASection(rank=16, alpha=8, layers=["q_proj"])
+    plain = config(trials=2)
+    own = plain.model_copy(update={"policy": PolicySection(lora=lora)})
+    assert [settings_of(own, trial).policy.lora for trial in drawn(own)] == [lora, lora]
+    assert settings_of(plain, drawn(plain)[0]).policy.lora is None
+    # Of other ranks, the user's share of the difference stays.
+    other = own.model_copy(update={"tune": TuneSection(lora_rank=[32])})
+    assert settings_of(other, drawn(other)[0]).policy.lora == lora.model_copy(
+        update={"rank": 32, "alpha": 16}
+    )
+    none = own.model_copy(update={"tune": TuneSection(lora_rank=[0])})
+    assert settings_of(none, drawn(none)[0]).policy.lora is None
 
 
 @pytest.mark.parametrize(
