@@ -25,7 +25,7 @@ from torch import Tensor
 
 from actors.policy import TrainedPolicy
 from actors.rollout import GroupRequest
-from cluster.files import RunFolder, folder_beside, write_atomically
+from cluster.files import RunFolder, as_json, folder_beside, write_atomically
 from cluster.spawn import call
 from cluster.weights import WeightManifest
 from cluster.weights.probe import Probe
@@ -175,7 +175,7 @@ class SFTWorker(TrainedPolicy):
                 "time/step_s": time.monotonic() - started,
             }
             with (self._run.path / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(as_json(row) + "\n")
             self._plot(step, row)
 
     def _shares(self, batch: Sequence[Example]) -> list[tuple[list[Row], float]]:

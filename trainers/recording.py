@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from cluster.files import write_atomically
+from cluster.files import as_json, write_atomically
 from rlhf.records import FailedGroup, ScoredGroup
 from rlhf.tables import rollout_table
 
@@ -51,7 +51,7 @@ class Recorder:
         pq.write_table(table, beside)
         beside.rename(path)
         with self._metrics.open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(as_json(metrics) + "\n")
         for name, value in metrics.items():
             if isinstance(value, int | float):
                 self._events.add_scalar(name, value, step)

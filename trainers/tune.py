@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.sft_worker import SFTJob, read_evaluations
-from cluster.files import folder_beside, resolve_run_folder, write_atomically
+from cluster.files import as_json, folder_beside, resolve_run_folder, write_atomically
 from cluster.layout import usable_cores
 from cluster.progress import Progressing
 from cluster.session import ray_session
@@ -117,7 +117,7 @@ def run_tune(
             unseen = prepared.prompts[config.answers.limit :]
             summary = _final(replace(shared, prompts=unseen), outcomes, console)
         summary["wall_s"] = round(time.monotonic() - started, 1)
-        write_atomically(folder.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_atomically(folder.path / "summary.json", as_json(summary, indent=2) + "\n")
         _show(outcomes, summary, folder.path, console)
     finally:
         folder.release()
@@ -357,10 +357,7 @@ def _final(job: SFTJob, outcomes: Sequence[Outcome], console: Console) -> dict[s
         "difference": mean,
         "low": low,
         "high": high,
-        "trials": [
-            asdict(outcome) if outcome in good else {**asdict(outcome), "objective": None}
-            for outcome in outcomes
-        ],
+        "trials": [asdict(outcome) for outcome in outcomes],
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from cluster.files import (
     RunFolder,
+    as_json,
     folder_beside,
     in_ray_job,
     resolve_run_folder,
@@ -56,6 +58,11 @@ class Settings(Section):
 
 
 CONFIG = Settings()
+
+
+def test_what_is_no_number_is_null_in_a_file_that_any_reader_of_json_understands():
+    values = {"a": math.nan, "b": [1, (-math.inf, 0.5)], "c": {"d": math.inf, "e": "NaN"}}
+    assert as_json(values) == '{"a": null, "b": [1, [null, 0.5]], "c": {"d": null, "e": "NaN"}}'
 
 
 # Where it stands

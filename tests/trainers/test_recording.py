@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,15 @@ def test_a_resumed_run_reads_as_an_unbroken_one(tmp_path: Path) -> None:
     record(tmp_path, 0, 0, 1, 2, 3, tag="third")
     names = sorted(path.name for path in (tmp_path / "rollouts").iterdir())
     assert names == [f"step-{step:06d}.parquet" for step in range(4)]
+
+
+def test_a_step_that_diverged_leaves_metrics_that_any_reader_of_json_understands(
+    tmp_path: Path,
+) -> None:
+    recorder = Recorder(tmp_path, 0)
+    recorder.record({"step": 0, "weight_version": 1, "losses/approx_kl": math.inf}, [failed(0)])
+    recorder.close()
+    assert metrics(tmp_path)[0]["losses/approx_kl"] is None
 
 
 def test_rollouts_have_the_promised_columns_and_name_the_version_trained_on(

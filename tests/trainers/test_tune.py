@@ -1,16 +1,23 @@
 """What a search tries, without trying it."""
 
+import contextlib
 import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+import trainers.tune
+from actors.sft_worker import SFTJob
 from rlhf.config import LoRASection, TuneConfig, parse_config
 from rlhf.config.actors import PolicySection
 from rlhf.config.tune import TuneSection
 from rlhf.errors import ConfigError
-from trainers.tune import drawn, settings_of, start_known
+from rlhf.stopping import Evaluation
+from trainers.tune import drawn, run_tune, settings_of, start_known
 
 
 def config(**tune: Any) -> TuneConfig:
@@ -95,3 +102,39 @@ def test_what_one_trial_measured_before_its_first_step_is_not_measured_again(tmp
     found = start_known(tmp_path)
     assert found is not None
     assert (found.step, found.loss, found.rewards_P) == (0, 2.5, (1.0, 2.5))
+
+
+def test_a_trial_that_diverged_leaves_a_summary_that_any_reader_of_json_understands(
+    tmp_path, monkeypatch
+):
+    settings = config(trials=3)
+    for number, objective in enumerate((0.5, None, 0.25)):
+        folder = tmp_path / "trials" / f"{number:03d}"
+        (folder / "policy").mkdir(parents=True)
+        mark: dict[str, Any] = {"objective": objective, "ended": "failed: probe"}
+        if objective is not None:
+            mark |= {"best_step": 4, "reward": 0.5, "disagreement": 0.1, "steps": 8}
+        (folder / "finished.json").write_text(json.dumps(mark))
+    job = SFTJob(settings, "m", str(tmp_path), "", (), (), (), 8, None, None, resume=False)
+    found = [
+        Evaluation(0, math.nan, (1.0, 2.0), (0.0, 0.0)),
+        Evaluation(0, math.nan, (0.0,) * 2, ()),
+    ]
+    doubles = {
+        "prepare": SimpleNamespace(train=(), prompts=()),
+        "claim": SimpleNamespace(path=tmp_path, release=lambda: None),
+        "ray_session": contextlib.nullcontext("namespace"),
+        "start_job": job,
+        "side_by_side": found,
+    }
+    for name, result in doubles.items():
+        monkeypatch.setattr(trainers.tune, name, lambda *_, _result=result, **__: _result)
+    run_tune(settings, Path("test.toml"), Console(quiet=True))
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    summary = json.loads((tmp_path / "summary.json").read_text(), parse_constant=refuse)
+    assert [trial["objective"] for trial in summary["trials"]] == [0.5, None, 0.25]
+    assert summary["trials"][1]["reward"] is None
+    assert summary["winner"]["trial"]["number"] == 0
