@@ -25,7 +25,7 @@ from torch import Tensor
 
 from actors.policy import TrainedPolicy
 from actors.rollout import GroupRequest
-from cluster.files import RunFolder, as_json, folder_beside, write_atomically
+from cluster.files import RunFolder, as_json, folder_beside, keep_steps_before, write_atomically
 from cluster.spawn import call
 from cluster.weights import WeightManifest
 from cluster.weights.probe import Probe
@@ -64,7 +64,9 @@ class SFTJob:
 
 def read_evaluations(folder: Path) -> list[Evaluation]:
     """What a run has measured so far."""
-    return [_evaluation(row) for row in _rows(folder / "evaluations.jsonl")]
+    path = folder / "evaluations.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [_evaluation(json.loads(line)) for line in lines]
 
 
 def train_sft(config: dict[str, Any]) -> None:
@@ -284,9 +286,7 @@ class SFTWorker(TrainedPolicy):
             self.load_checkpoint(str(newest[0]))
             self._evaluations = [_evaluation(row) for row in newest[1]["evaluations"]]
         if self._rank == 0:
-            metrics = self._run.path / "metrics.jsonl"
-            kept = [row for row in _rows(metrics) if row["step"] < step]
-            write_atomically(metrics, "".join(json.dumps(row) + "\n" for row in kept))
+            keep_steps_before(self._run.path / "metrics.jsonl", step)
             if self._evaluations:
                 self._show()
         torch.distributed.barrier()
@@ -382,10 +382,6 @@ def _write_answers(
         for group, score in zip(groups, scores, strict=True)
     ]
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def _evaluation(row: dict[str, Any]) -> Evaluation:

@@ -46,6 +46,24 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def keep_steps_before(path: Path, first_step: int) -> dict[str, Any] | None:
+    """Drop the rows of steps from `first_step` on, and what a crash has torn; returns the last row
+    that is left."""
+    if not path.is_file():
+        return None
+    lines = path.read_text(errors="replace").splitlines()
+    kept = [line for line in lines if _step_of(line) < first_step]
+    write_atomically(path, "".join(f"{line}\n" for line in kept))
+    return json.loads(kept[-1]) if kept else None
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 1 << 60
+
+
 @contextlib.contextmanager
 def folder_beside(target: Path) -> Iterator[Path]:
     """A new folder that takes the name `target` when the block ends without an error."""

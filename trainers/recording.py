@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from cluster.files import as_json, write_atomically
+from cluster.files import as_json, keep_steps_before
 from rlhf.records import FailedGroup, ScoredGroup
 from rlhf.tables import rollout_table
 
@@ -28,13 +27,8 @@ class Recorder:
         self._metrics = folder / "metrics.jsonl"
         self._rollouts = folder / "rollouts"
         self._rollouts.mkdir(exist_ok=True)
-        self.last: dict[str, Any] | None = None
+        self.last: dict[str, Any] | None = keep_steps_before(self._metrics, first_step)
         """The metrics of the step before the first."""
-        if self._metrics.is_file():
-            lines = self._metrics.read_text().splitlines()
-            kept = [line for line in lines if _step_of(line) < first_step]
-            self.last = json.loads(kept[-1]) if kept else None
-            write_atomically(self._metrics, "".join(f"{line}\n" for line in kept))
         for path in self._rollouts.glob("step-*.parquet"):
             if int(path.stem.removeprefix("step-")) >= first_step:
                 path.unlink()
@@ -59,10 +53,3 @@ class Recorder:
     def close(self) -> None:
         """Flush the events."""
         self._events.close()
-
-
-def _step_of(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return 1 << 60
