@@ -216,6 +216,7 @@ class RunFolder:
     def new_checkpoint(self, step: int, state: dict[str, Any], keep: int) -> Iterator[Path]:
         """A checkpoint folder, written beside and renamed; then all but the newest are removed.
 
+        Those of later steps are removed too: the run went on from before them, as they are damaged.
         `state` goes into ``state.json`` together with every file's size, so that a truncated
         checkpoint is noticed before it is loaded.
         """
@@ -230,7 +231,9 @@ class RunFolder:
             write_atomically(
                 beside / "state.json", json.dumps({**state, "step": step, "files": sizes}, indent=2)
             )
-        for old in self.checkpoints[:-keep]:
+        there = self.checkpoints
+        end = there.index(target) + 1
+        for old in (*there[end:], *there[: max(0, end - keep)]):
             shutil.rmtree(old, ignore_errors=True)
 
     def newest_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:

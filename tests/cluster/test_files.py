@@ -390,6 +390,17 @@ def test_a_damaged_newest_checkpoint_is_passed_over(folder, damage):
     assert found[1]["step"] == 1
 
 
+@pytest.mark.parametrize(("keep", "left"), [(1, [6]), (2, [5, 6])])
+def test_a_run_that_passed_over_a_damaged_checkpoint_keeps_what_it_writes(folder, keep, left):
+    save(folder, 5, keep=9)
+    DAMAGES["cut file"](save(folder, 10, keep=9))
+    with folder.new_checkpoint(6, {}, keep):
+        # Until the new one is whole, nothing goes.
+        assert names(folder) == [".step-000006.part", "step-000005", "step-000010"]
+    assert names(folder) == [f"step-{step:06d}" for step in left]
+    assert folder.newest_checkpoint()[1]["step"] == 6
+
+
 def test_where_all_checkpoints_are_damaged_each_is_named(folder):
     for step, damage in ((1, "cut file"), (2, "missing state")):
         DAMAGES[damage](save(folder, step))
