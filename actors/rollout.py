@@ -16,7 +16,7 @@ from actors.vllm_engine import start_engine
 from cluster.guard import Guard
 from cluster.session import hold_shared_memory
 from cluster.weights.base import WeightManifest, fetch
-from cluster.weights.probe import Probe, check_probe
+from cluster.weights.probe import PROBE_TEXT, Probe, check_probe
 from models.chat import ChatTokenizer
 from models.precision import resolve_dtype
 from models.sources import resolve_model
@@ -87,10 +87,12 @@ class RolloutActor:
         self._updating = asyncio.Lock()
         self._answering = asyncio.Lock()
         self._updated = asyncio.Event()
+        # The probe has to fit as well, and the one token that vLLM wants to add to it.
+        probe_tokens = len(self._tokenizer.reply_ids(PROBE_TEXT, finished=False)) + 1
         self._engine = start_engine(
             folder,
             settings,
-            max_prompt_tokens + max_tokens,
+            max(max_prompt_tokens + max_tokens, probe_tokens),
             gpus=gpus,
             transport=weight_transport,
             extension=worker_extension,
