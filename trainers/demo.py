@@ -214,8 +214,9 @@ def rl_config(config: DemoConfig, out: Path) -> RLConfig:
         "run": {"dir": str(out / "rl"), "checkpoint_every": 4, "keep_checkpoints": 1},
         "reward": {"model": str(out / "reward")},
         "data": {"prompts": [str(_PROMPTS)]},
+        # As they are: what was set and what is a default stays told apart.
         **{
-            name: getattr(config, name).model_dump()
+            name: getattr(config, name)
             for name in ("policy", "rl", "learner", "rollout", "cluster")
         },
     }

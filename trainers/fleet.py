@@ -19,7 +19,7 @@ from actors.reward import RewardActor
 from actors.rollout import GroupRequest, RolloutActor
 from cluster.layout import Turns, choose_layout
 from cluster.spawn import Role, call, spawn_in_thread
-from cluster.weights import WeightManifest
+from cluster.weights import WeightManifest, choose_transport
 from cluster.weights.probe import Probe
 from rlhf.config import RLConfig
 from rlhf.errors import (
@@ -150,7 +150,10 @@ class Fleet:
         shared_memory: Path,
         say: Callable[[str], None],
     ) -> Fleet:
-        """Place and start every actor, and bring the learner's ranks together."""
+        """Place and start every actor, and bring the learner's ranks together. Inside a
+        `ray_session`."""
+        cluster = choose_transport(config.cluster, say)
+        config = config.model_copy(update={"cluster": cluster})
         handles = await spawn_in_thread(
             run_roles(config, models, run, shared_memory),
             choose_layout(config.cluster.cpu_layout),

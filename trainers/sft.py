@@ -32,6 +32,7 @@ from cluster.layout import CpuLayout, actor_environment, choose_layout, usable_c
 from cluster.progress import Progressing
 from cluster.session import ray_session, shared_memory_folder
 from cluster.spawn import Role, find_cause, first_line, require_room, spawn
+from cluster.weights import choose_transport
 from rlhf.config import SFTConfig
 from rlhf.errors import PavlovError, ResourceError, RunError, RunFolderError
 from rlhf.stopping import Evaluation, verdict
@@ -108,13 +109,8 @@ def start_job(
     Raises:
         ResourceError: there is not.
     """
-    import ray
-
-    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    if len(nodes) > 1 and config.cluster.weight_transport == "shared_memory":
-        console.print("several nodes: weights travel by Ray's object store")
-        cluster = config.cluster.model_copy(update={"weight_transport": "object_store"})
-        config = config.model_copy(update={"cluster": cluster})
+    cluster = choose_transport(config.cluster, console.print)
+    config = config.model_copy(update={"cluster": cluster})
     memory = shared_memory_folder(namespace)
     judges = _judges(config, prepared, namespace, memory)
     learner = config.cluster.learner

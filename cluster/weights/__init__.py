@@ -15,6 +15,12 @@ Every update carries a version and a checksum per tensor. An engine refuses an u
 five checks, each named in the error: ``version``, ``names``, ``shape``, ``checksum``, ``probe``.
 """
 
-from cluster.weights.base import TensorEntry, WeightManifest, WeightSender, make_sender
+from cluster.weights.base import (
+    TensorEntry,
+    WeightManifest,
+    WeightSender,
+    choose_transport,
+    make_sender,
+)
 
-__all__ = ["TensorEntry", "WeightManifest", "WeightSender", "make_sender"]
+__all__ = ["TensorEntry", "WeightManifest", "WeightSender", "choose_transport", "make_sender"]

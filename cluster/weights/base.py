@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.config import ClusterSection
 from rlhf.errors import WeightUpdateError
 
 
@@ -96,6 +97,18 @@ def verified(
         )
 
 
+def choose_transport(cluster: ClusterSection, say: Callable[[str], None]) -> ClusterSection:
+    """The placement with the configured transport, or where nothing is configured and Ray has
+    several nodes, with one that reaches them all. Inside a `ray_session`."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) < 2 or "weight_transport" in cluster.model_fields_set:
+        return cluster
+    say("several nodes: weights travel by Ray's object store")
+    return cluster.model_copy(update={"weight_transport": "object_store"})
+
+
 def make_sender(transport: str, folder: Path) -> WeightSender:
     """The sender of the named transport; `folder` is the run's shared-memory folder."""
     if transport == "shared_memory":
@@ -117,13 +130,19 @@ def fetch(manifest: WeightManifest, folder: Path) -> Path:
     """A file on this node with the manifest's tensors, for mechanisms that go through a file.
 
     Raises:
-        WeightUpdateError: by the check ``version``, when it is not to be had any more.
+        WeightUpdateError: by the check ``version``, when it is not to be had, or not any more.
     """
     if manifest.transport == "object_store":
         from cluster.weights.object_store import fetch_to_file
 
         return fetch_to_file(manifest, folder)
     path = Path(manifest.location)
+    if not path.parent.is_dir():
+        raise WeightUpdateError(
+            "version",
+            f"this node has no {path.parent}; where learner and engines are on several nodes, set "
+            'cluster.weight_transport = "object_store"',
+        )
     if not path.is_file():
         raise WeightUpdateError(
             "version", f"version {manifest.version} is no longer at {path.name}"

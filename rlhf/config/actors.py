@@ -96,7 +96,7 @@ class ClusterSection(Section):
     """CPU only: `turns` lets one role compute at a time with all threads, `threads` gives each
     one thread of its own. Default: turns on up to 4 cores."""
     weight_transport: Literal["shared_memory", "object_store", "nccl"] = "shared_memory"
-    """How weights reach the engines."""
+    """How weights reach the engines. Default: object_store where Ray has several nodes."""
     start_timeout_s: PositiveFloat = 600
     """How long to wait for resources and for actors to start."""
     call_timeout_s: PositiveFloat = 1800

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from actors.vllm_worker import WeightLoader
-from cluster.weights import WeightManifest, make_sender
+from cluster.weights import WeightManifest, choose_transport, make_sender
 from cluster.weights.base import checksum, entry, fetch, verified
 from cluster.weights.probe import PROBE_TEXT, TOLERANCE, Probe, check_probe
 from cluster.weights.shared_memory import SharedMemorySender, read_tensors, write_tensors
+from rlhf.config import ClusterSection
 from rlhf.errors import WeightUpdateError
 
 Named = dict[str, Tensor]
@@ -196,6 +197,33 @@ def test_shared_memory_keeps_only_the_newest_version(tmp_path):
         fetch(first, tmp_path)
     sender.close()
     assert files(tmp_path) == []
+
+
+def test_weights_in_the_memory_of_another_node_are_told_from_an_old_version(tmp_path):
+    elsewhere = WeightManifest(1, "shared_memory", str(tmp_path / "none" / "version-1"), {})
+    with pytest.raises(WeightUpdateError, match=r'set cluster\.weight_transport = "object_store"'):
+        fetch(elsewhere, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("configured", "alive", "chosen"),
+    [
+        ({}, [True], "shared_memory"),
+        ({}, [True, False], "shared_memory"),
+        ({}, [True, True], "object_store"),
+        ({"weight_transport": "shared_memory"}, [True, True], "shared_memory"),
+        ({"weight_transport": "nccl"}, [True, True], "nccl"),
+    ],
+)
+def test_weights_reach_several_nodes_unless_another_way_is_configured(
+    monkeypatch, configured, alive, chosen
+):
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": each} for each in alive])
+    said: list[str] = []
+    cluster = ClusterSection(start_timeout_s=7.0, **configured)
+    found = choose_transport(cluster, said.append)
+    assert (found.weight_transport, found.start_timeout_s) == (chosen, 7.0)
+    assert len(said) == (chosen == "object_store")
 
 
 def test_a_version_can_be_sent_again_by_a_sender_that_was_replaced(tmp_path):

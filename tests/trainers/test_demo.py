@@ -137,5 +137,6 @@ def test_the_demos_reinforcement_learning_is_what_pavlov_rl_would_run(tmp_path):
     settings = rl_config(config, tmp_path)
     assert (settings.seed, settings.rl) == (9, config.rl)
     assert settings.cluster == config.cluster
+    assert settings.cluster.model_fields_set == config.cluster.model_fields_set
     assert settings.reward.model == str(tmp_path / "reward")
     assert Path(settings.run.dir).is_relative_to(tmp_path)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from actors.rollout import GroupRequest
+from cluster.spawn import Role
 from cluster.weights import WeightManifest
 from cluster.weights.probe import Probe
 from rlhf.config import RLConfig, parse_config
@@ -22,7 +23,7 @@ from rlhf.errors import (
     WeightUpdateError,
 )
 from rlhf.records import Completion, GroupScores, Message, Prompt, RolloutGroup
-from trainers.fleet import Fleet
+from trainers.fleet import Fleet, Models
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
 
@@ -194,6 +195,23 @@ def test_flags_go_by_the_runs_own_threshold_and_empty_text_is_always_flagged() -
     assert made._flagged(three, given) == wanted
     made.shift_threshold = float("inf")
     assert made._flagged(three, given).domain_shift_G == (False, False, True)
+
+
+def test_actors_on_several_nodes_are_told_a_transport_that_reaches_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[dict[str, Any]] = []
+
+    async def spawn(roles: list[Role], *arguments: Any, **named: Any) -> dict[str, list[Any]]:
+        started.extend(role.arguments(0) for role in roles if role.name in ("rollout", "learner"))
+        raise RunError("enough seen")
+
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}] * 2)
+    monkeypatch.setattr("trainers.fleet.spawn_in_thread", spawn)
+    config = parse_config(RLConfig, {"reward": {"model": "r"}, "data": {"prompts": ["p"]}}, "test")
+    with pytest.raises(RunError, match="enough seen"):
+        asyncio.run(Fleet.start(config, Models("p", "p", Path()), "run", Path(), lambda text: None))
+    assert [each["weight_transport"] for each in started] == ["object_store"] * 2
 
 
 def test_folders_are_told_to_every_node_by_absolute_paths(tmp_path: Path, monkeypatch: Any) -> None:

@@ -1,0 +1,43 @@
+"""How a run of fine-tuning is set up. No cluster is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from cluster.spawn import Role
+from rlhf.config import SFTConfig, parse_config
+from trainers.sft import start_job
+
+
+def config(**cluster: Any) -> SFTConfig:
+    values = {
+        "data": {"conversations": ["c"]},
+        "reward": {"model": "r"},
+        "answers": {"prompts": ["p"]},
+        "cluster": cluster,
+    }
+    return parse_config(SFTConfig, values, "test")
+
+
+def test_engine_and_workers_on_several_nodes_are_told_a_transport_that_reaches_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told: list[str] = []
+
+    def spawn(roles: list[Role], *arguments: Any, **named: Any) -> dict[str, list[Any]]:
+        told.append(roles[0].arguments(0)["weight_transport"])
+        return {"rollout": [None], "reward": [None]}
+
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}] * 2)
+    monkeypatch.setattr("trainers.sft.require_room", lambda roles: None)
+    monkeypatch.setattr("trainers.sft.spawn", spawn)
+    prepared: Any = SimpleNamespace(
+        model="m", reward=tmp_path, longest_prompt=9, train=(), held_out=(), prompts=(), prompted=()
+    )
+    job = start_job(config(), prepared, tmp_path, "run", Console(quiet=True), resume=False)
+    assert [*told, job.config.cluster.weight_transport] == ["object_store"] * 2
