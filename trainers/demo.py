@@ -193,7 +193,8 @@ def _reinforce(config: DemoConfig, out: Path, console: Console) -> None:
             async def generate(batch: Sequence[Any]) -> Any:
                 return await fleet.generate(batch, 0, together=False)
 
-            drawn = await sample(generate, requests, progress.advance)
+            decoded = config.rollout.max_sequences * config.cluster.rollout.actors
+            drawn = await sample(generate, requests, progress.advance, max_sequences=decoded)
         _write_answers(answers, held, drawn)
 
     console.print("4 rl        starting the actors")

@@ -39,16 +39,27 @@ def requests_for(
 
 
 async def sample(
-    generate: Generate, requests: Sequence[GroupRequest], done: Callable[[int], None]
+    generate: Generate,
+    requests: Sequence[GroupRequest],
+    done: Callable[[int], None],
+    *,
+    max_sequences: int,
 ) -> list[tuple[Completion, ...]]:
-    """The completions of every request, in order. `generate` takes a list of requests.
+    """The completions of every request, in order.
+
+    Args:
+        generate: takes a list of requests.
+        max_sequences: what the engines decode at once. Twice as many requests are asked at a time:
+            enough to keep them busy, few enough for a call's timeout to be about that call.
 
     Raises:
         RunError: a prompt could not be answered.
     """
+    asking = asyncio.Semaphore(2 * max_sequences)
 
     async def one(request: GroupRequest) -> tuple[Completion, ...]:
-        (group,) = await generate([request])
+        async with asking:
+            (group,) = await generate([request])
         if not isinstance(group, RolloutGroup):
             raise RunError(f"no answer to {request.prompt.id}: {group}")
         done(1)
@@ -95,7 +106,10 @@ async def sample_with_engine(
     try:
         await ask(engine.serve_start_weights.remote())
         return await sample(
-            lambda batch: ask(engine.generate.remote(list(batch), 0)), requests, done
+            lambda batch: ask(engine.generate.remote(list(batch), 0)),
+            requests,
+            done,
+            max_sequences=settings.max_sequences,
         )
     finally:
         with contextlib.suppress(PavlovError):
