@@ -26,11 +26,14 @@ def tools_path() -> str:
     return os.pathsep.join([own, *(folder for folder in rest if folder != own)])
 
 
-def choose_layout(configured: CpuLayout | None) -> CpuLayout:
-    """The configured layout, or turns on few cores.
+def choose_layout(configured: CpuLayout | None, *, side_by_side: bool = False) -> CpuLayout:
+    """The configured layout, or turns on few cores, unless several processes that cannot take turns
+    compute side by side.
 
     Two torch processes with two threads each on two cores stall each other 26-fold by spinning.
     """
+    if side_by_side:
+        return "threads"
     return configured or ("turns" if usable_cores() <= FEW_CORES else "threads")
 
 

@@ -17,7 +17,7 @@ from actors.learner import LearnerActor
 from actors.reference import ReferenceActor
 from actors.reward import RewardActor
 from actors.rollout import GroupRequest, RolloutActor
-from cluster.layout import Turns, choose_layout
+from cluster.layout import CpuLayout, Turns, choose_layout
 from cluster.spawn import Role, call, spawn_in_thread
 from cluster.weights import WeightManifest, choose_transport
 from cluster.weights.probe import Probe
@@ -118,6 +118,11 @@ def run_roles(config: RLConfig, models: Models, run: str, shared_memory: Path) -
     return [role for role in roles if role.name != "reference" or not config.learner_is_reference]
 
 
+def _layout(config: RLConfig) -> CpuLayout:
+    cluster = config.cluster
+    return choose_layout(cluster.cpu_layout, side_by_side=cluster.side_by_side is not None)
+
+
 class Fleet:
     """Handles of every actor, by role. Built by `start`, ended by `close`."""
 
@@ -134,9 +139,9 @@ class Fleet:
         self._published: tuple[WeightManifest, Probe] | None = None
         self.shift_threshold: float | None = None
         """Of the shift score, on the start policy's completions; None: the reward model's own."""
-        layout = choose_layout(config.cluster.cpu_layout)
         on_cpu = config.cluster.learner.gpus == 0
-        self.turns = Turns(self._pause, self._resume, enabled=on_cpu and layout == "turns")
+        in_turns = _layout(config) == "turns"
+        self.turns = Turns(self._pause, self._resume, enabled=on_cpu and in_turns)
         self._unscored: list[tuple[RolloutGroup, asyncio.Future[Any]]] = []
         self._scoring = asyncio.Condition()
         self._scorer: asyncio.Task[None] | None = None
@@ -156,7 +161,7 @@ class Fleet:
         config = config.model_copy(update={"cluster": cluster})
         handles = await spawn_in_thread(
             run_roles(config, models, run, shared_memory),
-            choose_layout(config.cluster.cpu_layout),
+            _layout(config),
             timeout_s=config.cluster.start_timeout_s,
             say=say,
         )

@@ -139,9 +139,9 @@ def start_job(
 
 def layout_of(config: SFTConfig, concurrent: int) -> CpuLayout:
     """A thread each where several compute at once, whoever takes turns with the engine."""
-    if config.cluster.learner.actors > 1 or concurrent > 1:
-        return "threads"
-    return choose_layout(config.cluster.cpu_layout)
+    cluster = config.cluster
+    side_by_side = cluster.side_by_side is not None or concurrent > 1
+    return choose_layout(cluster.cpu_layout, side_by_side=side_by_side)
 
 
 def _judges(config: SFTConfig, prepared: Prepared, run: str, memory: Path) -> list[Role]:

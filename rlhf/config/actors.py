@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from rlhf.config.section import DType, Fraction, Gpus, Section
 
@@ -94,7 +100,7 @@ class ClusterSection(Section):
 
     cpu_layout: Literal["turns", "threads"] | None = None
     """CPU only: `turns` lets one role compute at a time with all threads, `threads` gives each
-    one thread of its own. Default: turns on up to 4 cores."""
+    one thread of its own. Default: turns on up to 4 cores, unless a role has several actors."""
     weight_transport: Literal["shared_memory", "object_store", "nccl"] = "shared_memory"
     """How weights reach the engines. Default: object_store where Ray has several nodes."""
     start_timeout_s: PositiveFloat = 600
@@ -111,3 +117,23 @@ class ClusterSection(Section):
     """Frozen reference model."""
     learner: RolePlacement = RolePlacement()
     """Ranks of the learner."""
+
+    @property
+    def side_by_side(self) -> str | None:
+        """A role of which several actors compute at once on CPU, if there is one."""
+        for role in ("rollout", "reward", "reference", "learner"):
+            placement: RolePlacement = getattr(self, role)
+            if placement.actors > 1 and not placement.gpus:
+                return role
+        return None
+
+    @model_validator(mode="after")
+    def _side_by_side_with_a_thread_each(self) -> Self:
+        role = self.side_by_side
+        if role is not None and self.cpu_layout == "turns":
+            raise ValueError(
+                f'cluster.cpu_layout = "turns" with cluster.{role}.actors = '
+                f"{getattr(self, role).actors}: they compute side by side; set "
+                'cluster.cpu_layout = "threads", or leave it out'
+            )
+        return self

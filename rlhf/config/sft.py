@@ -145,16 +145,6 @@ class SFTConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _side_by_side_with_a_thread_each(self) -> Self:
-        if self.cluster.learner.actors > 1 and self.cluster.cpu_layout == "turns":
-            raise ValueError(
-                f'cluster.cpu_layout = "turns" with cluster.learner.actors = '
-                f"{self.cluster.learner.actors}: workers compute side by side; set "
-                'cluster.cpu_layout = "threads", or leave it out'
-            )
-        return self
-
-    @model_validator(mode="after")
     def _weights_go_by_file(self) -> Self:
         if self.cluster.weight_transport == "nccl":
             raise ValueError(

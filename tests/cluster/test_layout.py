@@ -133,6 +133,7 @@ def test_few_cores_take_turns_unless_told_otherwise(monkeypatch, cores, chosen):
     assert choose_layout(None) == chosen
     assert choose_layout("turns") == "turns"
     assert choose_layout("threads") == "threads"
+    assert choose_layout(None, side_by_side=True) == "threads"
 
 
 def test_only_cores_that_this_process_may_use_are_counted():

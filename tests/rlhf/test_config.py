@@ -444,6 +444,16 @@ def test_a_clash_names_both_settings(refusal, overrides, settings):
         assert setting in message
 
 
+@pytest.mark.parametrize("role", ["rollout", "reward", "reference", "learner"])
+def test_several_actors_of_a_role_cannot_take_turns_on_the_cpu(refusal, load, role):
+    several = f"cluster.{role}.actors=2"
+    message = refusal("cluster.cpu_layout=turns", several)
+    assert f'cpu_layout = "turns" with cluster.{role}.actors = 2' in message
+    assert load(several).cluster.side_by_side == role
+    on_gpus = load("cluster.cpu_layout=turns", several, f"cluster.{role}.gpus=1")
+    assert on_gpus.cluster.side_by_side is None
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -214,6 +214,16 @@ def test_actors_on_several_nodes_are_told_a_transport_that_reaches_them(
     assert [each["weight_transport"] for each in started] == ["object_store"] * 2
 
 
+@pytest.mark.parametrize("role", ["rollout", "reward", "reference", "learner"])
+def test_several_actors_of_a_role_compute_with_a_thread_each_on_few_cores(
+    monkeypatch: pytest.MonkeyPatch, role: str
+) -> None:
+    monkeypatch.setattr("cluster.layout.usable_cores", lambda: 2)
+    assert fleet(Engine(), manifest(0)).turns.enabled
+    several = fleet(Engine(), manifest(0), **{role: {"actors": 2}})
+    assert not several.turns.enabled
+
+
 def test_folders_are_told_to_every_node_by_absolute_paths(tmp_path: Path, monkeypatch: Any) -> None:
     from models.sources import portable_name
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from cluster.spawn import Role
 from rlhf.config import SFTConfig, parse_config
-from trainers.sft import start_job
+from trainers.sft import layout_of, start_job
 
 
 def config(**cluster: Any) -> SFTConfig:
@@ -22,6 +22,15 @@ def config(**cluster: Any) -> SFTConfig:
         "cluster": cluster,
     }
     return parse_config(SFTConfig, values, "test")
+
+
+def test_workers_and_trials_side_by_side_compute_with_a_thread_each_on_few_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cluster.layout.usable_cores", lambda: 2)
+    assert layout_of(config(), 1) == "turns"
+    assert layout_of(config(), 2) == "threads"
+    assert layout_of(config(learner={"actors": 2}), 1) == "threads"
 
 
 def test_engine_and_workers_on_several_nodes_are_told_a_transport_that_reaches_them(
