@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Literal
+
+from rlhf.config import RolePlacement
 
 CpuLayout = Literal["turns", "threads"]
 FEW_CORES = 4
@@ -37,8 +39,21 @@ def choose_layout(configured: CpuLayout | None, *, side_by_side: bool = False) -
     return configured or ("turns" if usable_cores() <= FEW_CORES else "threads")
 
 
-def actor_environment(layout: CpuLayout, gpus: float) -> dict[str, str]:
-    """Environment of an actor: its threads, and where its children find the code."""
+def share_of_cores(placements: Iterable[RolePlacement]) -> int:
+    """Threads that each of a run's CPU actors may compute with at once, so that they do not stall
+    each other. Inside a `ray_session`; one where several nodes may each have other cores."""
+    import ray
+
+    actors = sum(placement.actors for placement in placements if not placement.gpus)
+    return 1 if len(ray.nodes()) > 1 else max(1, usable_cores() // max(1, actors))
+
+
+def actor_environment(layout: CpuLayout, gpus: float, threads: int = 1) -> dict[str, str]:
+    """Environment of an actor: its threads, and where its children find the code.
+
+    Args:
+        threads: what it computes with where nobody takes turns; all cores where they do.
+    """
     environment = {
         "PYTHONPATH": os.pathsep.join(
             filter(
@@ -52,10 +67,9 @@ def actor_environment(layout: CpuLayout, gpus: float) -> dict[str, str]:
         if name in os.environ:
             environment[name] = os.environ[name]
     if gpus == 0:
-        threads = usable_cores() if layout == "turns" else 1
         # Ray sets OMP_NUM_THREADS=1 for an actor of one CPU or less.
         environment |= {
-            "OMP_NUM_THREADS": str(threads),
+            "OMP_NUM_THREADS": str(usable_cores() if layout == "turns" else threads),
             "VLLM_CPU_OMP_THREADS_BIND": "auto" if layout == "turns" else "nobind",
             "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
             "DS_ACCELERATOR": "cpu",

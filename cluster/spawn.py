@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from cluster.layout import CpuLayout, actor_environment
+from cluster.layout import CpuLayout, actor_environment, share_of_cores
 from rlhf import errors
 from rlhf.config import RolePlacement
 from rlhf.errors import ActorLostError, PavlovError, ResourceError, RunError
@@ -78,9 +78,14 @@ def spawn(
     *,
     timeout_s: float,
     say: Callable[[str], None],
+    threads: int | None = None,
     stopped: threading.Event | None = None,
 ) -> dict[str, list[Any]]:
     """Start every actor of every role; returns handles by role name, once all are ready.
+
+    Args:
+        threads: of each CPU actor with the layout ``threads``; default: its share of the cores,
+            where no others compute.
 
     Raises:
         ResourceError: the resources cannot be had, or were not free in time.
@@ -99,6 +104,8 @@ def spawn(
     ]
     if not all(bundles):
         raise ResourceError("every role needs some CPU or GPU: set cluster.<role>.cpus above 0")
+    if threads is None:
+        threads = share_of_cores(role.placement for role in roles)
     group = placement_group(bundles, strategy="PACK")
     try:
         _wait_for_placement(group, roles, timeout_s, say, stopped)
@@ -107,13 +114,14 @@ def spawn(
         for role in roles:
             handles[role.name] = []
             for number in range(role.placement.actors):
+                environment = actor_environment(layout, role.placement.gpus, threads)
                 options = {
                     "name": f"{role.name}-{number}",
                     "num_cpus": role.placement.cpus,
                     "num_gpus": role.placement.gpus,
                     "max_restarts": role.restarts,
                     "max_concurrency": _CALLS_AT_ONCE if _is_async(role.cls) else 1,
-                    "runtime_env": {"env_vars": actor_environment(layout, role.placement.gpus)},
+                    "runtime_env": {"env_vars": environment},
                     "scheduling_strategy": PlacementGroupSchedulingStrategy(group, bundle),
                 }
                 remote: Any = ray.remote(role.cls).options(**options)

@@ -162,6 +162,8 @@ class Fleet:
         handles = await spawn_in_thread(
             run_roles(config, models, run, shared_memory),
             _layout(config),
+            # A share of the cores would not be the same on another machine or beside other actors.
+            threads=1 if config.deterministic else None,
             timeout_s=config.cluster.start_timeout_s,
             say=say,
         )

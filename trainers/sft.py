@@ -28,7 +28,13 @@ from actors.reward import RewardActor
 from actors.rollout import RolloutActor
 from actors.sft_worker import SFTJob, SFTWorker, read_evaluations, train_sft
 from cluster.files import RunFolder, resolve_run_folder, write_atomically
-from cluster.layout import CpuLayout, actor_environment, choose_layout, usable_cores
+from cluster.layout import (
+    CpuLayout,
+    actor_environment,
+    choose_layout,
+    share_of_cores,
+    usable_cores,
+)
 from cluster.progress import Progressing
 from cluster.session import ray_session, shared_memory_folder
 from cluster.spawn import Role, find_cause, first_line, require_room, spawn
@@ -119,6 +125,7 @@ def start_job(
     handles = spawn(
         judges,
         layout_of(config, concurrent),
+        threads=threads_of(config, concurrent),
         timeout_s=config.cluster.start_timeout_s,
         say=console.print,
     )
@@ -137,8 +144,14 @@ def start_job(
     )
 
 
+def threads_of(config: SFTConfig, concurrent: int) -> int:
+    """Threads of the engine, the ensemble and each worker, where nobody takes turns."""
+    cluster = config.cluster
+    return share_of_cores([cluster.rollout, cluster.reward, *[cluster.learner] * concurrent])
+
+
 def layout_of(config: SFTConfig, concurrent: int) -> CpuLayout:
-    """A thread each where several compute at once, whoever takes turns with the engine."""
+    """Threads of their own where several compute at once, whoever takes turns with the engine."""
     cluster = config.cluster
     side_by_side = cluster.side_by_side is not None or concurrent > 1
     return choose_layout(cluster.cpu_layout, side_by_side=side_by_side)
@@ -235,6 +248,7 @@ def fit(job: SFTJob, data: Path, concurrent: int = 1) -> None:
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_s)
     options = ray.data.ExecutionOptions(preserve_order=True)
     storage = Path(job.folder) / ".ray-train"
+    layout, threads = layout_of(job.config, concurrent), threads_of(job.config, concurrent)
     # The annotations are those of Ray Train's first version.
     loop: Any = train_sft
     run_config: Any = RunConfig
@@ -251,9 +265,7 @@ def fit(job: SFTJob, data: Path, concurrent: int = 1) -> None:
             name="sft",
             storage_path=str(storage),
             failure_config=failures(max_failures=0, controller_failure_limit=0),
-            worker_runtime_env={
-                "env_vars": actor_environment(layout_of(job.config, concurrent), placement.gpus)
-            },
+            worker_runtime_env={"env_vars": actor_environment(layout, placement.gpus, threads)},
         ),
         # Others wait while rank 0 has the engine answer and the ensemble score.
         torch_config=TorchConfig(timeout_s=int(3 * cluster.call_timeout_s)),

@@ -100,7 +100,7 @@ class ClusterSection(Section):
 
     cpu_layout: Literal["turns", "threads"] | None = None
     """CPU only: `turns` lets one role compute at a time with all threads, `threads` gives each
-    one thread of its own. Default: turns on up to 4 cores, unless a role has several actors."""
+    its share of them. Default: turns on up to 4 cores, unless a role has several actors."""
     weight_transport: Literal["shared_memory", "object_store", "nccl"] = "shared_memory"
     """How weights reach the engines. Default: object_store where Ray has several nodes."""
     start_timeout_s: PositiveFloat = 600

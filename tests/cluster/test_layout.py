@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from cluster import layout
-from cluster.layout import Turns, actor_environment, choose_layout, usable_cores
+from cluster.layout import (
+    Turns,
+    actor_environment,
+    choose_layout,
+    share_of_cores,
+    usable_cores,
+)
+from rlhf.config import RolePlacement
 
 ROOT = Path(__file__).parents[2]
 
@@ -146,13 +153,26 @@ def test_only_cores_that_this_process_may_use_are_counted():
     assert usable_cores() == len(mine)
 
 
-def test_a_role_computes_with_all_threads_in_turns_and_with_one_beside_others(monkeypatch):
+def test_a_role_computes_with_all_threads_in_turns_and_with_its_own_beside_others(monkeypatch):
     monkeypatch.setattr(layout, "usable_cores", lambda: 3)
-    assert actor_environment("turns", 0)["OMP_NUM_THREADS"] == "3"
+    assert actor_environment("turns", 0, 2)["OMP_NUM_THREADS"] == "3"
     assert actor_environment("threads", 0)["OMP_NUM_THREADS"] == "1"
+    assert actor_environment("threads", 0, 2)["OMP_NUM_THREADS"] == "2"
     on_gpu = actor_environment("turns", 1)
     assert "OMP_NUM_THREADS" not in on_gpu
     assert "DS_ACCELERATOR" not in on_gpu
+
+
+@pytest.mark.parametrize(
+    ("cores", "actors", "nodes", "threads"),
+    [(16, 4, 1, 4), (16, 5, 1, 3), (5, 4, 1, 1), (2, 4, 1, 1), (16, 0, 1, 16), (16, 4, 2, 1)],
+)
+def test_actors_on_the_cpu_share_its_cores(monkeypatch, cores, actors, nodes, threads):
+    monkeypatch.setattr(layout, "usable_cores", lambda: cores)
+    monkeypatch.setattr("ray.nodes", lambda: [{}] * nodes)
+    on_gpu = RolePlacement(actors=3, gpus=1)
+    on_cpu = [RolePlacement()] * max(0, actors - 2) + [RolePlacement(actors=2)] * (actors > 0)
+    assert share_of_cores([on_gpu, *on_cpu]) == threads
 
 
 def test_an_actor_finds_the_code_and_the_drivers_folders(monkeypatch):

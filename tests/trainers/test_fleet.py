@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -195,6 +197,44 @@ def test_flags_go_by_the_runs_own_threshold_and_empty_text_is_always_flagged() -
     assert made._flagged(three, given) == wanted
     made.shift_threshold = float("inf")
     assert made._flagged(three, given).domain_shift_G == (False, False, True)
+
+
+@pytest.mark.parametrize(("deterministic", "threads"), [(False, "4"), (True, "1")])
+def test_actors_share_the_cores_but_for_a_run_that_must_repeat(
+    monkeypatch: pytest.MonkeyPatch, deterministic: bool, threads: str
+) -> None:
+    environments: list[dict[str, str]] = []
+
+    class Started(Exception):
+        pass
+
+    def placed(*arguments: Any, **named: Any) -> None:
+        """In the place of waiting for Ray's placement group."""
+
+    def remote(cls: type) -> Any:
+        def options(**given: Any) -> Any:
+            environments.append(given["runtime_env"]["env_vars"])
+            raise Started
+
+        return SimpleNamespace(options=options)
+
+    monkeypatch.setattr("cluster.layout.usable_cores", lambda: 16)
+    monkeypatch.setattr("cluster.spawn._wait_for_placement", placed)
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}])
+    monkeypatch.setattr("ray.remote", remote)
+    groups = importlib.import_module("ray.util.placement_group")
+    monkeypatch.setattr(groups, "placement_group", placed)
+    monkeypatch.setattr(groups, "remove_placement_group", placed)
+    values: dict[str, Any] = {"reward": {"model": "r"}, "data": {"prompts": ["p"]}}
+    exact = {"dtype": "float32"}
+    if deterministic:
+        values |= dict.fromkeys(("policy", "reference", "rollout"), exact)
+        values["deterministic"] = True
+    config = parse_config(RLConfig, values, "test")
+    with pytest.raises(Started):
+        asyncio.run(Fleet.start(config, Models("p", "p", Path()), "run", Path(), lambda text: None))
+    [environment] = environments
+    assert environment["OMP_NUM_THREADS"] == threads
 
 
 def test_actors_on_several_nodes_are_told_a_transport_that_reaches_them(

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from cluster.spawn import Role
 from rlhf.config import SFTConfig, parse_config
-from trainers.sft import layout_of, start_job
+from trainers.sft import layout_of, start_job, threads_of
 
 
 def config(**cluster: Any) -> SFTConfig:
@@ -31,6 +31,16 @@ def test_workers_and_trials_side_by_side_compute_with_a_thread_each_on_few_cores
     assert layout_of(config(), 1) == "turns"
     assert layout_of(config(), 2) == "threads"
     assert layout_of(config(learner={"actors": 2}), 1) == "threads"
+
+
+def test_engine_ensemble_and_the_workers_of_all_trials_share_the_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cluster.layout.usable_cores", lambda: 16)
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}])
+    assert threads_of(config(), 1) == 16 // 3
+    assert threads_of(config(learner={"actors": 2}), 3) == 16 // 8
+    assert threads_of(config(learner={"actors": 2, "gpus": 1}), 3) == 16 // 2
 
 
 def test_engine_and_workers_on_several_nodes_are_told_a_transport_that_reaches_them(
