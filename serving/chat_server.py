@@ -21,6 +21,7 @@ from cluster.session import node_address, ray_session
 from cluster.spawn import find_cause
 from models.reward_model import BankAnswers, RewardCard, RewardModel
 from models.sources import (
+    portable_name,
     require_context,
     resolve_model,
     resolve_reward_model,
@@ -64,14 +65,23 @@ def serve_chat(config: ServeConfig, console: Console) -> None:
             f"policy.model = {config.policy.model}"
         )
     else:
-        model = resolve_model(config.policy.model)
-        live = Live(weights_fingerprint(model), str(model))
+        live = _first(config, served)
     judges = _Judges.of(config)
     _checked_length(config, live.model)
     port = choose_port(settings.host, settings.port)
     with ray_session("serve", num_cpus=usable_cores()):
         assistant = Assistant(config, served, live, judges, console)
         serve_until_stopped(assistant, settings.name, settings.host, port, console)
+
+
+def _first(config: ServeConfig, served: Served) -> Live:
+    """`policy.model`, before anything was promoted. A folder of the user's may be trained anew
+    under its name, so its weights are kept and served from there; caches stay as they are."""
+    model = resolve_model(config.policy.model)
+    version = weights_fingerprint(model)
+    if Path(portable_name(config.policy.model)).is_absolute():
+        model = served.keep(version, model)
+    return Live(version, str(model))
 
 
 class Assistant:

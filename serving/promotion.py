@@ -4,7 +4,8 @@
 
     <PAVLOV_RUNS>/served/<name>/
         promotions.jsonl     append only: every promotion and rollback, its evidence or its override
-        versions/<version>/  the weights, so that a rollback needs no run folder
+        versions/<version>/  the weights, so that neither a rollback nor a replica that is started
+                             anew needs the folder that they come from
         live.json            what the server serves now, and what it could not
 
 `pavlov promote` writes the first two; a server of that name follows the newest line
@@ -105,9 +106,16 @@ class Served:
         """Where a version's weights are kept.
 
         Raises:
-            ModelError: they are not there.
+            ModelError: they are not there, or others are: a kept file may be a link to one that
+                was written over.
         """
-        return check_folder(self.folder / "versions" / version)
+        folder = check_folder(self.folder / "versions" / version)
+        if (found := weights_fingerprint(folder)) != version:
+            raise ModelError(
+                f"{folder} was written over and holds version {found} now: put the weights of "
+                f"{version} back there"
+            )
+        return folder
 
     def live(self) -> Live | None:
         """What the server has said, if one was ever started."""
@@ -118,12 +126,23 @@ class Served:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self._live, json.dumps(asdict(live)) + "\n")
 
-    def keep(self, version: str, model: Path) -> None:
-        """Keep the weights of a version."""
+    def keep(self, version: str, model: Path) -> Path:
+        """Keep the weights of a version, and say where.
+
+        Raises:
+            ModelError: `model` holds no weights, or others by now.
+        """
         target = self.folder / "versions" / version
-        if not target.is_dir():
+        if not target.is_dir() or weights_fingerprint(target) != version:
+            check_folder(model)
             with folder_beside(target) as beside:
                 shutil.copytree(model, beside, copy_function=_link_or_copy, dirs_exist_ok=True)
+                if (found := weights_fingerprint(beside)) != version:
+                    raise ModelError(
+                        f"{model} holds version {found} now, not {version}, which is to be kept "
+                        "for a rollback: put those weights back there, or start `pavlov serve` anew"
+                    )
+        return target
 
     def add(self, decide: Callable[[str], Promotion]) -> Promotion:
         """Append what is decided upon what is served, while nobody else decides.
@@ -162,7 +181,8 @@ def promote(
 
     Raises:
         PromotionError: there is no independent evidence, or it is served already.
-        ModelError: there is no such policy, or it reads other tokens than the served one.
+        ModelError: there is no such policy, it reads other tokens than the served one, or the
+            served one cannot be kept for a rollback.
     """
     if (project is None) == (override is None):
         raise PromotionError(
@@ -201,6 +221,7 @@ def roll_back(name: str) -> Promotion:
 
     Raises:
         PromotionError: there was none.
+        ModelError: its weights are not there any more.
     """
     served = Served(name)
 

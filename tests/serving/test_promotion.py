@@ -10,10 +10,11 @@ import pytest
 from labelling.database import Database
 from labelling.records import Answer, Judgement, Work
 from labelling.store import Store
-from models.sources import weights_fingerprint
-from rlhf.config import LabelConfig, parse_config
+from models.sources import resolve_model, weights_fingerprint
+from rlhf.config import LabelConfig, ServeConfig, parse_config
 from rlhf.errors import ModelError, PromotionError
 from rlhf.records import OVERALL, Message
+from serving.chat_server import _first
 from serving.promotion import (
     Live,
     Served,
@@ -84,6 +85,50 @@ def test_who_was_preferred_is_promoted_and_taken_back(served, labels, tiny_model
     with pytest.raises(PromotionError, match="nothing was promoted"):
         roll_back("pavlov")
     assert [each.action for each in served.promotions()] == ["promote", "rollback"]
+
+
+def test_what_was_trained_anew_under_its_name_is_not_kept_as_the_version_before(
+    served, labels, tiny_model, second_model, tmp_path
+):
+    policy = tmp_path / "policy"
+    shutil.copytree(second_model, policy)
+    served.say_live(Live(weights_fingerprint(tiny_model), str(policy)))
+    with pytest.raises(ModelError, match=r"policy holds version \w+ now, not"):
+        promote(str(second_model), "pavlov", labels, None, override=WHY)
+    shutil.rmtree(policy)
+    with pytest.raises(ModelError, match="not a model folder"):
+        served.keep(weights_fingerprint(tiny_model), policy)
+    assert served.promotions() == []
+
+
+def test_a_server_keeps_the_folder_that_it_starts_with(served, labels, second_model, tmp_path):
+    policy = tmp_path / "policy"
+    shutil.copytree(second_model, policy)
+    config = parse_config(ServeConfig, {"policy": {"model": str(policy)}}, "test")
+    live = _first(config, served)
+    shutil.rmtree(policy)
+    assert live.model == str(served.model(live.version))
+    # What is no folder of the user's is a cache, and stays where it is.
+    live = _first(parse_config(ServeConfig, {}, "test"), served)
+    assert live.model == str(resolve_model("embedded"))
+
+
+def test_kept_weights_that_were_written_over_are_not_rolled_back_to(
+    served, labels, tiny_model, second_model, tmp_path
+):
+    policy = tmp_path / "policy"
+    shutil.copytree(tiny_model, policy)
+    old = weights_fingerprint(policy)
+    served.say_live(Live(old, str(policy)))
+    promote(str(second_model), "pavlov", labels, None, override=WHY)
+    # The kept file is a link to this one.
+    weights = (second_model / "model.safetensors").read_bytes()
+    (policy / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ModelError, match=f"was written over .* weights of {old} back"):
+        roll_back("pavlov")
+    # Kept anew from where they still are.
+    assert weights_fingerprint(served.keep(old, tiny_model)) == old
+    assert roll_back("pavlov").version == old
 
 
 def test_without_sure_evidence_nothing_changes(served, labels, tiny_model, second_model):
