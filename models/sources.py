@@ -105,6 +105,17 @@ def _download(name: str) -> Path:
     return check_folder(Path(folder))
 
 
+def in_hub_cache(name: str) -> bool:
+    """Whether a name is of a model of the hub that was downloaded to this machine."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:
+        return False
+
+
 def require_context(folder: Path, tokens: int, what: str) -> None:
     """Refuse more tokens than a model reads, if its config says: where positions are scaled, it
     does not.

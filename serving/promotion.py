@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +35,9 @@ from labelling.store import Store
 from models.chat import ChatTokenizer
 from models.reward_model import RewardModel
 from models.sources import (
+    EMBEDDED,
     check_folder,
+    in_hub_cache,
     portable_name,
     resolve_policy,
     resolve_reward_model,
@@ -51,7 +53,8 @@ _LOOK_EVERY_S = 0.5
 @dataclass(frozen=True, slots=True)
 class Promotion:
     """A line of ``promotions.jsonl``: `version` is served instead of `before` from `at` (seconds
-    since 1970) on. It has evidence, or an `override`: why there is none."""
+    since 1970) on. It has evidence, or an `override`: why there is none. `trained_by`: see there;
+    None where that is not known."""
 
     version: str
     before: str
@@ -61,6 +64,7 @@ class Promotion:
     at: float
     evidence: dict[str, Any] | None = None
     override: str | None = None
+    trained_by: list[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +200,8 @@ def promote(
     served = Served(name)
     folder = resolve_policy(run)
     version = weights_fingerprint(folder)
+    by = trained_by(folder)
+    recorded = None if by is None else sorted(by)
 
     def decide(before: str) -> Promotion:
         if version == before:
@@ -203,14 +209,14 @@ def promote(
         _require_same_tokens(served, folder, before)
         told: dict[str, Any] | None = None
         if labels is not None and project is not None:
-            found = _evidence(labels, project, folder, version, before, kind)
+            found = _evidence(labels, project, by, version, before, kind)
             told = {"project": project, **asdict(found), "sentence": found.sentence}
         served.keep(version, folder)
         live = served.live()
         if live is not None and live.version == before:
             served.keep(before, Path(live.model))
         return Promotion(
-            version, before, str(folder), "promote", _who(), time.time(), told, override
+            version, before, str(folder), "promote", _who(), time.time(), told, override, recorded
         )
 
     return served.add(decide)
@@ -265,25 +271,44 @@ def wait_until_followed(name: str, promotion: Promotion, patience_s: float) -> b
 
 def trained_by(policy: Path) -> set[str] | None:
     """Versions of the reward models that took part in training a policy or the one it started from,
-    and of those that they were refreshed from; None where its folder does not say."""
+    and of those that they were refreshed from.
+
+    None where that is not known: each folder on the way back to `embedded` or a model of the hub
+    has to be a run's, or a kept version's whose promotion has recorded them.
+    """
     versions: set[str] = set()
     seen: set[Path] = set()
-    while policy.parent not in seen and (config := _config(policy.parent)) is not None:
-        run = policy.parent
-        seen.add(run)
+    while policy not in seen:
+        seen.add(policy)
+        if (config := _config(policy.parent)) is None:
+            recorded = _recorded(policy)
+            return recorded and versions | recorded
         reward = (
-            run / "reward" if "ensemble" in config else (config.get("reward") or {}).get("model")
+            policy.parent / "reward"
+            if "ensemble" in config
+            else (config.get("reward") or {}).get("model")
         )
         try:
             card = RewardModel.load(resolve_reward_model(str(reward))).card
         except PavlovError:
             return None
         versions |= {card.version, *card.ancestry}
-        start = Path(portable_name(config["policy"]["model"]))
-        if not start.is_dir():
+        start = portable_name(config["policy"]["model"])
+        if start == EMBEDDED or in_hub_cache(start):
             break
-        policy = start
-    return versions or None
+        policy = Path(start)
+    return versions
+
+
+def _recorded(policy: Path) -> set[str] | None:
+    """`Promotion.trained_by` of a version that is kept; None where there is none."""
+    served = Served(policy.parent.parent.name)
+    if policy.parent != served.folder.resolve() / "versions":
+        return None
+    for each in reversed(served.promotions()):
+        if each.version == policy.name and each.trained_by:
+            return set(each.trained_by)
+    return None
 
 
 def _config(run: Path) -> dict[str, Any] | None:
@@ -306,11 +331,15 @@ def _require_same_tokens(served: Served, folder: Path, before: str) -> None:
 
 
 def _evidence(
-    labels: LabelConfig, project: str, folder: Path, version: str, before: str, kind: Kind
+    labels: LabelConfig,
+    project: str,
+    by: Collection[str] | None,
+    version: str,
+    before: str,
+    kind: Kind,
 ) -> Evidence:
     store = Store(Database(labels.label.url))
     judgements = store.judgements(store.project(project), with_work=True)
-    by = trained_by(folder) if kind == "model" else None
     found = direct_evidence(judgements, version, before, kind, by)
     if not found.sure:
         raise PromotionError(

@@ -218,20 +218,61 @@ def test_who_dies_while_writing_leaves_the_record_as_it_was(
     assert roll_back("pavlov").before == done.version
 
 
-def test_which_reward_models_trained_a_policy(tmp_path, monkeypatch, tiny_model, tiny_reward_model):
-    monkeypatch.setenv("PAVLOV_RUNS", str(tmp_path))
+class Runs:
+    """Below PAVLOV_RUNS."""
 
-    def run(name: str, start: str) -> Path:
-        folder = tmp_path / name
-        shutil.copytree(tiny_model, folder / "policy")
-        config = {"policy": {"model": start}, "reward": {"model": str(tiny_reward_model)}}
-        (folder / "config.json").write_text(json.dumps(config))
-        return folder / "policy"
+    def __init__(self, folder: Path, policy: Path, reward: Path) -> None:
+        self.folder, self.policy, self.reward = folder, policy, reward
 
-    first = run("first", "embedded")
+    def add(self, name: str, start: str) -> Path:
+        """The policy of a run that started from another."""
+        run = self.folder / name
+        shutil.copytree(self.policy, run / "policy")
+        config = {"policy": {"model": start}, "reward": {"model": str(self.reward)}}
+        (run / "config.json").write_text(json.dumps(config))
+        return run / "policy"
+
+
+@pytest.fixture
+def runs(served, tmp_path, second_model, tiny_reward_model):
+    return Runs(tmp_path, second_model, tiny_reward_model)
+
+
+def test_which_reward_models_trained_a_policy(runs, tiny_model, tmp_path, monkeypatch):
+    first = runs.add("first", "embedded")
     assert trained_by(first) == {"tiny"}
     # What its start policy was trained by counts too.
-    assert trained_by(run("second", str(first))) == {"tiny"}
-    # A folder that is no run's is where training began.
-    assert trained_by(run("third", str(tiny_model))) == {"tiny"}
+    assert trained_by(runs.add("second", str(first))) == {"tiny"}
+    # The cache of the hub says that this is no folder's name.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    cached = tmp_path / "hub/models--owner--name"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs/main").write_text("abc")
+    (cached / "snapshots/abc").mkdir(parents=True)
+    (cached / "snapshots/abc/config.json").write_text("{}")
+    assert trained_by(runs.add("third", "owner/name")) == {"tiny"}
+
+
+def test_what_trained_a_policy_is_not_known_where_a_folder_on_the_way_does_not_say(
+    runs, tiny_model
+):
+    first = runs.add("first", "embedded")
+    second = runs.add("second", str(first))
+    named = runs.add("named", "first/policy")
+    assert trained_by(second) == trained_by(named) == {"tiny"}
+    shutil.rmtree(first.parent)
+    assert trained_by(second) is None and trained_by(named) is None
+    # Who trained what lies in a folder that is no run's?
     assert trained_by(tiny_model) is None
+    assert trained_by(runs.add("third", str(tiny_model))) is None
+
+
+def test_a_kept_version_says_what_trained_it_when_its_run_is_gone(runs, served, labels, tiny_model):
+    first = runs.add("first", "embedded")
+    done = promote("first", "pavlov", labels, None, override=WHY)
+    shutil.rmtree(first.parent)
+    assert done.trained_by == ["tiny"]
+    kept = f"served/pavlov/versions/{done.version}"
+    assert trained_by(runs.add("second", kept)) == {"tiny"}
+    # Nothing was recorded of the version before it.
+    assert trained_by(runs.add("third", f"served/pavlov/versions/{done.before}")) is None
