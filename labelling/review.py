@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 from labelling.attention import attention
 from labelling.fatigue import FatigueSettings, fatigue
-from labelling.records import Judgement
+from labelling.records import Judgement, Kind
 from labelling.store import PAUSED, TIRED, Assessor, Project, Store
-from rlhf.config.label import AttentionSection, LabelConfig
+from rlhf.config.label import AttentionSection
 
 _ENOUGH = 10
 """Judgements below which nobody is told anything about."""
@@ -61,28 +61,42 @@ def review(store: Store, of: Project, settings: AttentionSection) -> Review:
 
 class Reviewer:
     """Reviews a project when so many judgements have come since the last time, or the last one that
-    was wanted; one review at a time."""
+    was wanted; one review of a project at a time."""
 
-    def __init__(self, store: Store, config: LabelConfig) -> None:
-        self._store, self._config = store, config
-        self._reviewing = threading.Lock()
+    def __init__(self, store: Store, settings: AttentionSection) -> None:
+        self._store, self._settings = store, settings
+        self._lock = threading.Lock()
+        # By project that is being reviewed: who has called for it since the last look.
+        self._asked: dict[int, set[Kind | None]] = {}
 
-    def run(self, who: Assessor) -> Review | None:
-        """Review if it is time; what it finds is stored. None where it is not time, or one is under
-        way."""
-        settings = self._config.label.attention
-        if not self._reviewing.acquire(blocking=False):
-            return None
+    def run(self, of: Project, kind: Kind | None) -> None:
+        """Review if it is time; what it finds is stored. Where a review of the project is under
+        way, that one looks again, and this returns at once.
+
+        Args:
+            kind: of who has judged; None where nothing is wanted, so that no judgement is the last.
+        """
+        with self._lock:
+            under_way = of.id in self._asked
+            self._asked.setdefault(of.id, set()).add(kind)
+        while not under_way and (asked := self._taken(of)):
+            for each in asked:
+                self._look(of, each)
+
+    def _taken(self, of: Project) -> set[Kind | None]:
+        """Who has called since the last look; where nobody has, the review is over."""
+        with self._lock:
+            if asked := self._asked.pop(of.id):
+                self._asked[of.id] = set()
+            return asked
+
+    def _look(self, of: Project, kind: Kind | None) -> None:
         try:
-            if not self._store.review_due(who.project, settings.review_every, who.kind):
-                return None
-            return review(self._store, who.project, settings)
+            if self._store.review_due(of, self._settings.review_every, kind):
+                review(self._store, of, self._settings)
         except Exception:
             # The judgement that called for it is stored and acknowledged.
-            _log.exception("the review of project %s failed", who.project.name)
-            return None
-        finally:
-            self._reviewing.release()
+            _log.exception("the review of project %s failed", of.name)
 
 
 def let_go_on(store: Store, who: Assessor, actor: str) -> None:

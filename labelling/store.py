@@ -338,9 +338,9 @@ class Store:
             ).first()
         return found is not None
 
-    def review_due(self, of: Project, every: int, kind: Kind = "person") -> bool:
+    def review_due(self, of: Project, every: int, kind: Kind | None = "person") -> bool:
         """Whether so many judgements were given since the last review, or the last one wanted of
-        this kind of assessor."""
+        this kind of assessor (None: none is)."""
         told = select(func.count()).select_from(judgement).where(judgement.c.project_id == of.id)
         last = select(project.c.reviewed).where(project.c.id == of.id)
         left = select(demand.c.pair_id).where(
@@ -350,7 +350,9 @@ class Store:
         )
         with self.database.reading() as db:
             new = db.execute(told).scalar_one() - db.execute(last).scalar_one()
-            return new >= every or (new > 0 and db.execute(left.limit(1)).first() is None)
+            if kind is None or new <= 0:
+                return bool(new >= every)
+            return new >= every or db.execute(left.limit(1)).first() is None
 
     def reviewed(self, of: Project, judgements: int) -> None:
         """Note that so many judgements were there to be reviewed."""

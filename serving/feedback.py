@@ -17,14 +17,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Request
+from fastapi import BackgroundTasks, FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from labelling import feedback as kept
 from labelling.database import Database
 from labelling.queue import SHOWN
 from labelling.records import Answer
+from labelling.review import Reviewer
 from labelling.store import Store
+from rlhf.config.label import AttentionSection
 from rlhf.config.serve import ServeSection
 from rlhf.errors import DataError
 from serving.candidates import Candidate, Plan
@@ -90,6 +92,7 @@ class Feedback:
         self._settings, self._key, self._clock = settings, key, clock
         self._store = Store(Database(settings.feedback_url, "serve.feedback"))
         self._project = self._store.make_project(settings.feedback_project, [], at_least=True)
+        self._reviewer = Reviewer(self._store, AttentionSection())
 
     def receipt(self, body: ChatRequest, plan: Plan, candidate: Candidate, text: str) -> str:
         """What a client sends back with its feedback on `text`, a candidate as it is shown."""
@@ -171,6 +174,10 @@ class Feedback:
             )
         return {"object": "feedback", "id": put.id, "project": self._project.name}
 
+    def review(self) -> None:
+        """Quality control of those who compare answers, if it is time; never fails."""
+        self._reviewer.run(self._project, None)
+
     def close(self) -> None:
         """Close the database."""
         self._store.database.close()
@@ -240,8 +247,11 @@ def install_feedback(app: FastAPI, feedback: Feedback) -> None:
 
     # No coroutine: the database is waited for in a thread.
     @app.post("/v1/feedback", responses=errors(400, 403, 409, 413, 503))
-    def give(body: FeedbackRequest, request: Request) -> FeedbackAnswer:
-        return feedback.take(body, request.state.whose)
+    def give(body: FeedbackRequest, request: Request, later: BackgroundTasks) -> FeedbackAnswer:
+        answer = feedback.take(body, request.state.whose)
+        if len(body.answers) == 2:
+            later.add_task(feedback.review)
+        return answer
 
 
 def _digest_of(messages: list[ChatMessage]) -> str:

@@ -90,7 +90,7 @@ class _Service:
     ) -> None:
         self.config, self.store, self.project = config, store, project
         self.queue = Queue(store, config.label)
-        self.reviewer = Reviewer(store, config)
+        self.reviewer = Reviewer(store, config.label.attention)
         self.limit = RateLimitItemPerMinute(config.label.requests_per_minute)
         self.limiter = MovingWindowRateLimiter(MemoryStorage())
         self.guidelines = guidelines or (_HERE / "guidelines.md").read_text()
@@ -397,7 +397,7 @@ class _Service:
     ) -> Receipt:
         receipt = self.queue.judge(who, task, verdicts, seconds=seconds, comment=comment)
         if not receipt.repeated:
-            later.add_task(self.reviewer.run, who)
+            later.add_task(self.reviewer.run, who.project, who.kind)
         return receipt
 
     def _act(self, who: Assessor, key: int, action: str) -> None:

@@ -1,8 +1,13 @@
+import threading
+
+import pytest
+
+from labelling import review as review_module
 from labelling.labels import soft_labels
 from labelling.queue import Queue
 from labelling.records import Answer, Honeypot, Judgement, Work
 from labelling.report import report
-from labelling.review import let_go_on, review
+from labelling.review import Reviewer, let_go_on, review
 from labelling.store import PAUSED, TIRED, Store
 from labelling.worlds import SimulatedPerson, World, play
 from rlhf.config import AttentionSection, LabelConfig, LabelSection
@@ -127,3 +132,66 @@ def test_a_review_is_due_after_so_many_judgements_whoever_counts_them(store):
             store.reviewed(project, len(due))
     # The last one wanted makes it due as well.
     assert [n for n, each in enumerate(due, 1) if each] == [5, 10, 12]
+
+
+def test_a_review_that_is_called_for_during_another_is_not_lost(store, monkeypatch):
+    """Nobody calls again after the last judgement, of the same project or of another one."""
+    settings = AttentionSection(honeypot_share=0, repeat_share=0)
+    desk, reviewer = Queue(store, LabelSection(attention=settings)), Reviewer(store, settings)
+    projects = [store.make_project(name, []) for name in ("one", "other")]
+    works = [Work((Message("user", f"q{n}"),), Answer("one"), Answer("other")) for n in range(2)]
+    people = []
+    for project in projects:
+        store.add_work(project, works, 1)
+        people.append(store.signed_in(store.invite(project, "ann")))
+
+    def judge(who) -> None:
+        desk.judge(who, desk.next(who).id, {OVERALL: "tie"})
+
+    reviewed = []
+    inside, go_on = threading.Event(), threading.Event()
+
+    def slow(store, of, settings):
+        found = review(store, of, settings)
+        reviewed.append(of.name)
+        inside.set()
+        assert go_on.wait(30)
+        return found
+
+    monkeypatch.setattr(review_module, "review", slow)
+    for who in (*people, people[0]):
+        judge(who)
+    threads = [threading.Thread(target=reviewer.run, args=(projects[0], "person"))]
+    threads[0].start()
+    assert inside.wait(30)
+    store.add_work(projects[0], [Work((Message("user", "q"),), Answer("1"), Answer("2"))], 1)
+    judge(people[0])
+    reviewer.run(projects[0], "person")
+    judge(people[1])
+    threads.append(threading.Thread(target=reviewer.run, args=(projects[1], "person")))
+    threads[1].start()
+    go_on.set()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(reviewed) == ["one", "one", "other"]
+    assert not [each.name for each in projects if store.review_due(each, 20)]
+
+
+def test_a_review_that_fails_is_no_reason_for_the_next_one_to_fail(store, monkeypatch):
+    project, _ = stored(store, [SimulatedPerson("ann")])
+    reviewer = Reviewer(store, SETTINGS)
+    with monkeypatch.context() as patched:
+        patched.setattr(review_module, "review", lambda *_: 1 / 0)
+        reviewer.run(project, "person")
+    assert store.review_due(project, 20)
+    reviewer.run(project, "person")
+    assert not store.review_due(project, 20)
+
+
+@pytest.mark.parametrize(("kind", "due"), [("person", True), (None, False)])
+def test_where_nothing_is_wanted_no_judgement_is_the_last(store, kind, due):
+    project = store.make_project("due", [])
+    work = Work((Message("user", "q"),), Answer("one"), Answer("other"))
+    store.add_judgements(project, [Judgement("", "ann", {OVERALL: "a"}, work=work)])
+    assert store.review_due(project, 2, kind) is due
+    assert store.review_due(project, 1, kind)

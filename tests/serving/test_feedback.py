@@ -362,6 +362,27 @@ def test_the_limits_of_the_server_hold_for_feedback(tiny_model, url):
     chat.close()
 
 
+def test_who_always_takes_the_first_is_paused_while_the_server_runs(tiny_model, url):
+    chat = Chat(tiny_model, url)
+    for number in range(40):
+        messages = [{"role": "user", "content": f"question {number}"}]
+        answers = chat.shown(messages=messages, n=2)
+        # The others take either.
+        others = "first" if number % 2 else "second"
+        for user, choice in (("reader", others), ("other", others), ("hasty", "first")):
+            chat.now += 5
+            said = chat.say(choice, answers, messages=messages, user=user)
+            assert said.status_code == 200, said.text
+    states = [each.state for each in chat.store.assessors(chat.project)]
+    assert states == ["active", "active", "paused"]
+    chat.close()
+
+
+def test_feedback_is_answered_where_its_review_fails(chat, monkeypatch):
+    monkeypatch.setattr(Store, "review_due", lambda *_: 1 / 0)
+    assert chat.say("first", chat.shown(n=2)).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("serve", "error", "message"),
     [
