@@ -295,6 +295,7 @@ class Queue:
             select(honeypot.c.pair_id)
             .join(pair)
             .where(pair.c.project_id == who.project.id, ~_seen(who, honeypot.c.pair_id))
+            .where(_has_texts(honeypot.c.pair_id))
             .order_by(used, pair.c.key)
             .limit(1)
         ).scalar_one_or_none()
@@ -320,6 +321,7 @@ class Queue:
                 assignment.c.task == "work",
                 assignment.c.created < since,
                 assignment.c.first != "",
+                _has_texts(assignment.c.pair_id),
                 ~exists().where(
                     again.c.assessor_id == who.id,
                     again.c.pair_id == assignment.c.pair_id,
@@ -352,6 +354,16 @@ class Queue:
 
 def _seen(who: Assessor, pair_id: Any) -> Any:
     return exists().where(assignment.c.assessor_id == who.id, assignment.c.pair_id == pair_id)
+
+
+def _has_texts(pair_id: Any) -> Any:
+    """Whether a pair can be shown: what was judged elsewhere may have come without its texts."""
+    judged = pair.alias()
+    return ~exists().where(
+        judged.c.id == pair_id,
+        answer.c.id.in_([judged.c.a_id, judged.c.b_id]),
+        answer.c.text == "",
+    )
 
 
 def _kind_of() -> Any:

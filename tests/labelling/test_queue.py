@@ -187,6 +187,23 @@ def test_a_repeat_shows_the_same_pair_in_the_other_order_once(store):
     assert min(order.index(other.id) - order.index(one.id) for one, other in twice) > 5
 
 
+def test_what_was_judged_without_its_texts_is_shown_to_nobody(store):
+    made = project(store, [work(n) for n in range(6)], judges=2)
+    given = [
+        Judgement("task/7", "elsewhere", said("a"), truth="a", at=1.0),
+        Judgement("task/8", "ann", said("a"), first="a", at=1.0),
+    ]
+    store.add_judgements(made, given)
+    ann = store.signed_in(store.invite_again(made, "ann"))
+    attention = AttentionSection(honeypot_share=0.4, repeat_share=0.4, repeat_after=1)
+    desk, shown = queue(store, attention=attention), []
+    while len(shown) < 12 and (task := desk.next(ann)):
+        desk.judge(ann, task.id, said("first"))
+        shown.append(task)
+    # Six of work, and those again.
+    assert len(shown) > 6 and all(task.first and task.second for task in shown)
+
+
 def test_models_have_a_demand_of_their_own(store):
     made = project(store, [work(0)], judges=1)
     desk = queue(store)
