@@ -250,12 +250,15 @@ class Store:
         """Pause, let go on, or revoke. Who may go on has their judgements so far vouched for.
 
         Args:
-            doubted: nothing that they have said or still say counts; a review sees to that.
+            doubted: nothing that they have said or still say counts, until they may go on; a
+                review sees to that.
         """
         with self.database.writing() as db:
-            values: dict[str, Any] = {"state": state, "reason": reason, "doubted": doubted}
+            values: dict[str, Any] = {"state": state, "reason": reason}
             if state == "active":
-                values["vouched"] = time.time()
+                values |= {"vouched": time.time(), "doubted": False}
+            elif doubted:
+                values["doubted"] = True
             db.execute(update(assessor).where(assessor.c.id == who.id).values(values))
             record(db, who.project, actor, state, {"assessor": who.name, "reason": reason})
 

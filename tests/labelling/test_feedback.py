@@ -118,9 +118,15 @@ def test_what_the_paused_say_is_kept_and_does_not_count_and_the_revoked_are_refu
     put_feedback(store, project, said("down", ANIMAL))
     assert [each.doubt for each in store.judgements(project)] == [PAUSED]
     assert len(rows(store)) == 2 and reactions(store, project) == {}
+    # Out for another reason too, they are in doubt as before.
+    store.set_state(who, "paused", "by the owner", "owner")
+    put_feedback(store, project, said("up", CAT))
     store.set_state(who, "revoked", "", "owner")
+    assert reactions(store, project) == {}
     with pytest.raises(DataError, match="nothing more from visitor 1"):
         put_feedback(store, project, said("up", CAT))
+    store.set_state(who, "active", "", "owner")
+    assert reactions(store, project) == {"weights-1": {"up": 1, "down": 1}}
 
 
 def test_a_pair_that_others_are_asked_about_has_a_judge_more(store, project):
