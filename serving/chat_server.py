@@ -29,6 +29,7 @@ from models.sources import (
 )
 from rlhf.config import parse_config
 from rlhf.config.serve import ReplicasSection, ServeConfig, ServeSection
+from rlhf.errors import RunError
 from rlhf.records import Message
 from serving.application import (
     READY_S,
@@ -48,8 +49,9 @@ _STARTS = 2
 
 
 def serve_chat(config: ServeConfig, console: Console) -> None:
-    """Serve until SIGTERM or SIGINT: what was promoted under this name (`pavlov promote`), or
-    `policy.model` where nothing ever was; a promotion while it runs is followed.
+    """Serve until SIGTERM or SIGINT: what was promoted under this name (`pavlov promote`), the
+    version before it where that does not come up, or `policy.model` where nothing was ever
+    promoted; a promotion while it runs is followed.
 
     Raises:
         ModelError: policy or reward model cannot be used, or the policy's context is too short.
@@ -59,9 +61,12 @@ def serve_chat(config: ServeConfig, console: Console) -> None:
     _try_feedback(settings)
     served = Served(settings.name)
     if newest := served.newest():
-        live = Live(newest.version, str(served.model(newest.version)), newest.at)
+        live = _promoted(served, newest)
         console.print(
-            f"serving version {newest.version}, promoted from {newest.source}, not "
+            f"serving version {live.version}, not version {newest.version}, which was promoted "
+            f"from {newest.source} and could not be served: {live.failed}"
+            if live.failed
+            else f"serving version {newest.version}, promoted from {newest.source}, not "
             f"policy.model = {config.policy.model}"
         )
     else:
@@ -82,6 +87,13 @@ def _first(config: ServeConfig, served: Served) -> Live:
     if Path(portable_name(config.policy.model)).is_absolute():
         model = served.keep(version, model)
     return Live(version, str(model))
+
+
+def _promoted(served: Served, newest: Promotion) -> Live:
+    """What was promoted last, or what is served in its place where that could not be."""
+    version, live = served.current(), served.live()
+    failed = "" if live is None or version == newest.version else live.failed
+    return Live(version, str(served.model(version)), newest.at, failed)
 
 
 class Assistant:
@@ -105,7 +117,11 @@ class Assistant:
 
     def start(self) -> None:
         """See `Applications`."""
-        self._start_engine(self._live)
+        try:
+            self._start_engine(self._live)
+        except RunError as error:
+            self._live = self._before(error)
+            self._start_engine(self._live)
         self._served.say_live(self._live)
         served, name = self._served, self._name
         ingress = _ingress(
@@ -170,6 +186,15 @@ class Assistant:
             # An ingress that had just asked which one is live has begun its request by then.
             self._stopping.wait(_SETTLE_S)
             self._end(_engine_of(self._name, old.version))
+
+    def _before(self, error: RunError) -> Live:
+        """What was served before the promotion whose version did not come up at the start."""
+        newest = self._served.newest()
+        if newest is None or (newest.version, newest.at) != (self._live.version, self._live.seen):
+            raise error
+        self._console.print(f"version {newest.version} is not served: {error}")
+        model = self._served.model(newest.before)
+        return Live(newest.before, str(model), newest.at, failed=str(error))
 
     def _start_engine(self, live: Live) -> None:
         name = _engine_of(self._name, live.version)

@@ -4,17 +4,20 @@ import json
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from labelling.database import Database
 from labelling.records import Answer, Judgement, Work
 from labelling.store import Store
 from models.sources import resolve_model, weights_fingerprint
 from rlhf.config import LabelConfig, ServeConfig, parse_config
-from rlhf.errors import ModelError, PromotionError
+from rlhf.errors import ModelError, PromotionError, RunError
 from rlhf.records import OVERALL, Message
-from serving.chat_server import _first
+from serving import chat_server
+from serving.chat_server import Assistant, _first, _promoted
 from serving.promotion import (
     Live,
     Served,
@@ -216,6 +219,68 @@ def test_who_dies_while_writing_leaves_the_record_as_it_was(
             roll_back("pavlov")
     assert served.promotions() == [done]
     assert roll_back("pavlov").before == done.version
+
+
+class Engines:
+    """Stand-ins for Serve's applications: what runs, and which weights do not load."""
+
+    def __init__(self, served: Served) -> None:
+        self.served = served
+        self.running: list[str] = []
+        self.broken: set[str] = set()
+
+    def run(self, model: str | None, name: str, *_: object) -> None:
+        if model in self.broken:
+            raise RunError(f"{name} did not start: its weights do not load")
+        self.running.append(name)
+
+    def delete(self, name: str, _blocking: bool) -> None:
+        self.running.remove(name)
+
+    def assistant(self, live: Live) -> Assistant:
+        config = parse_config(ServeConfig, {}, "test")
+        return Assistant(config, self.served, live, None, Console(quiet=True))
+
+    def start(self) -> Live:
+        """A server's start: what it has said."""
+        newest = self.served.newest()
+        assert newest is not None
+        self.running.clear()
+        self.assistant(_promoted(self.served, newest)).start()
+        live = self.served.live()
+        assert live is not None
+        return live
+
+
+@pytest.fixture
+def engines(served, monkeypatch):
+    found = Engines(served)
+    monkeypatch.setattr(chat_server, "run_application", found.run)
+    monkeypatch.setattr(chat_server, "_engine", lambda _, model: model)
+    monkeypatch.setattr(chat_server, "_ingress", lambda *_: SimpleNamespace(bind=lambda: None))
+    monkeypatch.setattr("ray.serve.delete", found.delete)
+    return found
+
+
+def test_a_server_that_starts_serves_the_version_before_one_that_does_not_load(
+    served, labels, engines, tiny_model, second_model
+):
+    old = weights_fingerprint(tiny_model)
+    done = promote(str(second_model), "pavlov", labels, None, override=WHY)
+    engines.broken.add(str(served.model(done.version)))
+    found = engines.start()
+    assert (found.version, found.seen) == (old, done.at)
+    assert "do not load" in found.failed and served.current() == old
+    assert any(old in name for name in engines.running)
+    # It has been seen, and is not tried at every start.
+    engines.broken.clear()
+    assert engines.start() == found
+    again = promote(str(second_model), "pavlov", labels, None, override=WHY)
+    assert engines.start().version == again.version
+    # Where none comes up there is nothing to serve.
+    engines.broken |= {str(served.model(each)) for each in (old, done.version)}
+    with pytest.raises(RunError, match="do not load"):
+        engines.start()
 
 
 class Runs:
