@@ -267,7 +267,7 @@ class _Service:
         """Bodies are small, and forms come from our own page."""
         length = request.headers.get("content-length", "0")
         origin = request.headers.get("origin")
-        if "chunked" in request.headers.get("transfer-encoding", "") or not length.isdecimal():
+        if "transfer-encoding" in request.headers or not length.isdecimal():
             return JSONResponse({"error": "say how long the body is"}, 411)
         if int(length) > BODY_LIMIT_BYTES:
             return JSONResponse({"error": f"at most {BODY_LIMIT_BYTES} bytes"}, 413)

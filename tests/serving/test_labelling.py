@@ -222,6 +222,9 @@ def test_large_bodies_and_forms_of_other_sites_are_refused(served):
     assert (
         client.get("/health", headers={"Content-Length": "²".encode("latin-1")}).status_code == 411
     )
+    for coding in ("chunked", "Chunked", "gzip, CHUNKED"):
+        unsaid = {"Transfer-Encoding": coding}
+        assert client.post("/api/next", content=b"x", headers=unsaid).status_code == 411
     other = client.post("/signout", headers={"Origin": "https://elsewhere.example"})
     assert other.status_code == 403
     own = client.post("/signout", headers={"Origin": "http://testserver"}, follow_redirects=False)
