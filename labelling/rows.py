@@ -11,10 +11,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
 
-from sqlalchemy import Connection, and_, insert, select, update
+from sqlalchemy import Connection, and_, func, insert, select, update
 
 from labelling.records import Answer, Honeypot, Judgement, Kind, Work, flipped
-from labelling.tables import answer, assignment, audit, demand, honeypot, judgement, pair, prompt
+from labelling.tables import (
+    answer,
+    assessor,
+    assignment,
+    audit,
+    demand,
+    honeypot,
+    judgement,
+    pair,
+    prompt,
+)
 from rlhf.errors import DataError
 from rlhf.records import Message
 
@@ -66,9 +76,24 @@ def put_work(db: Connection, into: Project, work: Work, judges: int) -> tuple[Pu
         where = and_(demand.c.pair_id == put.id, demand.c.kind == kind)
         queued = {"wanted": judges, "priority": work.priority}
         if not db.execute(update(demand).where(where).values(queued)).rowcount:
-            row = {"pair_id": put.id, "kind": kind, "project_id": into.id, "taken": 0}
+            taken = _judges(db, put.id, kind) if known else 0
+            row = {"pair_id": put.id, "kind": kind, "project_id": into.id, "taken": taken}
             db.execute(insert(demand).values(**row, shuffle=int(put.key[:12], 16), **queued))
     return put, known
+
+
+def _judges(db: Connection, pair_id: int, kind: str) -> int:
+    """How many judges of a kind a pair had, all of them elsewhere, before it was anybody's work."""
+    return int(
+        db.execute(
+            select(func.count())
+            .select_from(assignment)
+            .join(assessor, assessor.c.id == assignment.c.assessor_id)
+            .join(judgement, judgement.c.assignment_id == assignment.c.id)
+            .where(assignment.c.pair_id == pair_id, assignment.c.task == "work")
+            .where(assessor.c.kind == kind, judgement.c.doubt == "")
+        ).scalar_one()
+    )
 
 
 def put_judged(db: Connection, into: Project, given: Judgement) -> Put:

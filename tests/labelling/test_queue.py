@@ -316,6 +316,24 @@ def test_verdicts_from_elsewhere_take_their_place_in_the_queue(store):
     assert store.counts(made)["taken"] == 1
 
 
+def test_verdicts_from_elsewhere_count_for_work_that_comes_later(store):
+    made = store.make_project("assistant", ["helpful"])
+    given = [
+        Judgement("p", "eve", {"overall": "a"}, work=work(0)),
+        Judgement("p", "ann", {"overall": "a"}, work=work(0)),
+        Judgement("p", "ann", {"overall": "a"}, work=work(0), repeat=True),
+        Judgement("p", "bob", {"overall": "b"}, work=work(0), doubt="doubtful"),
+        Judgement("p", "gpt", {"overall": "b"}, work=work(0), kind="model"),
+    ]
+    store.add_judgements(made, given)
+    store.add_work(made, [work(0)], 3)
+    store.add_work(made, [work(0)], 3)
+    assert store.counts(made) == {"pairs": 1, "wanted": 3, "taken": 2}
+    assert store.counts(made, "model")["taken"] == 1
+    store.doubt(made, {each.id: "doubtful" for each in store.judgements(made)})
+    assert store.counts(made)["taken"] == store.counts(made, "model")["taken"] == 0
+
+
 def test_a_token_can_be_replaced(store):
     made = project(store, [work(0)])
     old = store.invite(made, "ann")
