@@ -42,7 +42,7 @@ class Database:
             self.url = make_url(url)
             self.sqlite = self.url.get_backend_name() == "sqlite"
             self._engine = _engine(url, sqlite=self.sqlite)
-        except (ArgumentError, NoSuchModuleError, ImportError):
+        except (ArgumentError, NoSuchModuleError, ImportError, ValueError):
             raise DataError(
                 f"{setting} = {_hidden(url)!r} is no URL of SQLite (sqlite:///labels.db) or "
                 "PostgreSQL (postgresql://user:password@host/name)"

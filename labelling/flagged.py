@@ -26,8 +26,9 @@ _COLUMNS = [
 ]
 
 
-def flagged_work(run: Path, limit: int | None = None) -> list[Work]:
-    """The pairs of a run's folder, the furthest out first, at most `limit`.
+def flagged_work(run: Path, limit: int | None = None) -> tuple[list[Work], int]:
+    """The pairs of a run's folder, the furthest out first, at most `limit`; and how many were left
+    out because no database keeps their text.
 
     Raises:
         DataError: there are no rollouts, they are of an older Pavlov, or nothing was flagged.
@@ -36,6 +37,7 @@ def flagged_work(run: Path, limit: int | None = None) -> list[Work]:
     if not files:
         raise DataError(f"{run} has no rollouts: name the folder of a `pavlov rl` run")
     found: dict[tuple[Any, ...], Work] = {}
+    left_out = 0
     for file in files:
         try:
             rows = pq.read_table(file, columns=_COLUMNS).to_pylist()
@@ -47,15 +49,19 @@ def flagged_work(run: Path, limit: int | None = None) -> list[Work]:
                 groups[row["step"], row["group"]].append(row)
         for siblings in groups.values():
             for work in _pairs(siblings, run.name):
+                if work is None:
+                    left_out += 1
+                    continue
                 # The same words may have been said in several steps.
                 found.setdefault((work.prompt, work.a.text, work.b.text), work)
     if not found:
         raise DataError(f"nothing was flagged in {run}, or nothing that a sibling differs from")
     ordered = sorted(found.values(), key=lambda work: -work.priority)
-    return ordered[:limit]
+    return ordered[:limit], left_out
 
 
-def _pairs(siblings: Sequence[dict[str, Any]], run: str) -> Iterator[Work]:
+def _pairs(siblings: Sequence[dict[str, Any]], run: str) -> Iterator[Work | None]:
+    """None for a pair that cannot be work."""
     for row in siblings:
         if not row["domain_shift"]:
             continue
@@ -64,13 +70,17 @@ def _pairs(siblings: Sequence[dict[str, Any]], run: str) -> Iterator[Work]:
         if not others:
             continue
         other = min(others, key=_doubtful)
-        yield Work(
-            tuple(Message(turn["role"], turn["content"]) for turn in row["messages"]),
-            _answer(row, run),
-            _answer(other, run),
-            source=f"{run}, flagged in step {row['step']}",
-            priority=float(row["shift"]),
-        )
+        try:
+            work = Work(
+                tuple(Message(turn["role"], turn["content"]) for turn in row["messages"]),
+                _answer(row, run),
+                _answer(other, run),
+                source=f"{run}, flagged in step {row['step']}",
+                priority=float(row["shift"]),
+            )
+        except ValueError:
+            work = None
+        yield work
 
 
 def _doubtful(row: dict[str, Any]) -> tuple[float, float]:

@@ -98,7 +98,7 @@ def judgement_of(row: Row, source: str) -> Judgement:
         verdicts=_verdicts(row.get("verdicts")),
         first=cast(Literal["a", "b", ""], _one_of(row, "first", ("a", "b", ""), "")),
         seconds=number(row, "seconds", default=math.nan),
-        at=number(row, "at", default=0.0),
+        at=_finite(row, "at"),
         kind=cast(Kind, _one_of(row, "kind", get_args(Kind), "person")),
         truth=verdict_of(row["truth"], "truth") if row.get("truth") is not None else None,
         repeat=flag(row, "repeat", default=False),
@@ -157,7 +157,7 @@ def vote_of(row: Row, source: str) -> Judgement:
         pair="/".join([source, question, str(turn), *models]),
         assessor=_id(row, "judge"),
         verdicts={OVERALL: verdict},
-        at=number(row, "tstamp", default=0.0),
+        at=_finite(row, "tstamp"),
         models=(models[0], models[1]),
     )
 

@@ -101,7 +101,9 @@ def put_judged(db: Connection, into: Project, given: Judgement) -> Put:
     if given.work is not None:
         put, _ = put_work(db, into, given.work, 0)
     else:
-        answers = Answer("", given.models[0] or "a"), Answer("", given.models[1] or "b")
+        one, other = given.models[0] or "a", given.models[1] or "b"
+        # Two answers of one model are two answers.
+        answers = Answer("", one), Answer("", other, "b" if one == other else "")
         put, _ = _place(db, into, [{"role": "user", "content": given.pair}], answers, "")
     if given.truth is not None and not is_honeypot(db, put.id):
         verdict = flipped(given.truth) if put.swapped else given.truth

@@ -60,12 +60,13 @@ def import_flagged(
 ) -> None:
     """Put what a run has flagged into a project's queue, the furthest out first."""
     folder = run if run.is_dir() else runs_path(str(run))
-    works = flagged_work(folder, limit)
+    works, left_out = flagged_work(folder, limit)
     store = open_store(config)
     into = store.make_project(project, config.label.criteria)
     new, known = store.add_work(into, works, config.label.judges_per_pair)
     console.print(
-        f"project {project}: {new} new pairs with what {folder.name} flagged, {known} known"
+        f"project {project}: {new} new pairs with what {folder.name} flagged, {known} known, "
+        f"{left_out} left out (text with a NUL character)"
     )
 
 

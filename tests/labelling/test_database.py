@@ -22,6 +22,7 @@ def test_a_sqlite_file_has_one_server_and_many_readers(tmp_path):
     [
         ("labels.db", "is no URL"),
         ("mysql://host/labels", "is no URL"),
+        ("postgresql://ann:secret@host:port/labels", "'host:port/labels' is no URL"),
         ("sqlite://", "gone with the process"),
     ],
 )

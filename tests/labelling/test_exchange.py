@@ -264,6 +264,7 @@ def test_votes_on_two_models_are_on_one_pair_whichever_is_named_first(tmp_path):
             {**vote, "winner": "nobody"},
             {**vote, "model_b": "x", "winner": "tie"},
             {**vote, "judge": ["gpt-4", "pair"], "winner": "tie"},
+            {**vote, "winner": "tie", "tstamp": math.nan},
         ],
     )
     votes, report = read_judgements(path, "mt-bench")
@@ -273,6 +274,7 @@ def test_votes_on_two_models_are_on_one_pair_whichever_is_named_first(tmp_path):
         "unknown winner 'nobody'",
         "a model compared with itself",
         "judge that is not text",
+        "tstamp that is not finite",
     ]
     lines = ["judge,question_id,turn,model_a,model_b,winner", "j,81,2,y,x,model_a"]
     again, _ = read_judgements(write(tmp_path / "arena" / "v.csv", lines), "mt-bench")
@@ -290,6 +292,8 @@ def test_votes_on_two_models_are_on_one_pair_whichever_is_named_first(tmp_path):
         ({"first": "left"}, "unknown first 'left'"),
         ({"kind": "robot"}, "unknown kind 'robot'"),
         ({"truth": "yes"}, "unknown truth 'yes'"),
+        ({"at": math.nan}, "at that is not finite"),
+        ({"at": math.inf}, "at that is not finite"),
         ({"repeat": 1}, "repeat that is neither true nor false"),
         ({"words_a": 1.5}, "words_a that is not a whole number"),
         ({**WORK, "answer_b": ""}, "empty reply"),

@@ -45,7 +45,7 @@ def test_a_flagged_completion_stands_beside_its_best_sibling_furthest_out_first(
             row(1, 2, "   "),
         ],
     )
-    found = flagged_work(folder)
+    found, _ = flagged_work(folder)
     assert [(w.a.text, w.b.text, w.priority) for w in found] == [
         ("further", "far", 7.0),
         ("far", "further", 5.0),
@@ -54,7 +54,13 @@ def test_a_flagged_completion_stands_beside_its_best_sibling_furthest_out_first(
     assert found[2].prompt[0].content == "question 0"
     assert not found[2].a.finished and found[2].a.checkpoint == "version 0"
     assert found[2].source == "rl, flagged in step 0"
-    assert len(flagged_work(folder, 1)) == 1
+    assert flagged_work(folder, 1) == (found[:1], 0)
+
+
+def test_a_completion_that_no_database_keeps_costs_itself_alone(tmp_path):
+    rows = [row(0, 0, "a\x00b", flagged=True), row(0, 0, "fine"), row(0, 1, "odd", flagged=True)]
+    works, left_out = flagged_work(run(tmp_path / "rl", [*rows, row(0, 1, "good")]))
+    assert ([work.a.text for work in works], left_out) == (["odd"], 1)
 
 
 def test_a_run_without_anything_flagged_is_refused(tmp_path):

@@ -334,6 +334,22 @@ def test_verdicts_from_elsewhere_count_for_work_that_comes_later(store):
     assert store.counts(made)["taken"] == store.counts(made, "model")["taken"] == 0
 
 
+@pytest.mark.parametrize("models", [("one", "one"), ("b", ""), ("", "")])
+def test_two_answers_of_one_model_are_two_answers_without_their_texts_too(store, models):
+    made = store.make_project("assistant", [])
+    given = [
+        Judgement(name, who, {"overall": "a"}, first="b", models=models)
+        for name in ("x", "y")
+        for who in ("ann", "bob")
+    ]
+    assert store.add_judgements(made, given) == (4, 0)
+    found = store.judgements(made)
+    assert len({each.pair for each in found}) == 2
+    assert all(each.verdicts["overall"] != each.first for each in found)
+    placed = (each.models[:: 1 if each.first == "b" else -1] for each in found)
+    assert set(placed) == {(models[0] or "a", models[1] or "b")}
+
+
 def test_a_token_can_be_replaced(store):
     made = project(store, [work(0)])
     old = store.invite(made, "ann")
