@@ -112,25 +112,26 @@ class Assistant:
         self._config, self._served, self._console = config, served, console
         self._judges, self._live = judges, live
         self._name = config.serve.name
+        self._started = 0
         self._stopping = threading.Event()
         self._following = threading.Thread(target=self._follow, daemon=True)
 
     def start(self) -> None:
         """See `Applications`."""
         try:
-            self._start_engine(self._live)
+            self._live = self._start_engine(self._live)
         except RunError as error:
-            self._live = self._before(error)
-            self._start_engine(self._live)
+            self._live = self._start_engine(self._before(error))
         self._served.say_live(self._live)
-        served, name = self._served, self._name
+        served = self._served
         ingress = _ingress(
             self._config,
             self._judges,
             lambda: Path(_live(served).model),
-            lambda: _engine_of(name, _live(served).version),
+            lambda: _live(served).engine,
         )
-        run_application(ingress.bind(*_scorers(self._config, self._judges)), name, "/", READY_S)
+        bound = ingress.bind(*_scorers(self._config, self._judges))
+        run_application(bound, self._name, "/", READY_S)
 
     def ready(self, address: str) -> str:
         """See `Applications`."""
@@ -144,7 +145,7 @@ class Assistant:
             # An engine that is only starting is not waited for.
             self._following.join(_SETTLE_S)
         self._end(self._name)
-        self._end(_engine_of(self._name, self._live.version))
+        self._end(self._live.engine)
         self._served.say_live(replace(self._live, stopped=True))
 
     def _end(self, name: str) -> None:
@@ -167,14 +168,16 @@ class Assistant:
                 self._console.print(f"the record of promotions was not followed: {error}")
 
     def _switch(self, to: Promotion) -> None:
-        """Serve another version; go on with this one if it does not come up."""
+        """Serve another version; go on with this one if it does not come up. Whoever still waits
+        for the old engine's answers does not hold up the next promotion."""
+        from ray import serve
+
         old = replace(self._live, seen=to.at, failed="")
         try:
             self._live = old
             if to.version != old.version:
                 live = replace(old, version=to.version, model=str(self._served.model(to.version)))
-                self._start_engine(live)
-                self._live = live
+                self._live = self._start_engine(live)
         except Exception as error:
             self._live = replace(old, failed=str(error) or type(error).__name__)
             self._console.print(f"version {to.version} is not served: {self._live.failed}")
@@ -185,7 +188,7 @@ class Assistant:
             self._console.print(f"version {to.version} is served, not {old.version}")
             # An ingress that had just asked which one is live has begun its request by then.
             self._stopping.wait(_SETTLE_S)
-            self._end(_engine_of(self._name, old.version))
+            serve.delete(old.engine, _blocking=False)
 
     def _before(self, error: RunError) -> Live:
         """What was served before the promotion whose version did not come up at the start."""
@@ -196,9 +199,13 @@ class Assistant:
         model = self._served.model(newest.before)
         return Live(newest.before, str(model), newest.at, failed=str(error))
 
-    def _start_engine(self, live: Live) -> None:
-        name = _engine_of(self._name, live.version)
+    def _start_engine(self, live: Live) -> Live:
+        """An engine for a version, under a name of its own: one of the same version may be there
+        still, to finish what it was asked."""
+        self._started += 1
+        name = f"{self._name}-{live.version}-{self._started}"
         run_application(_engine(self._config, live.model), name, None, READY_S)
+        return replace(live, engine=name)
 
 
 def _try_feedback(settings: ServeSection) -> None:
@@ -206,11 +213,6 @@ def _try_feedback(settings: ServeSection) -> None:
     if settings.feedback is not None:
         refuse_temporary_file("serve.feedback", settings.feedback)
         Feedback(settings, b"").close()
-
-
-def _engine_of(name: str, version: str) -> str:
-    """What the Serve application is called that holds a version's engine."""
-    return f"{name}-{version}"
 
 
 def _live(served: Served) -> Live:

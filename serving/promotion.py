@@ -69,14 +69,15 @@ class Promotion:
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """What a server serves, the newest promotion that it has seen (its `Promotion.at`), and why it
-    could not follow that one, if so."""
+    """What a server serves, the newest promotion that it has seen (its `Promotion.at`), why it
+    could not follow that one, if so, and the Serve application that holds the engine."""
 
     version: str
     model: str
     seen: float = 0.0
     failed: str = ""
     stopped: bool = False
+    engine: str = ""
 
 
 class Served:

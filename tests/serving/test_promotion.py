@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -234,9 +235,6 @@ class Engines:
             raise RunError(f"{name} did not start: its weights do not load")
         self.running.append(name)
 
-    def delete(self, name: str, _blocking: bool) -> None:
-        self.running.remove(name)
-
     def assistant(self, live: Live) -> Assistant:
         config = parse_config(ServeConfig, {}, "test")
         return Assistant(config, self.served, live, None, Console(quiet=True))
@@ -258,7 +256,6 @@ def engines(served, monkeypatch):
     monkeypatch.setattr(chat_server, "run_application", found.run)
     monkeypatch.setattr(chat_server, "_engine", lambda _, model: model)
     monkeypatch.setattr(chat_server, "_ingress", lambda *_: SimpleNamespace(bind=lambda: None))
-    monkeypatch.setattr("ray.serve.delete", found.delete)
     return found
 
 
@@ -274,13 +271,35 @@ def test_a_server_that_starts_serves_the_version_before_one_that_does_not_load(
     assert any(old in name for name in engines.running)
     # It has been seen, and is not tried at every start.
     engines.broken.clear()
-    assert engines.start() == found
+    assert replace(engines.start(), engine=found.engine) == found
     again = promote(str(second_model), "pavlov", labels, None, override=WHY)
     assert engines.start().version == again.version
     # Where none comes up there is nothing to serve.
     engines.broken |= {str(served.model(each)) for each in (old, done.version)}
     with pytest.raises(RunError, match="do not load"):
         engines.start()
+
+
+def test_a_rollback_does_not_wait_for_what_the_version_before_still_answers(
+    served, labels, engines, tiny_model, second_model, monkeypatch
+):
+    # Old engines are told to end, and never do.
+    told = []
+    monkeypatch.setattr("ray.serve.delete", lambda name, _blocking: told.append(name))
+    monkeypatch.setattr(chat_server, "_SETTLE_S", 0.0)
+    server = engines.assistant(Live(weights_fingerprint(tiny_model), str(tiny_model)))
+    server.start()
+    first = served.live()
+    done = promote(str(second_model), "pavlov", labels, None, override=WHY)
+    server._switch(done)
+    second = served.live()
+    server._switch(roll_back("pavlov"))
+    third = served.live()
+    assert first.version == third.version == done.before and second.version == done.version
+    # Each engine is an application of its own.
+    names = [each.engine for each in (first, second, third)]
+    assert [each for each in engines.running if each != "pavlov"] == names
+    assert len(set(names)) == 3 and told == names[:2]
 
 
 class Runs:
