@@ -62,8 +62,8 @@ class ServeSection(Section):
     """Standard deviations over members taken from a candidate's mean reward: the lower bound that
     candidates are ranked by."""
     reject_after: NonNegativeInt = 0
-    """Tokens after which candidates that are far behind are given up; 0: none is. What it
-    saves and what it costs was not measured."""
+    """Tokens after which candidates that are far behind are given up; 0: none is. What it saves and
+    what it costs was measured on short answers alone (docs/serving.md)."""
     reject_margin: NonNegativeFloat = 0.5
     """How far behind: deviations between the most that a beginning may be worth (its reward plus
     the penalty) and the lower bound of the last one that would be sent."""
