@@ -77,8 +77,12 @@ class Heads:
 
     def raw(self, features_NFH: Tensor) -> Tensor:
         """Rewards on the Bradley-Terry scale (differences are log-odds), shape (K, C, N)."""
-        features_KHN = self.standardised(features_NFH).permute(1, 2, 0)[self.family_K]
-        return self.weights_KCH @ features_KHN
+        raw_KCN = torch.empty(*self.weights_KCH.shape[:2], len(features_NFH))
+        # One product a family: a copy of the features for each member would fill the memory.
+        for family, part_NH in enumerate(self.standardised(features_NFH).unbind(1)):
+            own_K = self.family_K == family
+            raw_KCN[own_K] = torch.einsum("kch,nh->kcn", self.weights_KCH[own_K], part_NH)
+        return raw_KCN
 
     def criteria(self, features_NFH: Tensor) -> Tensor:
         """Standardised rewards by criterion, shape (K, C, N)."""

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.head_fitting import Comparisons, ProbeGroup
-from models.heads import fit_members, rescaled
+from models.heads import Heads, fit_members, rescaled
 from rlhf.ensemble import whitening
 from rlhf.errors import DataError
 from tests.models.test_head_fitting import PLANTED_H, comparisons, differences
@@ -156,6 +157,56 @@ def test_raw_differences_are_log_odds_on_standardised_features():
         feature_deviation_FH=torch.tensor([[1.5]]),
     )
     assert shifted.raw(torch.tensor([[[4.0]], [[1.0]]])).flatten().tolist() == [4.0, 0.0]
+
+
+def random_heads(family_K: list[int]) -> Heads:
+    """Of three families of 16 features, for two criteria."""
+    generator = torch.Generator().manual_seed(0)
+    members = len(family_K)
+    return Heads(
+        weights_KCH=torch.randn(members, 2, 16, generator=generator),
+        family_K=torch.tensor(family_K),
+        kin_K=torch.tensor(family_K),
+        feature_mean_FH=torch.randn(3, 16, generator=generator),
+        feature_deviation_FH=torch.rand(3, 16, generator=generator) + 0.5,
+        whitening_FHH=torch.eye(16).repeat(3, 1, 1),
+        member_mean_KC=torch.zeros(members, 2),
+        member_deviation_KC=torch.ones(members, 2),
+        combination_C=torch.ones(2),
+        combined_deviation_K=torch.ones(members),
+    )
+
+
+def test_members_in_any_order_of_families_are_each_the_plain_formula():
+    # Family 1 has no member.
+    heads = random_heads([2, 0, 2, 0, 0])
+    features_NFH = torch.randn(9, 3, 16, generator=torch.Generator().manual_seed(1))
+    raw_KCN = heads.raw(features_NFH)
+    for member, family in enumerate(heads.family_K.tolist()):
+        mean_H, deviation_H = heads.feature_mean_FH[family], heads.feature_deviation_FH[family]
+        standard_NH = (features_NFH[:, family] - mean_H) / deviation_H
+        for criterion in range(2):
+            wanted_N = (standard_NH * heads.weights_KCH[member, criterion]).sum(dim=1)
+            torch.testing.assert_close(raw_KCN[member, criterion], wanted_N)
+
+
+class LargestTensor(TorchDispatchMode):
+    """How many numbers the largest tensor has that is made inside."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor):
+            self.numbers = max(self.numbers, made.numel())
+        return made
+
+
+def test_more_members_do_not_copy_the_features():
+    features_NFH = torch.zeros(50, 3, 16)
+    with LargestTensor() as made:
+        random_heads([0, 1, 2, 2] * 6).raw(features_NFH)
+    assert made.numbers <= features_NFH.numel()
 
 
 def test_distance_is_that_from_the_training_replies_in_each_family(opposed):
