@@ -55,13 +55,15 @@ def run_score(
     With a `criterion` rewards and figures are of that criterion's heads, else of the reward.
 
     Raises:
-        DataError: no usable row, or `out` is not a Parquet file that can be written.
+        DataError: no usable row, or `out` is not a Parquet file that can be written, or is `data`.
         ModelError: `reward` is no reward model, or has no such criterion.
     """
     if out is not None and (
         out.suffix != ".parquet" or not out.absolute().parent.is_dir() or out.is_dir()
     ):
         raise DataError(f"--out {out} must be a .parquet file in a folder that exists")
+    if out is not None and out.resolve() == data.resolve():
+        raise DataError(f"--out {out} is the data file; scores need a file of their own")
     folder = resolve_reward_model(reward).absolute()
     model = RewardModel.load(folder)
     if criterion is not None:

@@ -379,6 +379,16 @@ def test_rows_are_written_only_as_parquet_into_a_folder_that_exists(
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
+def test_scores_never_take_the_place_of_the_data(tmp_path, tiny_reward_model):
+    data, link = tmp_path / "rows.parquet", tmp_path / "link.parquet"
+    pq.write_table(pa.Table.from_pylist(PAIRS), data)
+    link.symlink_to(data)
+    for read, out in ((data, data), (link, data), (data, tmp_path / "." / "rows.parquet")):
+        with pytest.raises(DataError, match=r"--out .* is the data file; scores need a file of"):
+            run_score(str(tiny_reward_model), read, out, Console(file=io.StringIO()))
+    assert pq.read_table(data).to_pylist() == pa.Table.from_pylist(PAIRS).to_pylist()
+
+
 def test_a_file_without_usable_rows_writes_nothing(tmp_path, tiny_reward_model):
     data = tmp_path / "rows.jsonl"
     data.write_text(json.dumps(EQUAL))
