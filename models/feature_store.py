@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from models.trunk import TokenRow, Trunk
+from rlhf.errors import DataError
 
 _WRITE_EVERY_S = 20.0
 
@@ -48,7 +49,11 @@ class FeatureStore:
         compute: Compute | None = None,
     ) -> Tensor:
         """As `Trunk.features`: float32, shape (N, F, H); known rows are read, new ones computed,
-        by the trunk itself unless `compute` does what its `stream` does elsewhere."""
+        by the trunk itself unless `compute` does what its `stream` does elsewhere.
+
+        Raises:
+            DataError: the system cannot read what is kept, now or at all.
+        """
         keys = [row_key(row) for row in rows]
         kept = self._read(set(keys))
         # What trained layers make is another thing after every training: it is not kept.
@@ -98,8 +103,18 @@ class FeatureStore:
                     ],
                     dim=1,
                 )
-            except (pa.ArrowException, OSError, KeyError, ValueError):
-                # What cannot be read is computed again.
+            except FileNotFoundError:
+                # Another process found it damaged.
+                continue
+            except (OSError, ValueError, KeyError, pa.ArrowNotImplementedError) as error:
+                # A number is the system's, which may read the part the next time; of damage Arrow
+                # tells without one.
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise DataError(
+                        f"kept features cannot be read: {error.strerror}; try again, or delete "
+                        f"{path} to have them computed again"
+                    ) from None
+                # What is damaged is computed again.
                 path.unlink(missing_ok=True)
                 continue
             found |= {

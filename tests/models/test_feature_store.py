@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -14,6 +16,7 @@ from models import feature_store
 from models.feature_store import FeatureStore, row_key
 from models.top_layers import TopLayers
 from models.trunk import Family, Trunk
+from rlhf.errors import DataError
 
 DEEP = (Family(2, "last"), Family(2, "mean"))
 ROWS = [((5, 6, 7), (20 + n, 30, 40)) for n in range(5)] + [((8, 9), (20, 30, 40))]
@@ -145,14 +148,66 @@ def test_another_template_is_another_trunk(tiny_model, tiny_base_model):
     assert make(tiny_model).fingerprint != make(tiny_base_model).fingerprint
 
 
-def test_a_damaged_part_is_computed_again(tmp_path, trunk):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:100],
+        lambda content: b"",
+        # The first page's header, which Arrow tells of by an OSError.
+        lambda content: content[:4] + b"\xff" * 60 + content[64:],
+    ],
+    ids=["cut short", "empty", "overwritten"],
+)
+def test_a_damaged_part_is_computed_again(tmp_path, trunk, damage):
     store = FeatureStore(tmp_path, trunk)
     store.features(ROWS)
     [part] = store.folder.iterdir()
-    part.write_bytes(part.read_bytes()[:100])
+    part.write_bytes(damage(part.read_bytes()))
     found_ND = store.features(ROWS)
     assert trunk.computed == 2 * len(ROWS)
     torch.testing.assert_close(found_ND, plain(trunk, ROWS), atol=1e-5, rtol=1e-5)
+    assert part not in store.folder.iterdir()
+
+
+@pytest.mark.parametrize(
+    ("failure", "raised"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), DataError),
+        (OSError(errno.EIO, "Input/output error"), DataError),
+        (pa.ArrowMemoryError("malloc of size 64 failed"), MemoryError),
+    ],
+)
+def test_what_the_system_cannot_read_now_stays_where_it_is(
+    tmp_path, trunk, monkeypatch, failure, raised
+):
+    store = FeatureStore(tmp_path, trunk)
+    store.features(ROWS)
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise failure
+
+    for reader in ("read_schema", "read_table"):
+        with monkeypatch.context() as patch:
+            patch.setattr(feature_store.pq, reader, fails)
+            with pytest.raises(raised):
+                store.features(ROWS)
+    store.features(ROWS)
+    assert trunk.computed == len(ROWS)
+
+
+def test_a_part_that_another_process_took_away_is_computed_again(tmp_path, trunk, monkeypatch):
+    store = FeatureStore(tmp_path, trunk)
+    store.features(ROWS)
+    [part] = store.folder.iterdir()
+    read_schema = feature_store.pq.read_schema
+
+    def too_late(path: Path) -> Any:
+        part.unlink()
+        return read_schema(path)
+
+    monkeypatch.setattr(feature_store.pq, "read_schema", too_late)
+    store.features(ROWS)
+    assert trunk.computed == 2 * len(ROWS)
 
 
 def test_prompt_and_reply_are_told_apart():
