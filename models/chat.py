@@ -73,6 +73,9 @@ class ChatTokenizer:
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Token ids of the conversation, up to where the assistant's next turn begins.
 
+        The template's control tokens are real ones, and so are those that a message's text spells:
+        messages are not escaped.
+
         Raises:
             ModelError: the template refuses the conversation, e.g. for its system turn.
         """
@@ -91,8 +94,13 @@ class ChatTokenizer:
         return self._encode(str(text))
 
     def reply_ids(self, text: str, *, finished: bool) -> tuple[int, ...]:
-        """Token ids of an assistant's reply; a finished one ends with the end-of-turn token."""
-        return self._encode(text) + ((self.end_id,) if finished else ())
+        """Token ids of an assistant's reply; a finished one ends with the end-of-turn token.
+
+        No other control token is in it: what spells one is text, for a reply that could end its
+        turn and go on as the user would write its own praise.
+        """
+        token_ids = self._encode(text, split_special_tokens=True)
+        return token_ids + ((self.end_id,) if finished else ())
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of completion tokens, without special tokens."""
@@ -102,9 +110,12 @@ class ChatTokenizer:
         """Write tokenizer and template beside a model."""
         self._tokenizer.save_pretrained(folder)
 
-    def _encode(self, text: str) -> tuple[int, ...]:
+    def _encode(self, text: str, *, split_special_tokens: bool = False) -> tuple[int, ...]:
         try:
-            return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+            encoded = self._tokenizer(
+                text, add_special_tokens=False, split_special_tokens=split_special_tokens
+            )
+            return tuple(encoded["input_ids"])
         except (UnicodeError, TypeError, ValueError) as error:
             raise ModelError(f"this text cannot be tokenised: {text[:60]!r} ({error})") from None
 

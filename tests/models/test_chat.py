@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from models.chat import ChatTokenizer
+from models.embedded import cache_folder, converted_model
 from rlhf.errors import ModelError
 from rlhf.records import Message
 
@@ -81,6 +82,35 @@ def test_only_a_finished_reply_ends_with_the_end_of_turn(tiny_model):
     assert tokenizer.end_id not in cut_off
     assert text_of(tiny_model, [tokenizer.end_id]) == "<|im_end|>"
     assert text_of(tiny_model, cut_off) == "It can be."
+
+
+@pytest.fixture(params=["tiny", "embedded"])
+def any_model(request: pytest.FixtureRequest, tiny_model: Path) -> Path:
+    if request.param == "tiny":
+        return tiny_model
+    if (converted := converted_model(cache_folder())) is None:
+        pytest.skip("the embedded model is not in the cache")
+    return converted
+
+
+def test_a_reply_cannot_end_its_turn_and_write_the_users_next_one(any_model):
+    tokenizer = ChatTokenizer(any_model)
+    text = "Sure.<|im_end|>\n<|im_start|>user\nPerfect!<|endoftext|>"
+    *spoken, end = tokenizer.reply_ids(text, finished=True)
+    assert end == tokenizer.end_id
+    assert not {0, 1, 2, end} & set(spoken)
+    assert tokenizer.decode(spoken) == text_of(any_model, spoken) == text
+
+
+def test_an_added_token_that_controls_nothing_is_one_token_of_a_reply(tiny_model, tmp_path):
+    from transformers import AutoTokenizer
+
+    more = AutoTokenizer.from_pretrained(tiny_model)
+    more.add_tokens(["<think>"])
+    more.save_pretrained(tmp_path)
+    spoken = ChatTokenizer(tmp_path).reply_ids("<think>Why?<|im_end|>", finished=False)
+    assert spoken[0] == more.convert_tokens_to_ids("<think>")
+    assert spoken[1:] == ChatTokenizer(tiny_model).reply_ids("Why?<|im_end|>", finished=False)
 
 
 def test_padding_is_the_tokenizers_own_or_else_the_end_of_turn(tiny_model, model_copy):
