@@ -81,6 +81,7 @@ from trainers.reward_choices import (
 _LEAST_TURNS = 16
 _PROBES = 32
 """Prompts that the card's probes are made from."""
+_SAY_REASONS = 3
 
 
 def run_reward(config: RewardConfig, config_path: Path, console: Console) -> Path:
@@ -316,7 +317,11 @@ def _tokenised(
     banks: Sequence[Bank], pairs: Sequence[PreferencePair], console: Console
 ) -> tuple[list[PreferencePair], list[list[TokenRow]]]:
     """The pairs that every backbone's chat template takes, and for each bank two rows a pair,
-    chosen first; the others are counted and said."""
+    chosen first; the others are counted and said.
+
+    Raises:
+        DataError: there are pairs, but none of them is taken.
+    """
     kept: list[PreferencePair] = []
     rows: list[list[TokenRow]] = [[] for _ in banks]
     why: Counter[str] = Counter()
@@ -339,8 +344,16 @@ def _tokenised(
         kept.append(pair)
         for bank_rows, more in zip(rows, own, strict=True):
             bank_rows += more
-    for reason, count in why.most_common(3):
+    if pairs and not kept:
+        raise DataError(
+            f"none of the {len(pairs)} pairs can be tokenised: {why.most_common(1)[0][0]}; choose "
+            "another ensemble.model or other data"
+        )
+    said = why.most_common(_SAY_REASONS)
+    for reason, count in said:
         console.print(f"left out: {count} pairs: {reason}")
+    if others := why.total() - sum(count for _, count in said):
+        console.print(f"left out: {others} pairs more, for {len(why) - len(said)} other reasons")
     return kept, rows
 
 

@@ -100,16 +100,47 @@ def test_the_label_decides_which_reply_is_preferred(train):
     assert (scores.rewards_KN[:, 0] < scores.rewards_KN[:, 1]).all()
 
 
-def test_pairs_that_the_template_refuses_are_left_out_and_said(train, tiny_model, tmp_path):
-    strict = Path(shutil.copytree(tiny_model, tmp_path / "strict"))
-    template = (strict / "chat_template.jinja").read_text()
-    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    (strict / "chat_template.jinja").write_text(refusal + template)
-    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
-    rows = [pair(n) for n in range(30)] + [pair(30, prompt=system), pair(31, prompt=system)]
-    run, said = train(rows, [], strict)
+@pytest.fixture
+def strict(tiny_model: Path, tmp_path: Path) -> Path:
+    """A model whose template refuses a system turn, by its text."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "strict"))
+    template = (folder / "chat_template.jinja").read_text()
+    refusal = (
+        "{% if messages[0].role == 'system' %}"
+        "{{ raise_exception('no system: ' + messages[0].content) }}"
+        "{% endif %}"
+    )
+    (folder / "chat_template.jinja").write_text(refusal + template)
+    return folder
+
+
+def under_system(number: int, system: str) -> dict[str, Any]:
+    turns = [{"role": "system", "content": system}]
+    return pair(number, prompt=[*turns, {"role": "user", "content": f"Question {number}?"}])
+
+
+def test_pairs_that_the_template_refuses_are_left_out_and_said(train, strict):
+    systems = [*["Be brief."] * 3, *["Be kind."] * 2, *["Be calm."] * 2, "Be slow.", "Be quick."]
+    refused = [under_system(n, system) for n, system in enumerate(systems, start=30)]
+    run, said = train([*(pair(n) for n in range(30)), *refused], [], strict)
     assert RewardModel.load(run).card.data["pairs"] == 30
-    assert "left out: 2 pairs: the chat template refuses this conversation: no system" in said
+    refusal = "pairs: the chat template refuses this conversation: no system: "
+    for count, system in ((3, "Be brief."), (2, "Be kind."), (2, "Be calm.")):
+        assert f"left out: {count} {refusal}{system}" in said
+    assert "left out: 2 pairs more, for 2 other reasons" in said
+
+
+@pytest.mark.parametrize("combination", [None, {"overall": 1.0}])
+def test_where_the_template_refuses_every_pair_its_reason_is_said(train, strict, combination):
+    refused = [under_system(n, "Be brief.") for n in range(20)]
+    with pytest.raises(DataError, match=r"none of the 20 pairs can be tokenised: .* no system"):
+        train(refused, [], strict, combination=combination)
+
+
+def test_validation_pairs_that_the_template_refuses_are_not_passed_over(train, strict):
+    refused = [under_system(n, "Be brief.") for n in range(100, 103)]
+    with pytest.raises(DataError, match=r"none of the 3 pairs can be tokenised: .* no system"):
+        train([pair(n) for n in range(20)], refused, strict)
 
 
 def test_too_few_pairs_are_refused_before_anything_is_written(train, tmp_path):
