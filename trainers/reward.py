@@ -97,12 +97,18 @@ def run_reward(config: RewardConfig, config_path: Path, console: Console) -> Pat
     for each in reports:
         console.print(each.sentence())
     require_pairs(train, config.ensemble)
+    read = len(validation)
+    validation = _unseen(validation, train, console)
     folder = RunFolder.claim(folder_path, config, resume=None)
     try:
         # Left by a start is what begins with a dot, so a killed one can be run again.
         own = folder.path / ".own"
         model = train_reward_model(config.ensemble, train, validation, config.seed, console, own)
-        card = model.card.model_copy(update={"data": {**model.card.data, **_files(reports)}})
+        of_files = {
+            "files": [each.sentence() for each in reports],
+            "pairs_validation_seen": read - len(validation),
+        }
+        card = model.card.model_copy(update={"data": {**model.card.data, **of_files}})
         with folder_beside(folder.path / "reward") as beside:
             RewardModel(card, model.banks, own).save(beside)
             write_atomically(beside / "card.md", report(card))
@@ -120,6 +126,29 @@ def _read(
     return read_pairs(
         [data_path(file.path) for file in files], limit, [file.criterion for file in files]
     )
+
+
+def _unseen(
+    validation: Sequence[PreferencePair], train: Sequence[PreferencePair], console: Console
+) -> list[PreferencePair]:
+    """The validation pairs whose first user turn is not in the training data; the others, which
+    would make the figures too good, are counted and said.
+
+    Raises:
+        DataError: none is left.
+    """
+    seen = {pair.first_user_turn for pair in train}
+    unseen = [pair for pair in validation if pair.first_user_turn not in seen]
+    if validation and not unseen:
+        raise DataError(
+            f"all {len(validation)} validation pairs open with a first user turn of the training "
+            "data and would prove nothing; give others in data.validation, or none"
+        )
+    if repeated := len(validation) - len(unseen):
+        console.print(
+            f"left out: {repeated} validation pairs: their first user turn is in the training data"
+        )
+    return unseen
 
 
 def combination_of(criteria: Sequence[str], settings: EnsembleSection) -> dict[str, float]:
@@ -376,7 +405,3 @@ def _data_hash(pairs: Sequence[PreferencePair]) -> str:
     for line in sorted(json.dumps([repr(p.prompt), p.chosen, p.rejected, p.label]) for p in pairs):
         digest.update(line.encode())
     return digest.hexdigest()[:16]
-
-
-def _files(reports: Sequence[ReadReport]) -> dict[str, Any]:
-    return {"files": [each.sentence() for each in reports]}

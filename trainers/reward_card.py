@@ -166,6 +166,7 @@ def report(card: RewardCard) -> str:
         f"[{low:.1%}, {high:.1%}]",
         f"- data: {card.data['pairs']} pairs ({_listed(card.data['pairs_by_criterion'], '{}')}), "
         f"hash {card.data['hash']}, seed {card.seed}",
+        *_validation_line(card),
         f"- ancestry: {' → '.join(card.ancestry) or 'none'}",
         f"- time: {card.metrics['members_s']:.0f} s for members with layers of their own, "
         f"{card.metrics['features_s']:.0f} s for features, {card.metrics['total_s']:.0f} s "
@@ -185,6 +186,15 @@ def report(card: RewardCard) -> str:
             parts += ["", *_pairs_section(title, card.metrics[name])]
     parts += ["", *_probes_section(card.metrics["probes"])]
     return "\n".join(parts) + "\n"
+
+
+def _validation_line(card: RewardCard) -> list[str]:
+    if "validation" not in card.metrics:
+        return []
+    return [
+        f"- validation data: {card.data['pairs_validation']} pairs, without "
+        f"{card.data['pairs_validation_seen']} whose first user turn is in the training data"
+    ]
 
 
 def _pairs_section(title: str, figures: Mapping[str, Any]) -> list[str]:

@@ -41,7 +41,8 @@ class PairsSection(Section):
     train: list[Annotated[PairFile, BeforeValidator(_named)]] = Field(min_length=1)
     """Pair files to train on: paths against PAVLOV_DATA, or `{path, criterion}`."""
     validation: list[Annotated[PairFile, BeforeValidator(_named)]] = Field(default=[])
-    """Pair files opened once, for the reported figures."""
+    """Pair files opened once, for the reported figures; what opens with a first user turn of the
+    training data is left out."""
     limit: PositiveInt | None = None
     """At most this many training pairs."""
 

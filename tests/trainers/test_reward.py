@@ -231,6 +231,22 @@ def test_validation_pairs_do_not_touch_the_model(train, tmp_path):
     )
 
 
+def test_a_prompt_of_the_training_data_is_no_validation(train, tmp_path):
+    rows = [pair(n) for n in range(20)]
+    # The same first user turn, in a conversation of its own.
+    turns = [("user", rows[3]["prompt"]), ("assistant", "What about it?"), ("user", "Well?")]
+    longer = [{"role": role, "content": content} for role, content in turns]
+    seen = [pair(100, prompt=longer), rows[5]]
+    with pytest.raises(DataError, match=r"all 2 validation pairs open with .* the training data"):
+        train(rows, seen)
+    assert not (tmp_path / "runs").exists()
+    run, said = train(rows, [*seen, *(pair(n) for n in range(100, 110))])
+    card = RewardModel.load(run).card
+    assert card.metrics["validation"]["pairs"] == card.data["pairs_validation"] == 10
+    assert "left out: 2 validation pairs: their first user turn is in the training data" in said
+    assert "10 pairs, without 2 whose first user" in (run / "reward" / "card.md").read_text()
+
+
 def test_members_on_two_backbones_stand_in_one_model(train, tmp_path):
     from tests.conftest import build_tiny_model
 
