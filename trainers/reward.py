@@ -50,7 +50,7 @@ from models.reward_model import (
     RowFeatures,
     version_of,
 )
-from models.sources import resolve_model
+from models.sources import require_context, resolve_model
 from models.trunk import TokenRow
 from rlhf.config import (
     EnsembleSection,
@@ -88,7 +88,7 @@ def run_reward(config: RewardConfig, config_path: Path, console: Console) -> Pat
     """Train and write ``<run>/reward``; returns the run folder."""
     folder_path = resolve_run_folder(config.run.dir, config_path)
     for name in backbones(config.ensemble):
-        resolve_model(name)
+        require_context(resolve_model(name), config.ensemble.max_tokens, "ensemble.max_tokens")
     train, reports = _read(config.data.train, config.data.limit)
     validation: list[PreferencePair] = []
     if config.data.validation:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from models.reward_model import RewardModel
 from rlhf.config import RewardConfig, parse_config
-from rlhf.errors import DataError, RunFolderError
+from rlhf.errors import DataError, ModelError, RunFolderError
 from rlhf.records import Message
 from trainers.reward import run_reward
 
@@ -149,6 +149,12 @@ def test_too_few_pairs_are_refused_before_anything_is_written(train, tmp_path):
         match="15 pairs judged by 'overall' with 15 different first user turns are too few",
     ):
         train([pair(n) for n in range(15)], [])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_rows_longer_than_a_backbone_reads_are_refused_before_anything_is_written(train, tmp_path):
+    with pytest.raises(ModelError, match=r"ensemble.max_tokens = 1025, but .* at most 1024 tokens"):
+        train([pair(n) for n in range(20)], [], max_tokens=1025)
     assert not (tmp_path / "runs").exists()
 
 
