@@ -24,6 +24,7 @@ from rlhf.errors import DataError
 
 SUFFIXES = (".jsonl.gz", ".jsonl", ".parquet")
 """What data files are called."""
+_SAY_REASONS = 5
 
 Row = dict[str, Any]
 
@@ -50,7 +51,7 @@ class ReadReport:
     repeated: int = 0
 
     def sentence(self) -> str:
-        """One line for people.
+        """One line for people, with the five most frequent reasons.
 
         Example: ``helpful.jsonl.gz: 1600 rows, 3 left out (2 with equal replies, 1 with empty
         reply; first at line 17)``
@@ -228,5 +229,9 @@ def _sentence(
         text += f", {repeated} repeated"
     if first is None:
         return f"{text}, none left out"
-    counts = ", ".join(f"{count} with {reason}" for reason, count in Counter(reasons).most_common())
-    return f"{text}, {sum(reasons.values())} left out ({counts}; first at line {first.line})"
+    total = sum(reasons.values())
+    most = Counter(reasons).most_common(_SAY_REASONS)
+    counts = [f"{count} with {reason}" for reason, count in most]
+    if others := total - sum(count for _, count in most):
+        counts.append(f"{others} with other reasons")
+    return f"{text}, {total} left out ({', '.join(counts)}; first at line {first.line})"

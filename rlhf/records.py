@@ -249,8 +249,9 @@ class PreferencePair:
 
     `label` is the probability that `chosen` is preferred: 1 for a clear verdict, 0.5 for a tie.
     `weight` scales the pair's share of a loss. `margin` is by how much, in log-odds, the preferred
-    reply is to win at least. `source` names the data set, `criterion` what was
-    asked (helpful, honest, harmless); both may be empty. A reply that was cut off at a length
+    reply is to win at least. Both are at most a million: sums of them stay numbers in float32.
+    `source` names the data set, `criterion` what was asked (helpful, honest, harmless); both may be
+    empty. A reply that was cut off at a length
     limit is not finished: a reward model may see the difference.
 
     Example: ``PreferencePair((Message("user", "2 + 2?"),), chosen="4", rejected="5")``
@@ -268,14 +269,15 @@ class PreferencePair:
     rejected_finished: bool = True
 
     def __post_init__(self) -> None:
+        # Reasons without the value: rows are counted by them (`models.data_files.Tally`).
         if not self.prompt or self.prompt[-1].role != "user":
             raise ValueError("prompt that does not end in a user turn")
         if not 0 <= self.label <= 1:
-            raise ValueError(f"label {self.label} outside 0 to 1")
-        if not 0 <= self.weight < float("inf"):
-            raise ValueError(f"weight {self.weight} outside 0 to infinity")
-        if not 0 <= self.margin < float("inf"):
-            raise ValueError(f"margin {self.margin} outside 0 to infinity")
+            raise ValueError("label outside 0 to 1")
+        if not 0 <= self.weight <= 1e6:
+            raise ValueError("weight outside 0 to 1,000,000")
+        if not 0 <= self.margin <= 1e6:
+            raise ValueError("margin outside 0 to 1,000,000")
 
     @property
     def judged_by(self) -> str:

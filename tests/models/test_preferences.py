@@ -209,13 +209,15 @@ BAD_PAIRS: list[tuple[Row | str, str]] = [
     ({**GOOD, "criteria": {"helpful": 1}}, "criteria that is not text"),
     ({**GOOD, "weight": "heavy"}, "weight that is not a number"),
     ({**GOOD, "weight": True}, "weight that is not a number"),
-    ({**GOOD, "weight": -1}, "weight -1.0 outside 0 to infinity"),
-    ({**GOOD, "weight": float("nan")}, "weight nan outside 0 to infinity"),
+    ({**GOOD, "weight": -1}, "weight outside 0 to 1,000,000"),
+    ({**GOOD, "weight": 1e39}, "weight outside 0 to 1,000,000"),
+    ({**GOOD, "margin": 1e39}, "margin outside 0 to 1,000,000"),
+    ({**GOOD, "weight": float("nan")}, "weight outside 0 to 1,000,000"),
     ({**GOOD, "weight": 10**400}, "weight that is too large"),
     ({**GOOD, "chosen_finished": 0}, "chosen_finished"),
     ({**GOOD, "rejected_finished": "no"}, "rejected_finished"),
-    ({**GOOD, "label": 2}, "label 2.0 outside 0 to 1"),
-    ({**GOOD, "label": float("nan")}, "label nan outside 0 to 1"),
+    ({**GOOD, "label": 2}, "label outside 0 to 1"),
+    ({**GOOD, "label": float("nan")}, "label outside 0 to 1"),
 ]
 
 
@@ -250,6 +252,14 @@ def test_a_report_reads_as_one_sentence() -> None:
     assert ReadReport(Path("a.jsonl"), 5, 3, (), repeated=2).sentence() == (
         "a.jsonl: 5 rows, 2 repeated, none left out"
     )
+
+
+def test_a_report_of_ever_new_reasons_stays_one_sentence() -> None:
+    bad = [BadRow(line, f"unknown role {line}") for line in range(1, 1001)]
+    often = [BadRow(2000, "empty reply")] * 3
+    sentence = ReadReport(Path("a.jsonl"), 2000, 997, (*bad, *often)).sentence()
+    assert sentence.startswith("a.jsonl: 2000 rows, 1003 left out (3 with empty reply, 1 with unkn")
+    assert sentence.endswith("unknown role 4, 996 with other reasons; first at line 1)")
 
 
 # Files that cannot be read
@@ -424,7 +434,7 @@ def preference_pairs(draw: st.DrawFn) -> PreferencePair:
         chosen,
         draw(TEXTS.filter(lambda text: text.strip() != chosen.strip())),
         label=draw(st.floats(0, 1)),
-        weight=draw(st.floats(0, allow_infinity=False)),
+        weight=draw(st.floats(0, 1e6)),
         source=draw(st.text()),
         criterion=draw(st.sampled_from(["", "helpful", "honest", "harmless"])),
         chosen_finished=draw(st.booleans()),
