@@ -34,11 +34,13 @@ def reliability_curve(
     """Confidence against being right in bins of equal count, the least sure first.
 
     `probabilities_N` are of the outcome 1. Confidence is max(p, 1 - p), and the likelier side is
-    right as far as it won: an outcome may be anything between 0 and 1.
+    right as far as it won: an outcome may be anything between 0 and 1. At 1/2 neither side is the
+    likelier, and half right whatever the outcome.
     """
     weights_N = torch.ones_like(probabilities_N) if weights_N is None else weights_N
     confidence_N = torch.maximum(probabilities_N, 1 - probabilities_N)
     right_N = torch.where(probabilities_N > 0.5, outcomes_N, 1 - outcomes_N)
+    right_N = right_N.masked_fill(probabilities_N == 0.5, 0.5)
     order = torch.argsort(confidence_N, stable=True)
     curve = []
     for index in torch.tensor_split(order, min(bins, max(1, order.numel()))):

@@ -60,6 +60,18 @@ def test_calibration_counts_weights_and_what_a_side_won():
     assert error == pytest.approx(0.1875)
 
 
+def test_at_a_half_either_side_is_half_right_so_that_a_coin_is_calibrated():
+    coin_N = torch.full((100,), 0.5)
+    for outcome in (0.0, 0.3, 1.0):
+        assert expected_calibration_error(coin_N, torch.full((100,), outcome)) == 0
+    # One bin. Confidence 0.5 and half right, confidence 0.8 and right by 0.3: |0 + 0.5| / 2.
+    error = expected_calibration_error(torch.tensor([0.5, 0.2]), torch.tensor([1.0, 0.7]), bins=1)
+    assert error == pytest.approx(0.25)
+    # As accuracy counts a margin of zero.
+    found = pair_figures(torch.zeros(1, 100), 1.0, torch.ones(100), torch.ones(100))
+    assert (found["accuracy"], found["ece"]) == (0.5, 0.0)
+
+
 # Three members; the mean margins are 1, -1, 0, 2.
 MARGINS_KN = torch.tensor([[1.0, -1.0, 0.0, 2.0], [2.0, -2.0, 1.0, 3.0], [0.0, 0.0, -1.0, 1.0]])
 
