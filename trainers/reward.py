@@ -16,13 +16,13 @@ heads, and still is scored once by heads that never saw its prompt.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import chain, combinations
 from pathlib import Path
@@ -263,6 +263,7 @@ def train_reward_model(
             "pairs_by_criterion": dict(Counter(pair.judged_by for pair in pairs)),
             "pairs_validation": len(validation),
             "hash": _data_hash(pairs),
+            "hash_validation": _data_hash(validation) if validation else None,
         },
         metrics={},
     )
@@ -401,7 +402,9 @@ def _comparisons(
 
 
 def _data_hash(pairs: Sequence[PreferencePair]) -> str:
+    """Of all that decides a model, in whatever order the pairs come."""
     digest = hashlib.sha256()
-    for line in sorted(json.dumps([repr(p.prompt), p.chosen, p.rejected, p.label]) for p in pairs):
-        digest.update(line.encode())
+    decides = [replace(pair, source="", criterion=pair.judged_by) for pair in pairs]
+    for line in sorted(map(repr, decides)):
+        digest.update(f"{line}\n".encode())
     return digest.hexdigest()[:16]

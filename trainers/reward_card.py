@@ -193,7 +193,8 @@ def _validation_line(card: RewardCard) -> list[str]:
         return []
     return [
         f"- validation data: {card.data['pairs_validation']} pairs, without "
-        f"{card.data['pairs_validation_seen']} whose first user turn is in the training data"
+        f"{card.data['pairs_validation_seen']} whose first user turn is in the training data, hash "
+        f"{card.data['hash_validation']}"
     ]
 
 

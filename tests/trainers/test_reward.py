@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from rich.console import Console
 from models.reward_model import RewardModel
 from rlhf.config import RewardConfig, parse_config
 from rlhf.errors import DataError, ModelError, RunFolderError
-from rlhf.records import Message
-from trainers.reward import run_reward
+from rlhf.records import Message, PreferencePair
+from trainers.reward import _data_hash, run_reward
 
 NOUNS = ["bread", "rice", "nets", "school", "river", "town", "hill", "pasta", "fox", "dog"]
 
@@ -237,6 +238,27 @@ def test_validation_pairs_do_not_touch_the_model(train, tmp_path):
     )
 
 
+def test_all_that_decides_a_model_is_in_the_hash_of_its_data():
+    one = PreferencePair((Message("user", "Why?"),), "Because.", "No.")
+    other = replace(one, chosen="For a reason.")
+    changes = [
+        {"prompt": (Message("user", "How?"),)},
+        {"chosen": "So."},
+        {"rejected": "Go away."},
+        {"label": 0.5},
+        {"weight": 2.0},
+        {"margin": 1.0},
+        {"criterion": "helpful"},
+        {"chosen_finished": False},
+        {"rejected_finished": False},
+    ]
+    hashes = {_data_hash([replace(one, **change), other]) for change in changes}
+    assert len(hashes | {_data_hash([one, other])}) == len(changes) + 1
+    # The order of the rows and what a source is called decide nothing.
+    assert _data_hash([other, replace(one, source="a")]) == _data_hash([one, other])
+    assert _data_hash([replace(one, criterion="overall")]) == _data_hash([one])
+
+
 def test_a_prompt_of_the_training_data_is_no_validation(train, tmp_path):
     rows = [pair(n) for n in range(20)]
     # The same first user turn, in a conversation of its own.
@@ -250,7 +272,11 @@ def test_a_prompt_of_the_training_data_is_no_validation(train, tmp_path):
     card = RewardModel.load(run).card
     assert card.metrics["validation"]["pairs"] == card.data["pairs_validation"] == 10
     assert "left out: 2 validation pairs: their first user turn is in the training data" in said
-    assert "10 pairs, without 2 whose first user" in (run / "reward" / "card.md").read_text()
+    text = (run / "reward" / "card.md").read_text()
+    assert "10 pairs, without 2 whose first user turn is in the training data" in text
+    # The data of either figure is told by its hash.
+    assert card.data["hash_validation"] != card.data["hash"]
+    assert all(card.data[name] in text for name in ("hash", "hash_validation"))
 
 
 def test_members_on_two_backbones_stand_in_one_model(train, tmp_path):
