@@ -92,7 +92,9 @@ def score(
     criterion: Annotated[
         str | None, typer.Option(help="score by this criterion's heads, not by the reward")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="a row for each input row, as Parquet")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="a row for each row that could be scored, as Parquet")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score pairs or single completions: accuracy, calibration, disagreement."""
