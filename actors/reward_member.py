@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from actors.engine import TrainingEngine
 from models.adapters import is_adapter, on_the_wire
 from models.packing import PackedBatch, Row, micro_batches, share_of
-from models.precision import resolve_dtype
+from models.precision import local_device, resolve_dtype
 from models.sources import resolve_model
 from models.top_layers import TopLayers, write_layers
 from models.trunk import Family, Pooling, Trunk, pool
@@ -128,7 +128,7 @@ class MemberTraining:
             dtype=job.dtype,
             max_tokens=job.max_tokens,
             batch_tokens=settings.learner.micro_batch_tokens,
-            device="cuda" if torch.cuda.is_available() else "cpu",
+            device=local_device(),
         )
         layers = TopLayers(folder, job.cut, job.end, "float32")
         if isinstance(settings, LoRAMembers):

@@ -8,14 +8,21 @@ from pathlib import Path
 import torch
 
 
-def resolve_dtype(name: str) -> str:
-    """``auto`` becomes bfloat16 where the hardware multiplies it natively, else float32.
+def local_device() -> str:
+    """Where this process computes: on its GPU if torch sees one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def resolve_dtype(name: str, device: str | None = None) -> str:
+    """``auto`` becomes bfloat16 where the device multiplies it natively, else float32.
 
     A CPU without such instructions emulates bfloat16 about a hundred times slower than float32.
+    The device is `local_device` where none is given.
     """
     if name != "auto":
         return name
-    return "bfloat16" if torch.cuda.is_available() or _cpu_multiplies_bfloat16() else "float32"
+    native = (device or local_device()) != "cpu" or _cpu_multiplies_bfloat16()
+    return "bfloat16" if native else "float32"
 
 
 @cache

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.heads import Heads
+from models.precision import resolve_dtype
 from models.sources import resolve_model, weights_fingerprint
 from models.top_layers import TopLayers, file_hash
 from models.trunk import Family, Pooling, TokenRow, Trunk
@@ -377,7 +378,7 @@ def build_trunk(
         max_tokens=max_tokens,
         batch_tokens=batch_tokens,
         device=device,
-        own=_load_own_layers(folder, families, own, dtype),
+        own=_load_own_layers(folder, families, own, resolve_dtype(dtype, device)),
     )
 
 
@@ -389,7 +390,7 @@ def trunk_of(arguments: Mapping[str, Any], device: str = "cpu") -> Trunk:
 
 
 def _load_own_layers(
-    model: Path, families: Sequence[FamilyCard], folder: Path, dtype: DType
+    model: Path, families: Sequence[FamilyCard], folder: Path, dtype: str
 ) -> dict[str, TopLayers]:
     """The trained layers that families name, from the files in `folder`.
 

@@ -101,7 +101,8 @@ class Trunk:
         own: Mapping[str, TopLayers] | None = None,
     ) -> None:
         self.tokenizer = ChatTokenizer(folder)
-        model: Any = load_backbone(folder, dtype)
+        self._dtype = resolve_dtype(dtype, device)
+        model: Any = load_backbone(folder, self._dtype)
         model.requires_grad_(False)
         self.families = tuple(families)
         self.layers = max(family.layers for family in families)
@@ -110,7 +111,6 @@ class Trunk:
         self._states = tap_states(model, {family.layers for family in families})
         self.width = int(model.config.hidden_size)
         self._folder = folder
-        self._dtype = resolve_dtype(dtype)
         self._model = model.to(device)
         self._own = {name: layers.to(device).eval() for name, layers in (own or {}).items()}
         self._max_tokens = max_tokens

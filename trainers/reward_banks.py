@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -12,9 +12,10 @@ from rich.console import Console
 from torch import Tensor
 
 from actors.reward_member import MemberJob, PairRow, TrainedMember
+from cluster.session import cluster_address
 from models.head_fitting import ProbeGroup
 from models.heads import TrainedHead
-from models.precision import resolve_dtype
+from models.precision import local_device, resolve_dtype
 from models.reward_model import BankCard, FamilyCard, GroupCard, OwnLayersCard, trunk_of
 from models.sources import portable_name, resolve_model, weights_fingerprint
 from models.trunk import Family, TokenRow, Trunk, layers_at
@@ -65,13 +66,19 @@ def plan_banks(settings: EnsembleSection) -> list[Bank]:
         banks.append(
             Bank(
                 name,
-                trunk_of(trunk_arguments(name, read, settings, Path())),
+                _trunk(trunk_arguments(name, read, settings, Path())),
                 cards,
                 tuple(zip(probes, map(families.index, wanted), strict=True)),
                 trained,
             )
         )
     return banks
+
+
+def _trunk(arguments: Mapping[str, Any]) -> Trunk:
+    """A trunk of this process: on a cluster, whose actors run the pass, it only tokenises and takes
+    no GPU from them."""
+    return trunk_of(arguments, local_device() if cluster_address() is None else "cpu")
 
 
 def trunk_arguments(
@@ -177,7 +184,7 @@ def _with_heads(
             heads.append((head, card))
     if not heads:
         return bank
-    trunk = trunk_of(trunk_arguments(bank.name, families, settings, out))
+    trunk = _trunk(trunk_arguments(bank.name, families, settings, out))
     return replace(bank, trunk=trunk, families=tuple(families), heads=tuple(heads))
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models import precision
 from models.logprobs import attention_mask
 from models.packing import Row, collate, pack
 from models.top_layers import keep_layers
@@ -52,6 +53,19 @@ def random_rows(seed: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
 
     prompts = [tokens(20) for _ in range(4)]
     return [(prompt, tokens(12)) for prompt in prompts for _ in range(2)]
+
+
+def test_a_trunk_on_a_cpu_has_a_precision_of_the_cpu_whatever_gpu_stands_beside(
+    make_trunk, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for native, dtype in ((False, "float32"), (True, "bfloat16")):
+        monkeypatch.setattr(precision, "_cpu_multiplies_bfloat16", lambda native=native: native)
+        found = make_trunk(dtype="auto")
+        assert next(found._model.parameters()).dtype == getattr(torch, dtype)
+        assert found.fingerprint == make_trunk(dtype=dtype).fingerprint
+        assert precision.resolve_dtype("auto") == precision.resolve_dtype("auto", "cuda")
+        assert precision.resolve_dtype("auto", "cuda") == "bfloat16"
 
 
 def hidden_after(folder: Path, layer: int, token_ids: tuple[int, ...]) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from actors.reward_member import MemberJob, PairRow, batches
 from models.precision import resolve_dtype
@@ -16,6 +17,7 @@ from rlhf.config import EnsembleSection, TopMembers
 from rlhf.errors import DataError, ResourceError
 from tests.trainers.test_reward import pair
 from trainers import reward as trainer
+from trainers import reward_banks
 from trainers.reward_banks import backbones, plan_banks
 from trainers.reward_members import require_resources
 
@@ -97,6 +99,22 @@ def test_other_processes_are_told_the_folder_and_the_precision_that_hold_here(
     assert told["dtype"] == resolve_dtype("auto") != "auto"
     monkeypatch.setattr(trainer, "cluster_address", lambda: None)
     assert trainer._stream(bank, settings, tmp_path, trainer.Console()) is None
+
+
+@pytest.mark.parametrize(
+    ("gpu", "cluster", "device"),
+    [(True, None, "cuda"), (True, "auto", "cpu"), (False, None, "cpu"), (False, "auto", "cpu")],
+)
+def test_the_trunk_takes_the_gpu_of_a_machine_that_is_no_cluster(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool, cluster: str | None, device: str
+) -> None:
+    places: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(reward_banks, "cluster_address", lambda: cluster)
+    monkeypatch.setattr(reward_banks, "trunk_of", lambda arguments, place: places.append(place))
+    settings = EnsembleSection.model_validate({"model": str(tiny_model), "max_tokens": 64})
+    plan_banks(settings)
+    assert places == [device]
 
 
 def test_a_member_goes_through_its_own_draw_of_the_live_pairs_in_a_new_order_every_epoch():
