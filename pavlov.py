@@ -423,6 +423,8 @@ def main() -> None:
     """Run a command. A mistake of the user's is one sentence on stderr and exit code 2."""
     from rlhf.errors import PavlovError
 
+    # Threads that wait for each other sleep: spinning, they stall where anything else computes too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # The progress bars are ours; the libraries' own say nothing that a user can act on.
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -61,6 +61,7 @@ def actor_environment(layout: CpuLayout, gpus: float, threads: int = 1) -> dict[
             )
         ),
         "TOKENIZERS_PARALLELISM": "false",
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "VLLM_NO_USAGE_STATS": "1",
     }
     for name in ("PAVLOV_CACHE", "PAVLOV_RUNS", "PAVLOV_DATA", "HF_HOME", "HF_HUB_OFFLINE"):

@@ -274,16 +274,19 @@ def trained_by(policy: Path) -> set[str] | None:
     """Versions of the reward models that took part in training a policy or the one it started from,
     and of those that they were refreshed from.
 
-    None where that is not known: each folder on the way back to `embedded` or a model of the hub
-    has to be a run's, or a kept version's whose promotion has recorded them.
+    The way back goes from run to run, and over kept versions by what their promotion recorded, to
+    `embedded`, a model of the hub, or a folder that is no run's: there training began. None where
+    something on it is gone or does not say.
     """
     versions: set[str] = set()
     seen: set[Path] = set()
     while policy not in seen:
         seen.add(policy)
         if (config := _config(policy.parent)) is None:
-            recorded = _recorded(policy)
-            return recorded and versions | recorded
+            if policy.parent.name == "versions":
+                recorded = _recorded(policy)
+                return recorded and versions | recorded
+            return versions or None if policy.is_dir() else None
         reward = (
             policy.parent / "reward"
             if "ensemble" in config

@@ -40,13 +40,15 @@ def write_pairs(
 
     Raises:
         ModelError: a policy cannot be used, or both are the same weights.
-        DataError: no prompt can be used, or no pair is left.
+        DataError: no prompt can be used, no pair is left, or `out` is the file of prompts.
     """
     folders = [resolve_policy(name) for name in names]
     versions = [weights_fingerprint(folder) for folder in folders]
     if versions[0] == versions[1]:
         raise ModelError(f"{names[0]} and {names[1]} are the same weights ({versions[0]})")
     file = prompts if prompts.is_file() else data_path(str(prompts))
+    if out.resolve() == file.resolve():
+        raise DataError(f"--out {out} is the file of prompts; pairs need a file of their own")
     asked = usable_prompts([file], folders, max_prompt_tokens, console)[:limit]
     settings = RLSection(max_tokens=max_tokens)
     with ray_session("compare", num_cpus=usable_cores()) as run:

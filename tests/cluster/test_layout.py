@@ -175,6 +175,13 @@ def test_actors_on_the_cpu_share_its_cores(monkeypatch, cores, actors, nodes, th
     assert share_of_cores([on_gpu, *on_cpu]) == threads
 
 
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert actor_environment("threads", 0)["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert actor_environment("threads", 0)["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
 def test_an_actor_finds_the_code_and_the_drivers_folders(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/extra")
     monkeypatch.setenv("PAVLOV_CACHE", "/cache")

@@ -335,6 +335,8 @@ def test_which_reward_models_trained_a_policy(runs, tiny_model, tmp_path, monkey
     (cached / "snapshots/abc").mkdir(parents=True)
     (cached / "snapshots/abc/config.json").write_text("{}")
     assert trained_by(runs.add("third", "owner/name")) == {"tiny"}
+    # A folder that is there and no run's is where training began.
+    assert trained_by(runs.add("fourth", str(tiny_model))) == {"tiny"}
 
 
 def test_what_trained_a_policy_is_not_known_where_a_folder_on_the_way_does_not_say(
@@ -346,9 +348,8 @@ def test_what_trained_a_policy_is_not_known_where_a_folder_on_the_way_does_not_s
     assert trained_by(second) == trained_by(named) == {"tiny"}
     shutil.rmtree(first.parent)
     assert trained_by(second) is None and trained_by(named) is None
-    # Who trained what lies in a folder that is no run's?
+    # No run is known at all.
     assert trained_by(tiny_model) is None
-    assert trained_by(runs.add("third", str(tiny_model))) is None
 
 
 def test_a_kept_version_says_what_trained_it_when_its_run_is_gone(runs, served, labels, tiny_model):

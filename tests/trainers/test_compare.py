@@ -121,6 +121,13 @@ def test_nothing_to_compare_is_said_and_writes_nothing(policies, prompts, engine
     assert not out.exists()
 
 
+def test_pairs_never_take_the_place_of_the_prompts(policies, prompts, engines):
+    before = prompts.read_bytes()
+    with pytest.raises(DataError, match="is the file of prompts"):
+        write_pairs(policies, prompts, prompts, Console(quiet=True), **SETTINGS)
+    assert prompts.read_bytes() == before
+
+
 def test_the_same_weights_twice_are_refused(tiny_model, prompts, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(tiny_model, copy)
