@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,11 @@ def train(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
         rows: list[dict[str, Any]],
         validation: list[dict[str, Any]],
         model: Path = tiny_model,
+        l2: Sequence[float] | None = (0.1,),
         **ensemble: Any,
     ) -> tuple[Path, str]:
+        """With l2 = None, by the default's candidates."""
+        members = {} if l2 is None else {"l2": list(l2)}
         for name, some in (("train", rows), ("validation", validation)):
             text = "".join(json.dumps(row) + "\n" for row in some)
             (tmp_path / f"{name}.jsonl").write_text(text)
@@ -59,8 +63,8 @@ def train(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
                     "model": str(model),
                     "max_tokens": 64,
                     "members": [
-                        {"count": 3, "depth": 1.0, "pooling": "last"},
-                        {"count": 3, "depth": 0.5, "pooling": "mean"},
+                        {"count": 3, "depth": 1.0, "pooling": "last", **members},
+                        {"count": 3, "depth": 0.5, "pooling": "mean", **members},
                     ],
                     **ensemble,
                 },
@@ -74,7 +78,8 @@ def train(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_planted_preference_is_learned_and_the_card_has_the_figures(train):
-    run, said = train([pair(n) for n in range(40)], [pair(n) for n in range(100, 130)])
+    rows, held = [pair(n) for n in range(40)], [pair(n) for n in range(100, 130)]
+    run, said = train(rows, held, l2=None)
     model = RewardModel.load(run)
     figures = model.card.metrics["validation"]
     assert (figures["pairs"], figures["accuracy"]) == (30, 1.0)
