@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ _CLAIM = {"run.lock", "config.json"}
 
 
 _MAY_CHANGE = (
-    *("rl.num_steps", "run.", "cluster."),
+    *("rl.num_steps", "run", "cluster"),
     *("learner.micro_batch_tokens", "rollout.max_sequences", "rollout.kv_cache_gib"),
     "rollout.gpu_memory_utilization",
 )
@@ -128,12 +128,29 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _take_over(old: dict[str, Any], new: dict[str, Any], key: Sequence[str]) -> None:
+    """Put a setting of `new`, if it is there, into `old`."""
+    name, *below = key
+    if name not in new:
+        return
+    if below and isinstance(old.get(name), dict):
+        _take_over(old[name], new[name], below)
+    elif not below:
+        old[name] = new[name]
+
+
 def _refuse_other_settings(recorded: Path, config: Section) -> None:
+    values = config.model_dump(mode="json")
     try:
-        started = read_again(type(config), recorded.read_text())
+        started = json.loads(recorded.read_text())
+        if not isinstance(started, dict):
+            raise ValueError("it holds no settings")
+        for key in _MAY_CHANGE:
+            _take_over(started, values, key.split("."))
+        started = read_again(type(config), started).model_dump(mode="json")
     except ValueError as error:
         raise RunFolderError(f"{recorded} is damaged or of another version: {error}") from None
-    old, new = (_flat(each.model_dump(mode="json")) for each in (started, config))
+    old, new = _flat(started), _flat(values)
     # A section that is not there at all is null: then its settings count as null too.
     absent = {key for values in (old, new) for key, value in values.items() if value is None}
     for key in {**old, **new}:
@@ -141,7 +158,7 @@ def _refuse_other_settings(recorded: Path, config: Section) -> None:
             old.setdefault(key, None)
             new.setdefault(key, None)
     for key in new:
-        if key in old and old[key] != new[key] and not key.startswith(_MAY_CHANGE):
+        if key in old and old[key] != new[key]:
             raise RunFolderError(
                 f"{recorded.parent} was started with {key} = {json.dumps(old[key])} and cannot go "
                 f"on with {json.dumps(new[key])}; resume with the same or choose another run.dir"

@@ -32,7 +32,8 @@ def choose_layout(configured: CpuLayout | None, *, side_by_side: bool = False) -
     """The configured layout, or turns on few cores, unless several processes that cannot take turns
     compute side by side.
 
-    Two torch processes with two threads each on two cores stall each other 26-fold by spinning.
+    Two processes with all threads each get in each other's way: while threads that wait spun, by a
+    factor of 26.
     """
     if side_by_side:
         return "threads"
@@ -42,10 +43,15 @@ def choose_layout(configured: CpuLayout | None, *, side_by_side: bool = False) -
 def share_of_cores(placements: Iterable[RolePlacement]) -> int:
     """Threads that each of a run's CPU actors may compute with at once, so that they do not stall
     each other. Inside a `ray_session`; one where several nodes may each have other cores."""
+    actors = sum(placement.actors for placement in placements if not placement.gpus)
+    return 1 if several_nodes() else max(1, usable_cores() // max(1, actors))
+
+
+def several_nodes() -> bool:
+    """Whether Ray has more nodes than this one. Inside a `ray_session`."""
     import ray
 
-    actors = sum(placement.actors for placement in placements if not placement.gpus)
-    return 1 if len(ray.nodes()) > 1 else max(1, usable_cores() // max(1, actors))
+    return sum(node["Alive"] for node in ray.nodes()) > 1
 
 
 def actor_environment(layout: CpuLayout, gpus: float, threads: int = 1) -> dict[str, str]:

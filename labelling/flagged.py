@@ -55,7 +55,10 @@ def flagged_work(run: Path, limit: int | None = None) -> tuple[list[Work], int]:
                 # The same words may have been said in several steps.
                 found.setdefault((work.prompt, work.a.text, work.b.text), work)
     if not found:
-        raise DataError(f"nothing was flagged in {run}, or nothing that a sibling differs from")
+        unfit = f"; {left_out} pairs have a NUL character in their text" if left_out else ""
+        raise DataError(
+            f"nothing was flagged in {run}, or nothing that a sibling differs from{unfit}"
+        )
     ordered = sorted(found.values(), key=lambda work: -work.priority)
     return ordered[:limit], left_out
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import signal
 import socket
 import threading
@@ -156,10 +157,13 @@ def serve_until_stopped(
         beginning = threading.Thread(target=begin, daemon=True)
         beginning.start()
         address = f"http://{'127.0.0.1' if host in ('', '0.0.0.0') else host}:{port}"
-        deadline = time.monotonic() + READY_S
+        # Each application has its own time to start; this is what the address has after them.
+        deadline = math.inf
         while not stop.is_set() and (beginning.is_alive() or not _answers(address)):
             if failed:
                 raise failed[0]
+            if not beginning.is_alive():
+                deadline = min(deadline, time.monotonic() + READY_S)
             if time.monotonic() > deadline:
                 raise RunError(f"{name} did not answer at {address} within {READY_S:g} s")
             stop.wait(0.2)

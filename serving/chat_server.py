@@ -29,7 +29,7 @@ from models.sources import (
 )
 from rlhf.config import parse_config
 from rlhf.config.serve import ReplicasSection, ServeConfig, ServeSection
-from rlhf.errors import RunError
+from rlhf.errors import ModelError, RunError
 from rlhf.records import Message
 from serving.application import (
     READY_S,
@@ -61,7 +61,7 @@ def serve_chat(config: ServeConfig, console: Console) -> None:
     _try_feedback(settings)
     served = Served(settings.name)
     if newest := served.newest():
-        live = _promoted(served, newest)
+        live = _promoted(config, served, newest)
         console.print(
             f"serving version {live.version}, not version {newest.version}, which was promoted "
             f"from {newest.source} and could not be served: {live.failed}"
@@ -70,30 +70,39 @@ def serve_chat(config: ServeConfig, console: Console) -> None:
             f"policy.model = {config.policy.model}"
         )
     else:
-        live = _first(config, served)
+        model = resolve_model(config.policy.model)
+        live = Live(weights_fingerprint(model), str(model))
     judges = _Judges.of(config)
     _checked_length(config, live.model)
     port = choose_port(settings.host, settings.port)
+    if newest is None:
+        live = _kept(config, served, live)
     with ray_session("serve", num_cpus=usable_cores()):
         assistant = Assistant(config, served, live, judges, console)
         serve_until_stopped(assistant, settings.name, settings.host, port, console)
 
 
-def _first(config: ServeConfig, served: Served) -> Live:
+def _kept(config: ServeConfig, served: Served, live: Live) -> Live:
     """`policy.model`, before anything was promoted. A folder of the user's may be trained anew
     under its name, so its weights are kept and served from there; caches stay as they are."""
-    model = resolve_model(config.policy.model)
-    version = weights_fingerprint(model)
-    if Path(portable_name(config.policy.model)).is_absolute():
-        model = served.keep(version, model)
-    return Live(version, str(model))
+    if not Path(portable_name(config.policy.model)).is_absolute():
+        return live
+    return replace(live, model=str(served.keep(live.version, Path(live.model))))
 
 
-def _promoted(served: Served, newest: Promotion) -> Live:
-    """What was promoted last, or what is served in its place where that could not be."""
+def _promoted(config: ServeConfig, served: Served, newest: Promotion) -> Live:
+    """What was promoted last, or what is served in its place where that cannot be."""
     version, live = served.current(), served.live()
     failed = "" if live is None or version == newest.version else live.failed
-    return Live(version, str(served.model(version)), newest.at, failed)
+    try:
+        model = str(served.model(version))
+        _checked_length(config, model)
+    except ModelError as error:
+        if version != newest.version:
+            raise
+        version, failed = newest.before, str(error)
+        model = str(served.model(version))
+    return Live(version, model, newest.at, failed)
 
 
 class Assistant:

@@ -66,7 +66,7 @@ def plan_banks(settings: EnsembleSection) -> list[Bank]:
         banks.append(
             Bank(
                 name,
-                _trunk(trunk_arguments(name, read, settings, Path())),
+                _trunk(trunk_arguments(name, read, settings, Path()), on_gpu=not trained),
                 cards,
                 tuple(zip(probes, map(families.index, wanted), strict=True)),
                 trained,
@@ -75,10 +75,10 @@ def plan_banks(settings: EnsembleSection) -> list[Bank]:
     return banks
 
 
-def _trunk(arguments: Mapping[str, Any]) -> Trunk:
-    """A trunk of this process: on a cluster, whose actors run the pass, it only tokenises and takes
-    no GPU from them."""
-    return trunk_of(arguments, local_device() if cluster_address() is None else "cpu")
+def _trunk(arguments: Mapping[str, Any], *, on_gpu: bool = True) -> Trunk:
+    """A trunk of this process. Where it only tokenises, on a cluster whose actors run the pass or
+    before members have trained layers of their own, it takes no GPU from them."""
+    return trunk_of(arguments, local_device() if on_gpu and cluster_address() is None else "cpu")
 
 
 def trunk_arguments(

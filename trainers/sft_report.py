@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.sft_worker import read_evaluations
-from cluster.files import write_atomically
+from cluster.files import as_json, write_atomically
 from rlhf.config import SFTConfig
 from rlhf.statistics import paired_interval
 from rlhf.stopping import Evaluation, verdict
@@ -57,7 +57,7 @@ def summarise(folder: Path, config: SFTConfig, wall_s: float) -> dict[str, Any]:
             "gain_low": gain_low,
             "gain_high": gain_high,
         }
-    write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_atomically(folder / "summary.json", as_json(summary, indent=2) + "\n")
     draw(evaluations, folder / "curves.png")
     return summary
 

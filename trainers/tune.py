@@ -129,6 +129,7 @@ def drawn(config: TuneConfig) -> list[Trial]:
     of as many parts of the range as there are trials, choices at random."""
     draw = random.Random(derive_seed(config.seed, "tune"))
     settings, count = config.tune, config.tune.trials
+    own = config.policy.lora.rank if config.policy.lora else 0
     low, high = (math.log(rate) for rate in settings.learning_rate)
     parts = list(range(count))
     draw.shuffle(parts)
@@ -138,7 +139,7 @@ def drawn(config: TuneConfig) -> list[Trial]:
             math.exp(low + (high - low) * (part + draw.random()) / count),
             draw.choice(settings.epochs),
             draw.choice(settings.batch_conversations),
-            draw.choice(config.lora_ranks),
+            draw.choice(settings.lora_rank) or own,
         )
         for number, part in enumerate(parts)
     ]
@@ -188,6 +189,8 @@ def _search(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         settings = settings_of(config, trial)
+        # As a run says what it was: `pavlov promote` asks what a start policy was trained by.
+        write_atomically(folder / "config.json", settings.model_dump_json(indent=2) + "\n")
         # As the job goes: the way of the weights may have been changed for several nodes.
         settings = settings.model_copy(update={"cluster": shared.config.cluster})
         job = replace(

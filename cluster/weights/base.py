@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cluster.layout import several_nodes
 from rlhf.config import ClusterSection
 from rlhf.errors import WeightUpdateError
 
@@ -100,10 +101,7 @@ def verified(
 def choose_transport(cluster: ClusterSection, say: Callable[[str], None]) -> ClusterSection:
     """The placement with the configured transport, or where nothing is configured and Ray has
     several nodes, with one that reaches them all. Inside a `ray_session`."""
-    import ray
-
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) < 2 or "weight_transport" in cluster.model_fields_set:
+    if not several_nodes() or "weight_transport" in cluster.model_fields_set:
         return cluster
     say("several nodes: weights travel by Ray's object store")
     return cluster.model_copy(update={"weight_transport": "object_store"})

@@ -49,16 +49,13 @@ def parse_config(root: type[Root], values: dict[str, Any], origin: str) -> Root:
         raise ConfigError(f"{origin}: {_sentence(root, error)}") from None
 
 
-def read_again(root: type[Root], text: str) -> Root:
-    """Settings as an earlier version of Pavlov may have recorded them, in JSON: what is new since
-    has its default, what is gone is left out.
+def read_again(root: type[Root], values: dict[str, Any]) -> Root:
+    """Settings as an earlier version of Pavlov may have recorded them: what is new since has its
+    default, what is gone is left out (of `values` too).
 
     Raises:
-        ValueError: not JSON, or what it holds is refused today.
+        ValueError: they are refused today.
     """
-    values = json.loads(text)
-    if not isinstance(values, dict):
-        raise ValueError("it holds no settings")
     while True:
         try:
             return root.model_validate_json(json.dumps(values))

@@ -27,9 +27,11 @@ class TuneSection(Section):
         default_factory=lambda: [8, 16, 32]
     )
     """Choices of the batch."""
-    lora_rank: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = None
-    """Choices of an adapter's rank, at the alpha / rank of `policy.lora`; 0: all weights are
-    trained. Default: as `policy.lora` says."""
+    lora_rank: Annotated[list[NonNegativeInt], Field(min_length=1)] = Field(
+        default_factory=lambda: [0]
+    )
+    """Choices of an adapter's rank, at the alpha / rank of `policy.lora`; 0: as `policy.lora` says,
+    which is all weights where it is not there."""
     grace: PositiveInt = 2
     """Evaluations after the start's that every trial gets."""
     reduction: Annotated[int, Field(ge=2)] = 2
@@ -53,12 +55,6 @@ class TuneConfig(SFTConfig):
     tune: TuneSection = TuneSection()
     """The search; it sets `learner.learning_rate`, `sft.epochs`, `sft.batch_conversations` and
     `policy.lora.rank`."""
-
-    @property
-    def lora_ranks(self) -> list[int]:
-        """Ranks to choose from, 0 for all weights."""
-        own = self.policy.lora.rank if self.policy.lora else 0
-        return [own] if self.tune.lora_rank is None else self.tune.lora_rank
 
     @model_validator(mode="after")
     def _trials_side_by_side_with_a_thread_each(self) -> Self:

@@ -18,7 +18,7 @@ from rlhf.config import LabelConfig, ServeConfig, parse_config
 from rlhf.errors import ModelError, PromotionError, RunError
 from rlhf.records import OVERALL, Message
 from serving import chat_server
-from serving.chat_server import Assistant, _first, _promoted
+from serving.chat_server import Assistant, _kept, _promoted
 from serving.promotion import (
     Live,
     Served,
@@ -109,12 +109,12 @@ def test_a_server_keeps_the_folder_that_it_starts_with(served, labels, second_mo
     policy = tmp_path / "policy"
     shutil.copytree(second_model, policy)
     config = parse_config(ServeConfig, {"policy": {"model": str(policy)}}, "test")
-    live = _first(config, served)
+    live = _kept(config, served, Live(weights_fingerprint(policy), str(policy)))
     shutil.rmtree(policy)
     assert live.model == str(served.model(live.version))
     # What is no folder of the user's is a cache, and stays where it is.
-    live = _first(parse_config(ServeConfig, {}, "test"), served)
-    assert live.model == str(resolve_model("embedded"))
+    embedded = Live("version", str(resolve_model("embedded")))
+    assert _kept(parse_config(ServeConfig, {}, "test"), served, embedded) == embedded
 
 
 def test_kept_weights_that_were_written_over_are_not_rolled_back_to(
@@ -226,6 +226,9 @@ class Engines:
     """Stand-ins for Serve's applications: what runs, and which weights do not load."""
 
     def __init__(self, served: Served) -> None:
+        # The tiny model reads no more than 512 tokens.
+        limits = {"max_prompt_tokens": 32, "max_tokens": 32}
+        self.config = parse_config(ServeConfig, {"serve": limits}, "test")
         self.served = served
         self.running: list[str] = []
         self.broken: set[str] = set()
@@ -236,15 +239,14 @@ class Engines:
         self.running.append(name)
 
     def assistant(self, live: Live) -> Assistant:
-        config = parse_config(ServeConfig, {}, "test")
-        return Assistant(config, self.served, live, None, Console(quiet=True))
+        return Assistant(self.config, self.served, live, None, Console(quiet=True))
 
     def start(self) -> Live:
         """A server's start: what it has said."""
         newest = self.served.newest()
         assert newest is not None
         self.running.clear()
-        self.assistant(_promoted(self.served, newest)).start()
+        self.assistant(_promoted(self.config, self.served, newest)).start()
         live = self.served.live()
         assert live is not None
         return live
@@ -278,6 +280,24 @@ def test_a_server_that_starts_serves_the_version_before_one_that_does_not_load(
     engines.broken |= {str(served.model(each)) for each in (old, done.version)}
     with pytest.raises(RunError, match="do not load"):
         engines.start()
+
+
+@pytest.mark.parametrize("harm", ["damaged", "short"])
+def test_a_server_that_starts_serves_the_version_before_one_that_cannot_be_used(
+    served, labels, engines, tiny_model, second_model, harm
+):
+    old = weights_fingerprint(tiny_model)
+    done = promote(str(second_model), "pavlov", labels, None, override=WHY)
+    kept = served.model(done.version)
+    if harm == "damaged":
+        (kept / "model.safetensors").unlink()
+    else:
+        config = json.loads((kept / "config.json").read_text())
+        (kept / "config.json").unlink()
+        (kept / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
+    found = engines.start()
+    assert (found.version, found.seen) == (old, done.at)
+    assert found.failed and str(kept) in found.failed
 
 
 def test_a_rollback_does_not_wait_for_what_the_version_before_still_answers(
