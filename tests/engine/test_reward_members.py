@@ -34,12 +34,13 @@ FAST = {"learning_rate": 1e-3, "warmup_steps": 0, "weight_decay": 0.0}
 def train(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PAVLOV_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("PAVLOV_CACHE", str(tmp_path / "cache"))
-    data = tmp_path / "train.jsonl"
-    data.write_text("".join(json.dumps(pair(n)) + "\n" for n in range(60)))
+    data, held = tmp_path / "train.jsonl", tmp_path / "validation.jsonl"
+    for file, numbers in ((data, range(60)), (held, range(60, 80))):
+        file.write_text("".join(json.dumps(pair(n)) + "\n" for n in numbers))
 
     def train(name: str, members: list[dict[str, Any]]) -> Path:
         values = {
-            "data": {"train": [str(data)], "validation": [str(data)]},
+            "data": {"train": [str(data)], "validation": [str(held)]},
             "ensemble": {
                 "model": str(tiny_model),
                 "max_tokens": 64,
