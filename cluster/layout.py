@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Literal
@@ -19,13 +18,6 @@ FEW_CORES = 4
 def usable_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def tools_path() -> str:
-    """PATH with the folder of this Python first: DeepSpeed calls `ninja`, which stands there."""
-    own = str(Path(sys.executable).parent)
-    rest = os.environ.get("PATH", os.defpath).split(os.pathsep)
-    return os.pathsep.join([own, *(folder for folder in rest if folder != own)])
 
 
 def choose_layout(configured: CpuLayout | None, *, side_by_side: bool = False) -> CpuLayout:

@@ -25,7 +25,6 @@ def a_good_machine(monkeypatch: pytest.MonkeyPatch, tmp_path):
     memory = SimpleNamespace(total=64 * GIB, available=32 * GIB)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100 * GIB))
-    monkeypatch.setattr(shutil, "which", lambda name, path=None: f"/usr/bin/{name}")
     monkeypatch.setattr(doctor, "_version", lambda distribution: "1.2.3")
     monkeypatch.setattr(doctor, "_port_is_free", lambda port: True)
 
@@ -91,27 +90,6 @@ def test_too_little_disk_or_shared_memory_is_told(monkeypatch):
     disk, shared = problems()
     assert disk.startswith("0.5 GiB of disk are free")
     assert "/dev/shm" in shared
-
-
-@pytest.mark.parametrize("tool", ["g++", "ninja"])
-def test_a_missing_build_tool_is_told(monkeypatch, tool):
-    monkeypatch.setattr(
-        shutil, "which", lambda name, path=None: None if name == tool else f"/bin/{name}"
-    )
-    [problem] = problems()
-    assert tool in problem
-
-
-def test_a_tool_that_set_up_installed_beside_python_is_found(monkeypatch, tmp_path):
-    monkeypatch.undo()
-    monkeypatch.setenv("PAVLOV_CACHE", str(tmp_path))
-    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
-    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    for tool in ("ninja", "g++"):
-        assert any(tool in problem for problem in examine()["problems"])
-        (tmp_path / tool).write_text("#!/bin/sh\n")
-        (tmp_path / tool).chmod(0o755)
-        assert not any(tool in problem for problem in examine()["problems"])
 
 
 def test_another_system_than_linux_is_told(monkeypatch):
