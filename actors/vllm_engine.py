@@ -51,6 +51,13 @@ def start_engine(
         arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
     else:
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(settings.kv_cache_gib)))
+        if settings.tensor_parallel == 1:
+            # The engine's process runs the model itself. A worker beside it would import all of
+            # vLLM once more, for a thread binding that the actor's environment has already.
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        if settings.enforce_eager:
+            # The ranks of sampled tokens, which nobody reads, are compiled nevertheless.
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"
         # With its prompt split over steps a seeded request fails on CPU ("CPU Generator does
         # not use offset", vLLM 0.32): prompts are read whole.
         arguments["enable_chunked_prefill"] = False

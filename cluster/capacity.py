@@ -38,7 +38,8 @@ def memory_estimate_gib(models: Sequence[Path], config: RLConfig) -> float:
     frozen = reference * _width(config.reference.dtype) * references
     frozen += policy * 4 * cluster.reward.actors
     processes = 2 + cluster.learner.actors + cluster.reward.actors + references
-    processes += 3 * cluster.rollout.actors
+    # An engine is the actor and the process that runs the model.
+    processes += 2 * cluster.rollout.actors
     caches = config.rollout.kv_cache_gib * cluster.rollout.actors
     return (
         (engine * cluster.rollout.actors + learner + frozen) / _GIB

@@ -92,9 +92,11 @@ def _attempt(*arguments: Any) -> None:
 
 def resolve_models(config: RLConfig) -> Models:
     """Policy, reference and reward model; a wrong one is refused here."""
+    reward = resolve_reward_model(config.reward.model)
+    RewardModel.load(reward)
     policy = portable_name(config.policy.model)
     reference = portable_name(config.reference.model) if config.reference.model else policy
-    vocabularies = {ChatTokenizer(resolve_model(name)).vocabulary for name in (policy, reference)}
+    vocabularies = {ChatTokenizer(resolve_model(name)).vocabulary for name in {policy, reference}}
     if len(vocabularies) > 1:
         raise ModelError(
             f"reference.model = {reference!r} reads other tokens than policy.model = {policy!r}: a "
@@ -109,8 +111,6 @@ def resolve_models(config: RLConfig) -> Models:
             )
     else:
         critic = None
-    reward = resolve_reward_model(config.reward.model)
-    RewardModel.load(reward)
     return Models(policy, reference, reward, critic)
 
 

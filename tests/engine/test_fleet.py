@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import urllib.request
@@ -43,16 +44,19 @@ class Bench:
         ) -> None:
             recorded.append(metrics | {"groups": list(groups)})
             if step == killed_after:
-                [engine] = [p for p in actors_of_this_test() if "RolloutActor" in p.cmdline()[0]]
-                os.kill(engine.pid, signal.SIGKILL)
+                [engine] = [pid for pid, name in actors_of_this_test() if "RolloutActor" in name]
+                os.kill(engine, signal.SIGKILL)
 
         loop = Loop(self.config, PromptCursor(PROMPTS, 0), self.fleet, record)
         self.runner.run(loop.run())
 
 
-def actors_of_this_test() -> list[psutil.Process]:
-    below = psutil.Process().children(recursive=True)
-    return [p for p in below if p.cmdline() and p.cmdline()[0].startswith("ray::")]
+def actors_of_this_test() -> Iterator[tuple[int, str]]:
+    for process in psutil.Process().children(recursive=True):
+        # Others end meanwhile.
+        with contextlib.suppress(psutil.Error):
+            if (command := process.cmdline()) and command[0].startswith("ray::"):
+                yield process.pid, command[0]
 
 
 @pytest.fixture(scope="module")
