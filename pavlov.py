@@ -229,6 +229,10 @@ def promote(
 
     if rollback == (run is not None):
         raise ConfigError("give RUN to promote it, or --rollback alone to undo the last promotion")
+    if overrides and project is None:
+        raise ConfigError(
+            f"{overrides[0]} sets the configuration of the labels, which only --project reads"
+        )
     if run is None:
         done = roll_back(name)
     else:

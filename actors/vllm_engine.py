@@ -53,7 +53,7 @@ def start_engine(
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(settings.kv_cache_gib)))
         if settings.tensor_parallel == 1:
             # The engine's process runs the model itself. A worker beside it would import all of
-            # vLLM once more, for a thread binding that the actor's environment has already.
+            # vLLM once more, to set threads that the actor's environment has set already.
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         if settings.enforce_eager:
             # The ranks of sampled tokens, which nobody reads, are compiled nevertheless.

@@ -43,7 +43,7 @@ LARGEST = 4
 
 @contextlib.contextmanager
 def vllm_server(model: Path) -> Iterator[str]:
-    """vLLM's own, with the settings of Pavlov's engine on CPU."""
+    """vLLM's own, as it comes, with the length, sequences and cache of Pavlov's engine."""
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     # Its command line asks for the package's name, which is another one on CPU.

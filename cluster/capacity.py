@@ -40,7 +40,7 @@ def memory_estimate_gib(models: Sequence[Path], config: RLConfig) -> float:
     processes = 2 + cluster.learner.actors + cluster.reward.actors + references
     # An engine is the actor and the process that runs the model.
     processes += 2 * cluster.rollout.actors
-    caches = config.rollout.kv_cache_gib * cluster.rollout.actors
+    caches = max(1, round(config.rollout.kv_cache_gib)) * cluster.rollout.actors
     return (
         (engine * cluster.rollout.actors + learner + frozen) / _GIB
         + caches

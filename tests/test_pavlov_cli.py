@@ -264,6 +264,11 @@ def test_a_longer_conversation_than_the_model_reads_is_refused(refused, tiny_mod
 # Help and output
 
 
+def test_settings_that_a_promotion_would_not_read_are_refused(refused):
+    said = refused("promote", "runs/x", "label.redundancy=2", "--without-evidence", "a test")
+    assert said.startswith("label.redundancy=2 sets the configuration of the labels")
+
+
 @pytest.fixture(scope="module")
 def helped() -> dict[str, str]:
     """The help of every command, in this process."""

@@ -73,13 +73,14 @@ class RolloutSection(Section):
     max_sequences: PositiveInt = 64
     """Sequences decoded at once."""
     kv_cache_gib: PositiveFloat = 1.0
-    """Memory for cached keys and values on CPU, in GiB."""
+    """Memory for cached keys and values on CPU, in whole GiB (rounded, at least 1)."""
     gpu_memory_utilization: Fraction = 0.85
     """Share of the GPU's memory that the engine may take."""
     tensor_parallel: PositiveInt = 1
     """GPUs a single engine spans."""
     enforce_eager: bool = True
-    """No compilation: starts in seconds instead of minutes, 4 % slower on CPU."""
+    """No compilation: starts in seconds instead of minutes, 4 % slower on CPU; compiling
+    there wants a C++ compiler."""
     keep_cache: bool = False
     """Keep cached keys and values across weight updates (max_staleness > 0), salted by version."""
 

@@ -1,6 +1,6 @@
 """vLLM's worker with faults between the checksums and the model, where only the probe looks.
 
-Imported by vLLM's worker process, by name.
+Imported by the process that runs vLLM's model, by name.
 """
 
 from __future__ import annotations

@@ -148,11 +148,11 @@ def memory_gib(server: Server) -> float:
 
 
 def engine_seconds(server: Server) -> float:
-    """CPU seconds of the engine's worker so far."""
+    """CPU seconds of the engine's process so far."""
     return sum(
         sum(process.cpu_times()[:2])
         for process in processes(server)
-        if "VLLM::Worker" in " ".join(process.cmdline())
+        if "VLLM::EngineCore" in " ".join(process.cmdline())
     )
 
 

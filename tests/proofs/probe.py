@@ -1,6 +1,6 @@
 """What the bfloat16 probe sees: faults planted between the checksums and the model.
 
-Imported by vLLM's worker process too, by name.
+Imported by the process that runs vLLM's model too, by name.
 """
 
 from __future__ import annotations
