@@ -16,7 +16,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,8 @@ _SHUFFLED = 4096
 class SFTJob:
     """One run: `prompts` are answered, `prompted` are the same with the baseline's prompting; the
     handles are those of the engine and the ensemble. `folder` must be seen by every node. `start`
-    is what is known of the policy before training, where another run has measured it."""
+    is what is known of the policy before training, where another run has measured it. Without
+    `checkpoints` the run cannot go on after a crash, and leaves no optimiser's state."""
 
     config: SFTConfig
     model: str
@@ -60,6 +61,7 @@ class SFTJob:
     reward: Any
     resume: bool
     start: Evaluation | None = None
+    checkpoints: bool = True
 
 
 def read_evaluations(folder: Path) -> list[Evaluation]:
@@ -234,7 +236,8 @@ class SFTWorker(TrainedPolicy):
         stop, best = self._summed(flags)
         if best:
             self.save_policy(str(self._aside(step)))
-        self._checkpoint(step)
+        if self._job.checkpoints:
+            self._checkpoint(step)
         if self._rank == 0:
             self._show()
         torch.distributed.barrier()
@@ -311,7 +314,7 @@ class Judge:
         self, step: int, loss: float, manifest: WeightManifest, probe: Probe
     ) -> Evaluation:
         """Answers to every prompt by these weights, scored; before the first step also those of
-        the prompted start policy."""
+        the prompted start policy, which are judged as answers to the prompts as they are."""
         return asyncio.run(self._evaluate(step, loss, manifest, probe))
 
     async def _evaluate(
@@ -327,9 +330,12 @@ class Judge:
             self._timeout_s,
         )
         _require(groups, RolloutGroup)
-        scores: list[Any] = await call(job.reward.score.remote(groups), "reward-0", self._timeout_s)
-        _require(scores, GroupScores)
         folder, count = Path(job.folder), len(job.prompts)
+        # The same question for both: what a prompt adds to every reward would be compared too.
+        asked = [*job.prompts, *(job.prompts if prompted else ())]
+        plain = [replace(group, prompt=one) for group, one in zip(groups, asked, strict=True)]
+        scores: list[Any] = await call(job.reward.score.remote(plain), "reward-0", self._timeout_s)
+        _require(scores, GroupScores)
         if prompted:
             found = _judged(step, loss, groups[count:], scores[count:])
             _write_answers(folder / "answers" / "baseline.jsonl", groups[count:], scores[count:])

@@ -1,9 +1,10 @@
 """Conversations as tokens to learn from: the assistant's turns are, the others are read only.
 
 Every assistant turn is tokenised as the engine would have sampled it: the prompt up to it by the
-chat template, then the reply and the end-of-turn token. A template under which an earlier turn
-reads the same later on makes one example of the whole conversation; one that rewrites the past (as
-those do that drop reasoning) makes an example of every turn. Shapes as in `models.packing`.
+chat template, then the reply and, unless it was cut off, the end-of-turn token. A template under
+which an earlier turn reads the same later on makes one example of the whole conversation; one that
+rewrites the past (as those do that drop reasoning) makes an example of every turn. Shapes as in
+`models.packing`.
 """
 
 from __future__ import annotations
@@ -39,10 +40,12 @@ def examples_of(conversation: Conversation, tokenizer: ChatTokenizer) -> list[Ex
         ModelError: the template refuses the conversation.
     """
     turns: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    last = len(conversation.messages) - 1
     for place, message in enumerate(conversation.messages):
         if message.role == "assistant":
             prompt = tokenizer.prompt_ids(conversation.messages[:place])
-            turns.append((prompt, tokenizer.reply_ids(message.content, finished=True)))
+            finished = conversation.finished or place < last
+            turns.append((prompt, tokenizer.reply_ids(message.content, finished=finished)))
     examples: list[Example] = []
     for prompt, reply in turns:
         before = examples[-1] if examples else Example((), ())

@@ -8,15 +8,15 @@ Each function returns what the row says or raises `ValueError` with the reason.
 | the same, implicit  | chosen, rejected: messages from the first turn to the reply | pair, prompt |
 | raw HH-RLHF         | chosen, rejected: transcripts, see `models/transcripts.py`  | pair, prompt |
 | single completion   | prompt, completion, each text or a list of messages         | row to score |
-| conversation        | messages; also a completion, or a pair's chosen reply       | conversation |
+| conversation        | messages; also a completion, or a pair's better reply       | conversation |
 | MT-Bench, Vicuna    | turns: the first one is taken                               | prompt       |
 | GSM8K               | question                                                    | prompt       |
 | Self-Instruct       | instruction, with its input below it where there is one     | prompt       |
 | LLMBar              | input                                                       | prompt       |
 
 A pair may carry label, weight, margin, criterion (or criteria), source, chosen_finished and
-rejected_finished, a single completion source and finished (or finish_reason); any other field is
-ignored.
+rejected_finished, a single completion or conversation source and finished (or finish_reason); any
+other field is ignored.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def prompt_of(value: object) -> tuple[Message, ...]:
 
 
 def conversation_of(row: Row, source: str, line: int) -> Conversation:
-    """A conversation to learn from: messages, prompt and completion, or a pair's chosen reply."""
+    """A conversation to learn from: messages, prompt and completion, or a pair's better reply."""
+    finished = flag(row, "finished", default=row.get("finish_reason") != "length")
     if row.get("messages") is not None:
         messages = _messages(row["messages"], "messages")
         if not any(message.role == "assistant" for message in messages):
@@ -86,12 +87,28 @@ def conversation_of(row: Row, source: str, line: int) -> Conversation:
             raise ValueError("conversation that does not end in an assistant turn")
         prompt, reply = messages[:-1], messages[-1].content
     else:
-        turns, reply = _reply(row, "completion" if row.get("completion") is not None else "chosen")
+        name = "completion"
+        if row.get("completion") is None:
+            name = _better(row)
+            finished = flag(row, f"{name}_finished", default=True)
+        turns, reply = _reply(row, name)
         prompt = _one_prompt(row, turns)
     if not reply.strip():
         raise ValueError("empty reply")
     whole = (*_checked_prompt(prompt), Message("assistant", reply))
-    return Conversation(whole, optional_text(row, "source", source))
+    return Conversation(whole, optional_text(row, "source", source), finished)
+
+
+def _better(row: Row) -> str:
+    """The field of a pair's better reply."""
+    label = number(row, "label", default=1.0)
+    if not 0 <= label <= 1:
+        raise ValueError("label that is not between 0 and 1")
+    if number(row, "weight", default=1.0) == 0:
+        raise ValueError("weight 0")
+    if label == 0.5:
+        raise ValueError("tie: neither reply is better")
+    return "chosen" if label > 0.5 else "rejected"
 
 
 class DistinctPrompts:

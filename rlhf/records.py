@@ -229,13 +229,15 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A conversation to learn from; its last turn is the assistant's.
+    """A conversation to learn from; its last turn is the assistant's, and not finished where it was
+    cut off at a length limit.
 
     Example: ``Conversation((Message("user", "2 + 2?"), Message("assistant", "4")))``
     """
 
     messages: tuple[Message, ...]
     source: str = ""
+    finished: bool = True
 
     @property
     def first_user_turn(self) -> str:

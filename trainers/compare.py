@@ -40,33 +40,42 @@ def write_pairs(
 
     Raises:
         ModelError: a policy cannot be used, or both are the same weights.
-        DataError: no prompt can be used, no pair is left, or `out` is the file of prompts.
+        DataError: no prompt can be used, no pair is left, or `out` cannot be written or is the file
+            of prompts.
     """
     folders = [resolve_policy(name) for name in names]
     versions = [weights_fingerprint(folder) for folder in folders]
     if versions[0] == versions[1]:
         raise ModelError(f"{names[0]} and {names[1]} are the same weights ({versions[0]})")
+    if out.suffix == ".parquet" or out.is_dir():
+        raise DataError(f"--out {out} must be a file of JSON lines, e.g. pairs.jsonl")
+    titles = [_title(folder) for folder in folders]
+    if titles[0] == titles[1]:
+        titles = [f"{title} {version}" for title, version in zip(titles, versions, strict=True)]
     file = prompts if prompts.is_file() else data_path(str(prompts))
     if out.resolve() == file.resolve():
         raise DataError(f"--out {out} is the file of prompts; pairs need a file of their own")
     asked = usable_prompts([file], folders, max_prompt_tokens, console)[:limit]
     settings = RLSection(max_tokens=max_tokens)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--out {out} cannot be written: {error.strerror or error}") from None
     with ray_session("compare", num_cpus=usable_cores()) as run:
         drawn = [
-            _answers(folder, asked, settings, max_prompt_tokens, seed, run, console)
-            for folder in folders
+            _answers(folder, title, asked, settings, max_prompt_tokens, seed, run, console)
+            for folder, title in zip(folders, titles, strict=True)
         ]
     works = list[Work]()
     for prompt, *answers in zip(asked, *drawn, strict=True):
         one, other = (
-            Answer(answer.text, _title(folder), version, answer.finish_reason == "stop")
-            for answer, folder, version in zip(answers, folders, versions, strict=True)
+            Answer(answer.text, title, version, answer.finish_reason == "stop")
+            for answer, title, version in zip(answers, titles, versions, strict=True)
         )
         with contextlib.suppress(ValueError):
             works.append(Work(prompt.messages, one, other, prompt.source))
     if not works:
         raise DataError("no pair to compare: all answers are equal or empty")
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(
         out, "".join(json.dumps(work_row(work), ensure_ascii=False) + "\n" for work in works)
     )
@@ -77,6 +86,7 @@ def write_pairs(
 
 def _answers(
     folder: Path,
+    title: str,
     prompts: list[Prompt],
     settings: RLSection,
     max_prompt_tokens: int,
@@ -86,7 +96,7 @@ def _answers(
 ) -> list[Completion]:
     """One answer to every prompt, by an engine of its own."""
     requests = requests_for(prompts, 1, settings, seed)
-    with Progressing(console, _title(folder), len(requests)) as progress:
+    with Progressing(console, title, len(requests)) as progress:
         drawn = asyncio.run(
             sample_with_engine(
                 str(folder),

@@ -46,12 +46,24 @@ def usable_prompts(
             kept.append(prompt)
         else:
             why[f"longer than {max_tokens} tokens"] += 1
-    reasons = "; ".join(f"{count} prompts: {reason}" for reason, count in why.most_common(3))
+    reasons = "; ".join(f"{count} prompts: {reason}" for reason, count in reasons_of(why))
     if not kept:
         raise DataError(f"none of the {len(prompts)} prompts can be used ({reasons})")
     if reasons:
         console.print(f"left out: {reasons}")
     for policy, tokenizer in zip(policies, tokenizers, strict=True):
-        if tokenizer.uses_default_template:
-            console.print(f"{policy.name} has no chat template: Pavlov's default one is used")
+        say_default_template(policy, tokenizer, console)
     return kept
+
+
+def say_default_template(policy: Path, tokenizer: ChatTokenizer, console: Console) -> None:
+    """Tell of a policy that has no chat template of its own, as raw base models have none."""
+    if tokenizer.uses_default_template:
+        console.print(f"{policy.name} has no chat template: Pavlov's default one is used")
+
+
+def reasons_of(why: Counter[str]) -> list[tuple[str, int]]:
+    """The three most frequent reasons with their counts, and all others in one."""
+    most = why.most_common(3)
+    others = why.total() - sum(count for _, count in most)
+    return [*most, ("other reasons", others)] if others else most

@@ -19,11 +19,17 @@ from models.conversations import Example, examples_of
 from models.data_files import short_name
 from models.preferences import read_conversations, read_prompts
 from models.reward_model import RewardModel
-from models.sources import portable_name, resolve_model, resolve_reward_model
+from models.sources import (
+    portable_name,
+    require_context,
+    resolve_model,
+    resolve_reward_model,
+)
 from rlhf.config import SFTConfig, data_path
 from rlhf.errors import DataError, ModelError
 from rlhf.records import Conversation, Message, Prompt
 from rlhf.seeding import derive_seed
+from trainers.prompts import reasons_of, say_default_template
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,23 +69,31 @@ def prepare(config: SFTConfig, console: Console, *, more_prompts: int = 0) -> Pr
         ModelError: a model cannot be used.
     """
     model = portable_name(config.policy.model)
-    tokenizer = ChatTokenizer(resolve_model(model))
+    policy = resolve_model(model)
+    tokenizer = ChatTokenizer(policy)
+    say_default_template(policy, tokenizer, console)
     reward = resolve_reward_model(config.reward.model)
     ensemble = RewardModel.load(reward)
     train, held_out, shown, taught = teaching(config, tokenizer, console)
     prompts = asked(config, tokenizer, ensemble, taught, console, more=more_prompts)
+
+    def longest(some: Sequence[Prompt]) -> int:
+        """Tokens of the longest, which the engine reads with an answer behind it."""
+        length = max(len(tokenizer.prompt_ids(prompt.messages)) for prompt in some)
+        what = "tokens of the longest prompt and answers.max_tokens"
+        require_context(policy, length + config.answers.max_tokens, what)
+        return length
+
+    learnt = max(len(example.token_ids) for example in (*train, *held_out))
+    require_context(policy, learnt, "tokens of the longest conversation (data.max_tokens)")
+    length = longest(prompts)
     before = prompted(config, prompts[: config.answers.limit], shown)
     try:
-        lengths = [len(tokenizer.prompt_ids(prompt.messages)) for prompt in (*prompts, *before)]
-        for prompt in before:
-            ensemble.tokenise((prompt.messages, "Yes.", True))
+        length = max(length, longest(before))
     except ModelError as error:
         console.print(f"no baseline by prompting: {error}")
         before = []
-        lengths = [len(tokenizer.prompt_ids(prompt.messages)) for prompt in prompts]
-    return Prepared(
-        model, reward, ensemble.card.version, train, held_out, prompts, before, max(lengths)
-    )
+    return Prepared(model, reward, ensemble.card.version, train, held_out, prompts, before, length)
 
 
 def teaching(
@@ -112,8 +126,9 @@ def teaching(
             reason = str(error)
         why[reason] += 1
         first.setdefault(reason, f"first at line {line} of {short_name(path)}")
-    for reason, count in why.most_common(3):
-        console.print(f"left out: {count} conversations: {reason} ({first[reason]})")
+    for reason, count in reasons_of(why):
+        where = f" ({first[reason]})" if reason in first else ""
+        console.print(f"left out: {count} conversations: {reason}{where}")
     turns = sorted(
         {conversation.first_user_turn for conversation, _ in kept},
         key=lambda turn: (derive_seed(config.seed, "held out", turn), turn),
@@ -151,7 +166,7 @@ def asked(
     more: int = 0,
 ) -> list[Prompt]:
     """The prompts that are answered on the way, from the files in turns: `answers.limit` of them,
-    and `more` behind.
+    and `more` behind, which open otherwise than all of the former.
 
     Raises:
         DataError: fewer than two are left, or less than `more` behind them.
@@ -165,6 +180,7 @@ def asked(
         by_source.setdefault(prompt.source, []).append(prompt)
     turns = [p for each in zip_longest(*by_source.values()) for p in each if p is not None]
     kept: list[Prompt] = []
+    openings: set[str] = set()
     why: Counter[str] = Counter()
     for prompt in turns:
         if len(kept) == settings.limit + more:
@@ -178,11 +194,15 @@ def asked(
             continue
         if opening in taught:
             why["conversations to learn from open with them"] += 1
+        elif len(kept) >= settings.limit and opening in openings:
+            why["prompts that are answered on the way open with them"] += 1
         elif length > settings.max_prompt_tokens:
             why[f"longer than {settings.max_prompt_tokens} tokens"] += 1
         else:
             kept.append(prompt)
-    for reason, count in why.most_common(3):
+            if len(kept) <= settings.limit:
+                openings.add(opening)
+    for reason, count in reasons_of(why):
         console.print(f"left out: {count} prompts: {reason}")
     if len(kept) < 2 or (more and len(kept) < settings.limit + more):
         raise DataError(
@@ -196,13 +216,16 @@ def asked(
 def prompted(
     config: SFTConfig, prompts: Sequence[Prompt], shown: Sequence[Conversation]
 ) -> list[Prompt]:
-    """The same prompts with the baseline's system turn and examples before them."""
-    system = Message("system", config.baseline.system)
+    """The same prompts with the baseline's system turn and examples before them; system turns of
+    their own stand below the baseline's."""
     shots = tuple(m for c in shown[: config.baseline.shots] for m in c.messages)
-    return [
-        Prompt(prompt.id, (system, *shots, *(m for m in prompt.messages if m.role != "system")))
-        for prompt in prompts
-    ]
+    made: list[Prompt] = []
+    for prompt in prompts:
+        own = [m.content for m in prompt.messages if m.role == "system"]
+        system = Message("system", "\n\n".join([config.baseline.system, *own]))
+        turns = (m for m in prompt.messages if m.role != "system")
+        made.append(Prompt(prompt.id, (system, *shots, *turns)))
+    return made
 
 
 def write_examples(examples: Sequence[Example], path: Path) -> None:

@@ -200,6 +200,8 @@ def _search(
             shared_memory=f"{shared.shared_memory}-trial-{trial.number}",
             steps=steps_of(settings, examples),
             start=start_known(run),
+            # A trial that was cut short begins anew.
+            checkpoints=False,
         )
         failures: list[BaseException] = []
 
@@ -257,11 +259,10 @@ def _search(
         raise RunError(f"a trial was lost: {reason}; go on with --resume")
     if not all((_folder(run, trial) / _DONE).is_file() for trial in trials):
         raise RunError("the search was interrupted; go on with --resume")
-    for trial in trials:
-        # Large, and what an ended worker was just writing.
-        for path in _folder(run, trial).iterdir():
-            if path.is_dir() and path.name not in ("policy", "answers"):
-                shutil.rmtree(path, ignore_errors=True)
+    # Those of an earlier attempt too: large, and what an ended worker was just writing.
+    for path in (run / "trials").glob("*/*"):
+        if path.is_dir() and path.name not in ("policy", "answers"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def start_known(run: Path) -> Evaluation | None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from actors.sft_worker import SFTWorker
+from actors.rollout import GroupRequest
+from actors.sft_worker import Judge, SFTJob, SFTWorker
 from cluster.files import RunFolder
+from rlhf.config import SFTConfig, parse_config
+from rlhf.records import Completion, GroupScores, Message, Prompt, RolloutGroup
 
 
 class Resuming(SFTWorker):
@@ -35,3 +41,53 @@ def test_a_run_goes_on_from_its_checkpoint_whatever_a_crash_did_to_the_metrics(
     metrics.write_text(lines + torn, errors="surrogateescape")
     assert Resuming(tmp_path)._resume() == 2
     assert [json.loads(line) for line in metrics.read_text().splitlines()] == rows[:2]
+
+
+class Remote:
+    """A method of an actor."""
+
+    def __init__(self, answer: Any) -> None:
+        self._answer = answer
+
+    async def remote(self, *arguments: Any) -> Any:
+        return self._answer(*arguments)
+
+
+def test_a_prompted_answer_is_judged_as_an_answer_to_the_prompt_as_it_is(tmp_path: Path) -> None:
+    """A reward model that rewards long prompts must not say that prompting helps."""
+
+    def answer(manifest: Any, probe: Any, requests: Sequence[GroupRequest]) -> list[RolloutGroup]:
+        said = Completion((7,), "Yes.", (-1.0,), "stop", 0, 0, 0)
+        return [RolloutGroup(request.prompt, 0, (1, 2), (said,)) for request in requests]
+
+    def score(groups: Sequence[RolloutGroup]) -> list[GroupScores]:
+        sizes = [float(sum(len(m.content) for m in group.prompt.messages)) for group in groups]
+        zero, no = (0.0,), (False,)
+        return [GroupScores(((x,),), (x,), zero, zero, zero, no, no, "r1") for x in sizes]
+
+    values = {
+        "data": {"conversations": ["c"]},
+        "reward": {"model": "r"},
+        "answers": {"prompts": ["p"]},
+    }
+    prompts = [Prompt(word, (Message("user", f"Tell me about {word}."),)) for word in ("a", "bcd")]
+    system = Message("system", "Be helpful. " * 20)
+    job = SFTJob(
+        config=parse_config(SFTConfig, values, "test"),
+        model="m",
+        folder=str(tmp_path),
+        shared_memory="",
+        held_out=(),
+        prompts=prompts,
+        prompted=[Prompt(p.id, (system, *p.messages)) for p in prompts],
+        steps=1,
+        rollout=SimpleNamespace(answer=Remote(answer)),
+        reward=SimpleNamespace(score=Remote(score)),
+        resume=False,
+    )
+    manifest: Any = None
+    found = Judge(job).evaluate(0, 1.0, manifest, manifest)
+    baseline = json.loads((tmp_path / "baseline.json").read_text())
+    assert baseline["rewards_P"] == list(found.rewards_P) == [16.0, 18.0]
+    [first, _] = (tmp_path / "answers" / "baseline.jsonl").read_text().splitlines()
+    assert json.loads(first)["prompt"][0]["role"] == "system"

@@ -209,6 +209,9 @@ def test_a_search_that_is_killed_goes_on_without_repeating_what_is_finished(runs
     summary = json.loads((runs.folder / "search" / "summary.json").read_text())
     objectives = {t["trial"]["number"]: t["objective"] for t in summary["trials"]}
     assert sorted(objectives) == [0, 1, 2]
+    # What an interrupted trial or an ended worker left is gone, and no optimiser's state was kept.
+    kept = {path.name for path in trials.glob("*/*") if path.is_dir()}
+    assert kept == {"policy", "answers"}
     # All start from one policy, which is measured once.
     assert len(list(trials.glob("*/answers/step-000000.jsonl"))) == 1
     starts = [runs.rows(f"search/trials/{n:03d}", "evaluations.jsonl")[0] for n in range(3)]

@@ -175,6 +175,38 @@ def test_conversations_of_every_form_are_read_and_bad_ones_are_named_by_line(tmp
     ]
 
 
+def test_the_better_reply_of_a_pair_is_learnt_and_no_end_where_it_was_cut_off(tmp_path, tokenizer):
+    path = tmp_path / "pairs.jsonl"
+    pair = {"prompt": "Hi", "chosen": "Hello", "rejected": "No", "chosen_finished": False}
+    rows = [
+        pair,
+        {**pair, "label": 0.2},
+        {**pair, "label": 0.5},
+        {**pair, "weight": 0},
+        {**pair, "label": 2},
+        {"prompt": "Hi", "completion": "Hello", "finish_reason": "length"},
+        {"prompt": "Hi", "completion": "Hello", "finished": True},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found, [report] = read_conversations([path])
+    learnt = {}
+    for line, _, conversation in found:
+        [example] = examples_of(conversation, tokenizer)
+        ended = example.token_ids[-1] == tokenizer.end_id
+        learnt[line] = (conversation.messages[-1].content, ended)
+    assert learnt == {
+        1: ("Hello", False),
+        2: ("No", True),
+        6: ("Hello", False),
+        7: ("Hello", True),
+    }
+    assert [(bad.line, bad.reason) for bad in report.bad] == [
+        (3, "tie: neither reply is better"),
+        (4, "weight 0"),
+        (5, "label that is not between 0 and 1"),
+    ]
+
+
 def test_a_row_of_packed_examples_keeps_to_the_tokens_that_a_pass_may_hold():
     many = [Example(tuple(range(30)), (False,) * 29 + (True,)) for _ in range(6)]
     rows = rows_of(many, packing=True, budget_tokens=64)

@@ -128,6 +128,27 @@ def test_pairs_never_take_the_place_of_the_prompts(policies, prompts, engines):
     assert prompts.read_bytes() == before
 
 
+def test_pairs_that_could_not_be_written_are_refused_before_anybody_is_asked(
+    policies, prompts, engines, tmp_path
+):
+    for out in (tmp_path, tmp_path / "pairs.parquet", prompts / "pairs.jsonl"):
+        with pytest.raises(DataError, match="--out"):
+            write_pairs(policies, prompts, out, Console(quiet=True), **SETTINGS)
+    assert not engines.seeds
+
+
+def test_two_runs_of_one_name_are_told_apart(prompts, engines, tmp_path, tiny_model):
+    shutil.copytree(tiny_model, tmp_path / "one" / "rl" / "policy")
+    build_tiny_model(tmp_path / "two" / "rl" / "policy", seed=1)
+    names = str(tmp_path / "one" / "rl"), str(tmp_path / "two" / "rl")
+    engines.say = lambda model, number: f"{Path(model).parent.parent.name} says {number}"
+    out = tmp_path / "pairs.jsonl"
+    write_pairs(names, prompts, out, Console(quiet=True), **SETTINGS)
+    for work in read_work(out)[0]:
+        assert work.a.model != work.b.model
+        assert work.a.model == f"rl {work.a.checkpoint}"
+
+
 def test_the_same_weights_twice_are_refused(tiny_model, prompts, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(tiny_model, copy)
