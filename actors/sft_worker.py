@@ -26,13 +26,13 @@ from torch import Tensor
 from actors.policy import TrainedPolicy
 from actors.rollout import GroupRequest
 from cluster.files import RunFolder, as_json, folder_beside, keep_steps_before, write_atomically
-from cluster.spawn import call
+from cluster.spawn import call, until_alive
 from cluster.weights import WeightManifest
 from cluster.weights.probe import Probe
 from models.conversations import Example, learnt_mask, rows_of
 from models.packing import Row, collate, micro_batches, share_of
 from rlhf.config import SFTConfig
-from rlhf.errors import PavlovError, RunError
+from rlhf.errors import ActorLostError, PavlovError, RunError
 from rlhf.losses import BatchSize, reduce_tokens
 from rlhf.records import GroupScores, Prompt, RolloutGroup
 from rlhf.seeding import derive_seed
@@ -308,7 +308,8 @@ class Judge:
 
     def __init__(self, job: SFTJob) -> None:
         self._job = job
-        self._timeout_s = job.config.cluster.call_timeout_s
+        cluster = job.config.cluster
+        self._call_s, self._start_s = cluster.call_timeout_s, cluster.start_timeout_s
 
     def evaluate(
         self, step: int, loss: float, manifest: WeightManifest, probe: Probe
@@ -322,19 +323,15 @@ class Judge:
     ) -> Evaluation:
         job = self._job
         prompted = job.prompted if step == 0 else ()
-        groups: list[Any] = await call(
-            job.rollout.answer.remote(
-                manifest, probe, [self._request(prompt) for prompt in (*job.prompts, *prompted)]
-            ),
-            "rollout-0",
-            self._timeout_s,
-        )
+        requests = [self._request(prompt) for prompt in (*job.prompts, *prompted)]
+        # It is given the weights with every call: one that was started again needs nothing else.
+        groups = await self._asked(job.rollout, "answer", "rollout-0", manifest, probe, requests)
         _require(groups, RolloutGroup)
         folder, count = Path(job.folder), len(job.prompts)
         # The same question for both: what a prompt adds to every reward would be compared too.
         asked = [*job.prompts, *(job.prompts if prompted else ())]
         plain = [replace(group, prompt=one) for group, one in zip(groups, asked, strict=True)]
-        scores: list[Any] = await call(job.reward.score.remote(plain), "reward-0", self._timeout_s)
+        scores = await self._asked(job.reward, "score", "reward-0", plain)
         _require(scores, GroupScores)
         if prompted:
             found = _judged(step, loss, groups[count:], scores[count:])
@@ -343,6 +340,14 @@ class Judge:
         path = folder / "answers" / f"step-{step:06d}.jsonl"
         _write_answers(path, groups[:count], scores[:count])
         return _judged(step, loss, groups[:count], scores[:count])
+
+    async def _asked(self, handle: Any, method: str, name: str, *arguments: Any) -> list[Any]:
+        """What an actor answers; one that died is started again by Ray and asked once more."""
+        try:
+            return list(await call(getattr(handle, method).remote(*arguments), name, self._call_s))
+        except ActorLostError:
+            await until_alive(handle, name, self._call_s, self._start_s)
+        return list(await call(getattr(handle, method).remote(*arguments), name, self._call_s))
 
     def _request(self, prompt: Prompt) -> GroupRequest:
         config = self._job.config

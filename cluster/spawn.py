@@ -273,3 +273,22 @@ def first_line(error: BaseException) -> str:
     """The last non-empty line of an error's message: where Ray and vLLM put the reason."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
+
+
+async def until_alive(handle: Any, name: str, call_timeout_s: float, patience_s: float) -> Any:
+    """What an actor that Ray starts again says of its version (None where it has none), as soon as
+    it answers.
+
+    Raises:
+        ActorLostError: it is not back in time.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + patience_s
+    while True:
+        try:
+            method = getattr(handle, "version", None) or handle.__ray_ready__
+            return await call(method.remote(), name, call_timeout_s)
+        except ActorLostError:
+            if loop.time() > deadline:
+                raise
+            await asyncio.sleep(1.0)

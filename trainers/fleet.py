@@ -18,7 +18,7 @@ from actors.reference import ReferenceActor
 from actors.reward import RewardActor
 from actors.rollout import GroupRequest, RolloutActor
 from cluster.layout import CpuLayout, Turns, choose_layout
-from cluster.spawn import Role, call, spawn_in_thread
+from cluster.spawn import Role, call, spawn_in_thread, until_alive
 from cluster.weights import WeightManifest, choose_transport
 from cluster.weights.probe import Probe
 from rlhf.config import RLConfig
@@ -386,16 +386,8 @@ class Fleet:
 
     async def _until_alive(self, handle: Any, name: str) -> Any:
         """The actor's version, as soon as it answers again."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._config.cluster.start_timeout_s
-        while True:
-            try:
-                method = getattr(handle, "version", None) or handle.__ray_ready__
-                return await self._call(method.remote(), name)
-            except ActorLostError:
-                if loop.time() > deadline:
-                    raise
-                await asyncio.sleep(1.0)
+        cluster = self._config.cluster
+        return await until_alive(handle, name, cluster.call_timeout_s, cluster.start_timeout_s)
 
     async def save_checkpoint(self, folder: Path) -> None:
         """Every rank writes its part into `folder`."""

@@ -184,8 +184,8 @@ def _judges(config: SFTConfig, prepared: Prepared, run: str, memory: Path) -> li
         }
 
     return [
-        Role("rollout", RolloutActor, cluster.rollout, engine),
-        Role("reward", RewardActor, cluster.reward, ensemble),
+        Role("rollout", RolloutActor, cluster.rollout, engine, restarts=3),
+        Role("reward", RewardActor, cluster.reward, ensemble, restarts=3),
     ]
 
 
