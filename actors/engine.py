@@ -170,7 +170,7 @@ def _load_trained(src: Mapping[str, Tensor], dst: nn.Module) -> None:
 
 
 def _use_gloo_alone() -> None:
-    """Keep DeepSpeed from compiling its own collective, which takes up to a minute and a C++ compiler.
+    """Keep DeepSpeed from compiling its own collective, which takes a C++ compiler and its time.
 
     Only its tensor-parallel inference calls that one; training goes through gloo anyway.
     """
