@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -56,6 +57,7 @@ def bench(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     here = str(Path(__file__).parent)
     sys.path.insert(0, here)
     os.environ["PYTHONPATH"] = os.pathsep.join([here, str(Path(__file__).parents[2])])
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
     memory = Path("/dev/shm") / tmp_path_factory.mktemp("pavlov-test").name
     learner = LearnerActor(
         str(tiny_model),
@@ -163,6 +165,16 @@ def test_a_seed_decides_a_completion(bench: Bench) -> None:
     (other,) = generate(bench, request(4))
     assert first.completions[0].token_ids == again.completions[0].token_ids
     assert first.completions[0].token_ids != other.completions[0].token_ids
+
+
+def test_an_engine_on_cpu_is_one_process_that_compiles_nothing(bench: Bench) -> None:
+    bench.publish()
+    generate(bench, request(1))
+    # What has ended has no command line.
+    lines = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
+    assert [line.strip() for line in lines if "VLLM" in line] == ["VLLM::EngineCore"]
+    compiled = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert [path for path in compiled.rglob("*") if path.is_file()] == []
 
 
 def test_rollout_logprobs_are_of_the_distribution_at_the_sampling_temperature(
