@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.memory import free_memory
 from models.precision import resolve_dtype
 from models.sources import resolve_model
 from models.weight_files import weight_shapes
-from rlhf.config import PPOSection, RLConfig
+from rlhf.config import ClusterSection, PPOSection, RLConfig, RolloutSection, SFTConfig
 from rlhf.errors import ResourceError
 
 _GIB = 2**30
@@ -18,37 +17,51 @@ _PROCESS_GIB = 0.7
 """Resident size of an actor with torch imported and nothing loaded, measured."""
 
 
-def memory_estimate_gib(models: Sequence[Path], config: RLConfig) -> float:
-    """Memory on CPU that a run wants, in GiB: weights, optimiser, cache, processes.
+def rl_memory_gib(policy: Path, reference: Path, config: RLConfig) -> float:
+    """Memory on CPU that `pavlov rl` wants, in GiB: weights, optimiser, cache, processes.
 
     Activations come on top; they are bounded by `learner.micro_batch_tokens`.
     """
-    parameters = [_parameters(folder) for folder in models]
-    policy, reference = parameters[0], parameters[-1]
-    engine = policy * _width(config.rollout.dtype)
-    # Weights, gradients, two moments in float32; one copy on the wire. Of an adapter all that comes
-    # on top of the frozen weights is small.
-    learner = policy * (4 if config.policy.lora else 16 + _width(config.rollout.dtype))
-    algorithm = config.rl.algorithm
+    learner = _learner(policy, config.rollout, lora=config.policy.lora is not None)
+    algorithm, cluster = config.rl.algorithm, config.cluster
     if isinstance(algorithm, PPOSection) and algorithm.critic.model is not None:
         learner += 16 * _parameters(resolve_model(algorithm.critic.model))
-    cluster = config.cluster
-    # The reward trunk, taken to be of the policy's size, in the wider precision.
     references = 0 if config.learner_is_reference else cluster.reference.actors
-    frozen = reference * _width(config.reference.dtype) * references
-    frozen += policy * 4 * cluster.reward.actors
-    processes = 2 + cluster.learner.actors + cluster.reward.actors + references
-    # An engine is the actor and the process that runs the model.
-    processes += 2 * cluster.rollout.actors
-    caches = max(1, round(config.rollout.kv_cache_gib)) * cluster.rollout.actors
+    learner += _parameters(reference) * _width(config.reference.dtype) * references
+    processes = cluster.learner.actors + references
     return (
-        (engine * cluster.rollout.actors + learner + frozen) / _GIB
-        + caches
-        + processes * _PROCESS_GIB
+        learner / _GIB + processes * _PROCESS_GIB + _judges(policy, config.rollout, config.cluster)
     )
 
 
-def require_memory(models: Sequence[Path], config: RLConfig) -> None:
+def sft_memory_gib(policy: Path, config: SFTConfig, *, concurrent: int = 1) -> float:
+    """The same of `pavlov sft`, or of so many trainings around one engine and one ensemble."""
+    learner = _learner(policy, config.rollout, lora=config.policy.lora is not None)
+    processes = config.cluster.learner.actors
+    return concurrent * (learner / _GIB + processes * _PROCESS_GIB) + _judges(
+        policy, config.rollout, config.cluster
+    )
+
+
+def _learner(policy: Path, rollout: RolloutSection, *, lora: bool) -> float:
+    """Bytes of weights, gradients and two moments in float32, and of a copy on the wire. Of an
+    adapter all that comes on top of the frozen weights is small."""
+    return _parameters(policy) * (4 if lora else 16 + _width(rollout.dtype))
+
+
+def _judges(policy: Path, rollout: RolloutSection, cluster: ClusterSection) -> float:
+    """GiB of the engines with their caches, of the ensembles, and of the driver and Ray.
+
+    The reward trunk is taken to be of the policy's size, in the wider precision.
+    """
+    engines, ensembles = cluster.rollout.actors, cluster.reward.actors
+    weights = _parameters(policy) * (_width(rollout.dtype) * engines + 4 * ensembles)
+    # An engine is the actor and the process that runs the model.
+    processes = 2 + 2 * engines + ensembles
+    return weights / _GIB + max(1, round(rollout.kv_cache_gib)) * engines + processes * _PROCESS_GIB
+
+
+def require_memory(wanted_gib: float, cluster: ClusterSection) -> None:
     """Refuse a run that would not fit into this machine's free memory.
 
     Only where everything computes on the CPU of one machine: elsewhere Ray places by resources.
@@ -58,14 +71,13 @@ def require_memory(models: Sequence[Path], config: RLConfig) -> None:
     """
     import os
 
-    if config.cluster.rollout.gpus or config.cluster.learner.gpus or "RAY_ADDRESS" in os.environ:
+    if cluster.rollout.gpus or cluster.learner.gpus or "RAY_ADDRESS" in os.environ:
         return
-    wanted = memory_estimate_gib(models, config)
-    free = free_memory() / _GIB
-    if wanted > free:
+    free_gib = free_memory() / _GIB
+    if wanted_gib > free_gib:
         raise ResourceError(
-            f"about {wanted:.1f} GiB of memory are wanted and {free:.1f} are free; take a smaller "
-            "policy.model, less rollout.kv_cache_gib, or another machine"
+            f"about {wanted_gib:.1f} GiB of memory are wanted and {free_gib:.1f} are free; take a "
+            "smaller policy.model, less rollout.kv_cache_gib, or another machine"
         )
 
 

@@ -34,16 +34,16 @@ def choose_layout(configured: CpuLayout | None, *, side_by_side: bool = False) -
 
 def share_of_cores(placements: Iterable[RolePlacement]) -> int:
     """Threads that each of a run's CPU actors may compute with at once, so that they do not stall
-    each other. Inside a `ray_session`; one where several nodes may each have other cores."""
+    each other; one where several nodes may each have other cores."""
     actors = sum(placement.actors for placement in placements if not placement.gpus)
     return 1 if several_nodes() else max(1, usable_cores() // max(1, actors))
 
 
 def several_nodes() -> bool:
-    """Whether Ray has more nodes than this one. Inside a `ray_session`."""
+    """Whether Ray has more nodes than this one; not before it was started or joined."""
     import ray
 
-    return sum(node["Alive"] for node in ray.nodes()) > 1
+    return ray.is_initialized() and sum(node["Alive"] for node in ray.nodes()) > 1
 
 
 def actor_environment(layout: CpuLayout, gpus: float, threads: int = 1) -> dict[str, str]:

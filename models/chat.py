@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 from rlhf.errors import ModelError
@@ -73,25 +75,32 @@ class ChatTokenizer:
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Token ids of the conversation, up to where the assistant's next turn begins.
 
-        The template's control tokens are real ones, and so are those that a message's text spells:
-        messages are not escaped.
+        Control tokens are those of the template alone: what spells one in a message is text, for a
+        user who could end the turn and open another one would speak as the system.
 
         Raises:
             ModelError: the template refuses the conversation, e.g. for its system turn.
         """
-        from jinja2 import TemplateError
+        contents = [message.content for message in messages]
+        if not any(map(self._control.search, contents)):
+            return self._encode(self._rendered(messages, contents))
+        # Numbered stand-ins while the template writes, so that what spells a control token then is
+        # the template's; it may leave out a message, or write one twice.
+        mark = "\ue000"
+        while any(mark in content for content in contents):
+            mark += "\ue000"
+        spelt: list[str] = []
 
-        try:
-            text = self._tokenizer.apply_chat_template(
-                [{"role": message.role, "content": message.content} for message in messages],
-                add_generation_prompt=True,
-                tokenize=False,
-            )
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
-            raise ModelError(
-                f"the chat template refuses this conversation: {_first_line(error)}"
-            ) from None
-        return self._encode(str(text))
+        def stand_in(found: re.Match[str]) -> str:
+            spelt.append(found[0])
+            return f"{mark}{len(spelt) - 1}\ue001"
+
+        text = self._rendered(messages, [self._control.sub(stand_in, each) for each in contents])
+        token_ids: tuple[int, ...] = ()
+        for place, part in enumerate(re.split(f"({self._control.pattern})", text)):
+            said = re.sub(f"{mark}(\\d+)\ue001", lambda found: spelt[int(found[1])], part)
+            token_ids += self._encode(said, split_special_tokens=place % 2 == 0)
+        return token_ids
 
     def reply_ids(self, text: str, *, finished: bool) -> tuple[int, ...]:
         """Token ids of an assistant's reply; a finished one ends with the end-of-turn token.
@@ -109,6 +118,33 @@ class ChatTokenizer:
     def save(self, folder: Path) -> None:
         """Write tokenizer and template beside a model."""
         self._tokenizer.save_pretrained(folder)
+
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        """Finds what spells a control token, the longest one where several would do."""
+        added = self._tokenizer.added_tokens_decoder.values()
+        spellings = {token.content for token in added if token.special}
+        spellings |= set(self._tokenizer.all_special_tokens)
+        return re.compile("|".join(map(re.escape, sorted(spellings, key=len, reverse=True))))
+
+    def _rendered(self, messages: Sequence[Message], contents: Sequence[str]) -> str:
+        """The conversation by the template, with these contents for the messages' own."""
+        from jinja2 import TemplateError
+
+        turns = [
+            {"role": message.role, "content": content}
+            for message, content in zip(messages, contents, strict=True)
+        ]
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    turns, add_generation_prompt=True, tokenize=False
+                )
+            )
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
+            raise ModelError(
+                f"the chat template refuses this conversation: {_first_line(error)}"
+            ) from None
 
     def _encode(self, text: str, *, split_special_tokens: bool = False) -> tuple[int, ...]:
         try:

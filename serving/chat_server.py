@@ -16,7 +16,7 @@ from rich.console import Console
 
 from actors.chat_engine import ChatEngine, Piece, Sampling
 from actors.chat_scorer import ChatScorer
-from cluster.layout import actor_environment, choose_layout, usable_cores
+from cluster.layout import actor_environment, choose_layout, share_of_cores, usable_cores
 from cluster.session import node_address, ray_session
 from cluster.spawn import find_cause
 from models.reward_model import BankAnswers, RewardCard, RewardModel
@@ -27,7 +27,7 @@ from models.sources import (
     resolve_reward_model,
     weights_fingerprint,
 )
-from rlhf.config import parse_config
+from rlhf.config import RolePlacement, parse_config
 from rlhf.config.serve import ReplicasSection, ServeConfig, ServeSection
 from rlhf.errors import ModelError, RunError
 from rlhf.records import Message
@@ -213,7 +213,8 @@ class Assistant:
         still, to finish what it was asked."""
         self._started += 1
         name = f"{self._name}-{live.version}-{self._started}"
-        run_application(_engine(self._config, live.model), name, None, READY_S)
+        engine = _engine(self._config, self._judges, live.model)
+        run_application(engine, name, None, READY_S)
         return replace(live, engine=name)
 
 
@@ -244,7 +245,7 @@ def from_arguments(arguments: dict[str, Any]) -> Any:
     judges = _Judges.of(config)
     name = config.serve.name
     ingress = _ingress(config, judges, lambda: model, lambda: name)
-    return ingress.bind(_engine(config, str(model)), *_scorers(config, judges))
+    return ingress.bind(_engine(config, judges, str(model)), *_scorers(config, judges))
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +263,7 @@ class _Judges:
         return cls(folder, RewardModel.load(folder).card)
 
 
-def _engine(config: ServeConfig, model: str) -> Any:
+def _engine(config: ServeConfig, judges: _Judges | None, model: str) -> Any:
     """The deployment of one version's engine.
 
     Raises:
@@ -272,7 +273,8 @@ def _engine(config: ServeConfig, model: str) -> Any:
     length = _checked_length(config, model)
     # Given up one by one, candidates are calls of their own.
     calls = settings.best_of_limit if settings.reject_after else 1
-    deployed = _deployed(ChatEngine, "engine", settings.engine, _places(settings, calls), settings)
+    places, threads = _places(settings, calls), _threads(settings, judges)
+    deployed = _deployed(ChatEngine, "engine", settings.engine, places, settings, threads)
     return deployed.bind(model, config.engine, length, settings.engine.gpus)
 
 
@@ -288,13 +290,25 @@ def _scorers(config: ServeConfig, judges: _Judges | None) -> list[Any]:
     if judges is None:
         return []
     settings = config.serve
-    places = _places(settings, settings.best_of_limit)
+    places, threads = _places(settings, settings.best_of_limit), _threads(settings, judges)
     return [
-        _deployed(ChatScorer, _bank(number), settings.scorer, places, settings).bind(
+        _deployed(ChatScorer, _bank(number), settings.scorer, places, settings, threads).bind(
             str(judges.folder), number, settings.scorer.gpus
         )
         for number in range(len(judges.card.banks))
     ]
+
+
+def _threads(settings: ServeSection, judges: _Judges | None) -> int:
+    """Threads of each engine and each of the ensemble's backbones on CPU, all replicas that there
+    may be computing at once."""
+    banks = len(judges.card.banks) if judges else 0
+    computing = [(settings.engine, 1), (settings.scorer, banks)]
+    return share_of_cores(
+        RolePlacement(actors=replicas.most * each, gpus=replicas.gpus)
+        for replicas, each in computing
+        if each
+    )
 
 
 def _places(settings: ServeSection, calls: int) -> int:
@@ -341,7 +355,7 @@ def _ingress(
     # SQLite's file is on this node.
     sqlite = (settings.feedback or "").startswith("sqlite")
     here = {f"node:{node_address()}": 0.001} if sqlite else {}
-    return _deployed(served, "chat", settings.ingress, places, settings, here)
+    return _deployed(served, "chat", settings.ingress, places, settings, resources=here)
 
 
 def _deployed(
@@ -350,6 +364,8 @@ def _deployed(
     replicas: ReplicasSection,
     places: int,
     settings: ServeSection,
+    threads: int = 1,
+    *,
     resources: Mapping[str, float] = MappingProxyType({}),
 ) -> Any:
     from ray import serve
@@ -374,7 +390,7 @@ def _deployed(
             "num_cpus": replicas.cpus,
             "num_gpus": replicas.gpus,
             "resources": dict(resources),
-            "runtime_env": {"env_vars": actor_environment(layout, replicas.gpus)},
+            "runtime_env": {"env_vars": actor_environment(layout, replicas.gpus, threads)},
         },
         **options,
     )(target)

@@ -18,7 +18,6 @@ import asyncio
 import json
 import shutil
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cluster.capacity import require_memory
+from cluster.capacity import require_memory, rl_memory_gib
 from cluster.files import folder_beside, in_ray_job, write_atomically
 from cluster.layout import usable_cores
 from cluster.progress import Progressing
@@ -40,6 +39,7 @@ from rlhf.ensemble import aggregate
 from rlhf.errors import RunFolderError
 from rlhf.records import Completion, Message, Prompt
 from rlhf.statistics import paired_interval, wilson_interval
+from trainers.attempts import Clock
 from trainers.fleet import Fleet
 from trainers.reward import require_pairs, train_reward_model
 from trainers.reward_card import describe
@@ -72,10 +72,11 @@ def run_demo(config: DemoConfig, out: Path, console: Console) -> dict[str, Any]:
     recorded = json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
     _refuse_other(out, recorded)
     model = resolve_model(config.policy.model)
-    require_memory([model, model], rl_config(config, out))
+    reinforcement = rl_config(config, out)
+    require_memory(rl_memory_gib(model, model, reinforcement), reinforcement.cluster)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "config.json", recorded)
-    clock = _Clock(out)
+    clock = Clock(out)
     if not (out / "summary.json").is_file():
         base = _sample_base(config, out, console)
         clock.save()
@@ -88,21 +89,6 @@ def run_demo(config: DemoConfig, out: Path, console: Console) -> dict[str, Any]:
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
     _show(out, summary, console)
     return summary
-
-
-class _Clock:
-    """Time spent on a demo, over all its attempts up to the last stage each one finished."""
-
-    def __init__(self, out: Path) -> None:
-        self._path = out / "spent_s"
-        self._earlier = float(self._path.read_text()) if self._path.is_file() else 0.0
-        self._started = time.monotonic()
-
-    def save(self) -> float:
-        """Seconds so far, kept for the next attempt."""
-        total = self._earlier + time.monotonic() - self._started
-        write_atomically(self._path, str(total))
-        return total
 
 
 def _refuse_other(out: Path, recorded: str) -> None:
@@ -225,7 +211,7 @@ def rl_config(config: DemoConfig, out: Path) -> RLConfig:
 
 
 def _judge(
-    config: DemoConfig, out: Path, base: dict[str, list[Answer]], clock: _Clock, console: Console
+    config: DemoConfig, out: Path, base: dict[str, list[Answer]], clock: Clock, console: Console
 ) -> None:
     """Stage 5: the paired comparison on held-out prompts."""
     console.print("5 judge     tuned against base on the held-out prompts")

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from actors.gauges import Gauges
-from cluster.capacity import require_memory
+from cluster.capacity import require_memory, rl_memory_gib
 from cluster.files import RunFolder, resolve_run_folder
 from cluster.layout import usable_cores
 from cluster.progress import Progressing
@@ -19,16 +19,11 @@ from models.chat import ChatTokenizer
 from models.reward_model import RewardModel
 from models.sources import portable_name, resolve_model, resolve_reward_model
 from rlhf.config import PPOSection, RLConfig, data_path
-from rlhf.errors import (
-    ActorLostError,
-    CheckpointError,
-    ModelError,
-    PavlovError,
-    RunError,
-)
+from rlhf.errors import CheckpointError, ModelError, PavlovError, RunError
 from rlhf.prompts import PromptCursor
 from rlhf.records import FailedGroup, Prompt, ScoredGroup
 from rlhf.reward_functions import RewardFunctions
+from trainers.attempts import until_done
 from trainers.domain_shift import shift_threshold
 from trainers.fleet import Fleet, Models
 from trainers.loop import Loop
@@ -64,18 +59,15 @@ def run_rl(
         files = [data_path(path) for path in config.data.prompts]
         limits = config.data.max_prompt_tokens, console, config.data.limit
         prompts = usable_prompts(files, [policy], *limits)
-    require_memory([policy, reference], config)
+    require_memory(rl_memory_gib(policy, reference, config), config.cluster)
     folder = RunFolder.claim(folder_path, config, resume=resume)
     try:
-        for left in range(config.cluster.restarts, -1, -1):
-            try:
-                _attempt(config, models, prompts, folder, console, resume, finish)
-                break
-            except ActorLostError as error:
-                if not left:
-                    raise
-                console.print(f"{error}; going on from the newest checkpoint")
-                resume = True
+        until_done(
+            lambda again: _attempt(config, models, prompts, folder, console, again, finish),
+            config.cluster.restarts,
+            console.print,
+            resume=resume,
+        )
     finally:
         folder.release()
     return folder.path

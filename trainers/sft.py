@@ -17,7 +17,6 @@ import math
 import os
 import shutil
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from rich.console import Console
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor
 from actors.sft_worker import SFTJob, SFTWorker, read_evaluations, train_sft
+from cluster.capacity import require_memory, sft_memory_gib
 from cluster.files import RunFolder, resolve_run_folder, write_atomically
 from cluster.layout import (
     CpuLayout,
@@ -39,9 +39,11 @@ from cluster.progress import Progressing
 from cluster.session import ray_session, shared_memory_folder
 from cluster.spawn import Role, find_cause, first_line, require_room, spawn
 from cluster.weights import choose_transport
+from models.sources import resolve_model
 from rlhf.config import SFTConfig
-from rlhf.errors import PavlovError, ResourceError, RunError, RunFolderError
+from rlhf.errors import ActorLostError, PavlovError, ResourceError, RunError, RunFolderError
 from rlhf.stopping import Evaluation, verdict
+from trainers.attempts import Clock, until_done
 from trainers.sft_data import Prepared, prepare, write_examples
 from trainers.sft_report import show, summarise
 
@@ -78,20 +80,25 @@ def run_sft(
     Everything that the user may have got wrong is checked before the folder is claimed and before
     any actor starts.
     """
-    started = time.monotonic()
     folder_path = resolve_run_folder(config.run.dir, config_path)
     prepared = prepare(config, console)
+    require_memory(sft_memory_gib(resolve_model(prepared.model), config), config.cluster)
     folder = claim(config, folder_path, prepared, resume=resume)
+    path = folder.path
+
+    def attempt(resume: bool) -> None:
+        with ray_session(path.name, num_cpus=usable_cores()) as namespace:
+            console.print(f"run {path}  namespace {namespace}")
+            job = start_job(config, prepared, path, namespace, console, resume=resume)
+            _train(job, path / EXAMPLES, clock, console)
+
     try:
-        with ray_session(folder.path.name, num_cpus=usable_cores()) as namespace:
-            console.print(f"run {folder.path}  namespace {namespace}")
-            job = start_job(config, prepared, folder.path, namespace, console, resume=resume)
-            _train(job, folder.path / EXAMPLES, console)
-        summary = summarise(folder.path, config, time.monotonic() - started)
-        show(summary, folder.path, console)
+        clock = Clock(path)
+        until_done(attempt, config.cluster.restarts, console.print, resume=resume)
+        show(summarise(path, config, clock.save()), path, console)
     finally:
         folder.release()
-    return folder.path
+    return path
 
 
 def steps_of(config: SFTConfig, examples: int) -> int:
@@ -189,7 +196,7 @@ def _judges(config: SFTConfig, prepared: Prepared, run: str, memory: Path) -> li
     ]
 
 
-def _train(job: SFTJob, data: Path, console: Console) -> None:
+def _train(job: SFTJob, data: Path, clock: Clock, console: Console) -> None:
     """Ray Train, and beside it a line for every evaluation."""
     failures: list[BaseException] = []
 
@@ -213,7 +220,9 @@ def _train(job: SFTJob, data: Path, console: Console) -> None:
                 note = _line(evaluations[: place + 1], config)
                 progress.advance(evaluations[place].step - done, note=note)
                 done = evaluations[place].step
-            said = len(evaluations)
+            if said < len(evaluations):
+                said = len(evaluations)
+                clock.save()
             if over:
                 break
     if failures:
@@ -236,6 +245,7 @@ def fit(job: SFTJob, data: Path, concurrent: int = 1) -> None:
 
     Raises:
         PavlovError: as a worker raised it.
+        ActorLostError: a worker died.
         RunError: anything else that ended training.
     """
     import ray.data
@@ -284,14 +294,21 @@ def fit(job: SFTJob, data: Path, concurrent: int = 1) -> None:
 
 
 def _reason(error: Any) -> PavlovError:
+    from ray.exceptions import RayActorError
+
     if "WorkerGroupStartupTimeout" in repr(error) + str(error):
         return ResourceError(
             "the learner's workers could not be placed in time: set cluster.learner.cpus and gpus "
             "to what is free, or wait with a larger cluster.start_timeout_s"
         )
-    for failure in getattr(error, "worker_failures", {}).values():
-        cause = find_cause(failure)
+    causes = [find_cause(failure) for failure in getattr(error, "worker_failures", {}).values()]
+    for cause in causes:
         if isinstance(cause, PavlovError):
             return cause
+    # Before what the others say, whom it left waiting.
+    for cause in causes:
+        if isinstance(died := getattr(cause, "health_check_failure", None), RayActorError):
+            return ActorLostError(f"a worker died: {first_line(died)}")
+    for cause in causes:
         return RunError(f"a worker failed: {type(cause).__name__}: {first_line(cause)}")
     return RunError(f"training failed: {first_line(error)}")

@@ -18,7 +18,6 @@ import random
 import shutil
 import statistics
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,18 +28,22 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.sft_worker import SFTJob, read_evaluations
+from cluster.capacity import require_memory, sft_memory_gib
 from cluster.files import as_json, folder_beside, resolve_run_folder, write_atomically
 from cluster.layout import usable_cores
 from cluster.progress import Progressing
 from cluster.session import ray_session
+from cluster.spawn import find_cause, first_line
+from models.sources import resolve_model
 from rlhf.config import LoRASection, SFTConfig, TuneConfig
-from rlhf.errors import CheckpointError, RunError, WeightUpdateError
+from rlhf.errors import ActorLostError, CheckpointError, RunError, WeightUpdateError
 from rlhf.seeding import derive_seed
 from rlhf.statistics import paired_interval
 from rlhf.stopping import Evaluation, verdict
+from trainers.attempts import Clock, until_done
 from trainers.comparing import side_by_side
 from trainers.sft import EXAMPLES, claim, fit, start_job, steps_of
-from trainers.sft_data import prepare
+from trainers.sft_data import Prepared, prepare
 
 _DONE = "finished.json"
 _FAILED = "failed.txt"
@@ -89,39 +92,57 @@ def run_tune(
     Everything that the user may have got wrong is checked before the folder is claimed and before
     any actor starts.
     """
-    started = time.monotonic()
     folder_path = resolve_run_folder(config.run.dir, config_path)
     prepared = prepare(config, console, more_prompts=config.tune.final_prompts)
+    require_memory(_memory_gib(config, prepared.model), config.cluster)
     folder = claim(config, folder_path, prepared, resume=resume)
     try:
-        with ray_session(folder.path.name, num_cpus=usable_cores()) as namespace:
-            console.print(f"run {folder.path}  namespace {namespace}")
-            trials = drawn(config)
-            left = [t for t in trials if not (_folder(folder.path, t) / _DONE).is_file()]
-            if len(left) < len(trials):
-                console.print(f"{len(trials) - len(left)} trials are there already")
-            shared = start_job(
-                config,
-                prepared,
-                folder.path,
-                namespace,
-                console,
-                resume=False,
-                concurrent=min(config.tune.concurrent, max(1, len(left))),
-            )
-            shared = replace(shared, prompted=())
-            examples = len(prepared.train)
-            if left:
-                _search(config, left, shared, examples, console)
-            outcomes = [_outcome(folder.path, trial) for trial in trials]
-            unseen = prepared.prompts[config.answers.limit :]
-            summary = _final(replace(shared, prompts=unseen), outcomes, console)
-        summary["wall_s"] = round(time.monotonic() - started, 1)
-        write_atomically(folder.path / "summary.json", as_json(summary, indent=2) + "\n")
-        _show(outcomes, summary, folder.path, console)
+        clock = Clock(folder.path)
+        until_done(
+            lambda _: _attempt(config, prepared, folder.path, clock, console),
+            config.cluster.restarts,
+            console.print,
+            resume=resume,
+            where="with the trials that are left",
+        )
     finally:
         folder.release()
     return folder.path
+
+
+def _attempt(
+    config: TuneConfig, prepared: Prepared, run: Path, clock: Clock, console: Console
+) -> None:
+    """The trials that are left, the final comparison and the summary."""
+    with ray_session(run.name, num_cpus=usable_cores()) as namespace:
+        console.print(f"run {run}  namespace {namespace}")
+        trials = drawn(config)
+        left = [trial for trial in trials if not (_folder(run, trial) / _DONE).is_file()]
+        if len(left) < len(trials):
+            console.print(f"{len(trials) - len(left)} trials are there already")
+        concurrent = min(config.tune.concurrent, max(1, len(left)))
+        shared = start_job(
+            config, prepared, run, namespace, console, resume=False, concurrent=concurrent
+        )
+        shared = replace(shared, prompted=())
+        if left:
+            _search(config, left, shared, len(prepared.train), clock, console)
+        outcomes = [_outcome(run, trial) for trial in trials]
+        unseen = prepared.prompts[config.answers.limit :]
+        summary = _final(replace(shared, prompts=unseen), outcomes, console)
+    summary["wall_s"] = round(clock.save(), 1)
+    write_atomically(run / "summary.json", as_json(summary, indent=2) + "\n")
+    _show(outcomes, summary, run, console)
+
+
+def _memory_gib(config: TuneConfig, model: str) -> float:
+    """Of as many trials at once as there may be, the largest of them."""
+    trials = drawn(config)
+    policy, concurrent = resolve_model(model), min(config.tune.concurrent, len(trials))
+    return max(
+        sft_memory_gib(policy, settings_of(config, trial), concurrent=concurrent)
+        for trial in trials
+    )
 
 
 def drawn(config: TuneConfig) -> list[Trial]:
@@ -167,16 +188,19 @@ def _search(
     trials: Sequence[Trial],
     shared: SFTJob,
     examples: int,
+    clock: Clock,
     console: Console,
 ) -> None:
     """All trials that are left, by Ray Tune; each leaves a mark when it has come to its end.
 
     Raises:
-        RunError: a trial was lost with its engine or ensemble, or the search was interrupted.
+        ActorLostError: a trial was lost with a worker, the engine or the ensemble.
+        RunError: a trial failed otherwise, or the search was interrupted.
     """
     # Ours ends the command; Tune's would let it go on with half a search.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     from ray import tune
+    from ray.exceptions import RayActorError
     from ray.tune.schedulers import ASHAScheduler
 
     run = Path(shared.folder)
@@ -249,14 +273,16 @@ def _search(
                 name="search",
                 storage_path=str(run / ".tune"),
                 verbose=0,
-                callbacks=[Marking(run, config, examples, progress)],
+                callbacks=[Marking(run, config, examples, clock, progress)],
             ),
         )
         results = tuner.fit()
     shutil.rmtree(run / ".tune", ignore_errors=True)
     if results.errors:
-        reason = str(results.errors[0]).strip().splitlines()[-1]
-        raise RunError(f"a trial was lost: {reason}; go on with --resume")
+        causes = [find_cause(error) for error in results.errors]
+        if lost := [each for each in causes if isinstance(each, ActorLostError | RayActorError)]:
+            raise ActorLostError(f"a trial was lost: {first_line(lost[0])}")
+        raise RunError(f"a trial failed: {first_line(causes[0])}; go on with --resume")
     if not all((_folder(run, trial) / _DONE).is_file() for trial in trials):
         raise RunError("the search was interrupted; go on with --resume")
     # Those of an earlier attempt too: large, and what an ended worker was just writing.
@@ -276,8 +302,10 @@ def start_known(run: Path) -> Evaluation | None:
 class Marking(Callback):
     """What Tune calls when a trial is over: it is marked, and said."""
 
-    def __init__(self, run: Path, config: TuneConfig, examples: int, progress: Progressing) -> None:
-        self._run, self._config, self._examples = run, config, examples
+    def __init__(
+        self, run: Path, config: TuneConfig, examples: int, clock: Clock, progress: Progressing
+    ) -> None:
+        self._run, self._config, self._examples, self._clock = run, config, examples, clock
         self._progress: Progressing | None = progress
 
     def __getstate__(self) -> dict[str, Any]:
@@ -290,6 +318,7 @@ class Marking(Callback):
         folder = _folder(self._run, done)
         mark = _mark(folder, settings_of(self._config, done), self._examples)
         write_atomically(folder / _DONE, json.dumps(mark) + "\n")
+        self._clock.save()
         if self._progress is not None:
             self._progress.advance(note=f"{done.sentence}: {mark['ended']}")
 

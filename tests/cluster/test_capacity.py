@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from cluster.capacity import memory_estimate_gib, require_memory
-from rlhf.config import RLConfig, parse_config
+from cluster.capacity import require_memory, rl_memory_gib, sft_memory_gib
+from rlhf.config import RLConfig, SFTConfig, parse_config
 from rlhf.errors import ModelError, ResourceError
 
 GIB = 2**30
@@ -57,46 +57,70 @@ def model_of(folder: Path, parameters: int) -> Path:
 
 
 def test_a_run_that_does_not_fit_is_refused_with_both_numbers(tiny_model, free_gib):
-    wanted = memory_estimate_gib([tiny_model, tiny_model], config())
+    wanted = rl_memory_gib(tiny_model, tiny_model, config())
     free_gib(2.5)
     with pytest.raises(ResourceError) as caught:
-        require_memory([tiny_model, tiny_model], config())
+        require_memory(rl_memory_gib(tiny_model, tiny_model, config()), config().cluster)
     numbers = re.findall(r"\d+\.\d", str(caught.value))
     assert numbers == [f"{wanted:.1f}", "2.5"]
     assert "rollout.kv_cache_gib" in str(caught.value)
 
 
 def test_a_run_that_fits_is_accepted(tiny_model, free_gib):
-    wanted = memory_estimate_gib([tiny_model, tiny_model], config())
+    wanted = rl_memory_gib(tiny_model, tiny_model, config())
     free_gib(wanted + 0.01)
-    require_memory([tiny_model, tiny_model], config())
+    require_memory(rl_memory_gib(tiny_model, tiny_model, config()), config().cluster)
     free_gib(wanted - 0.01)
     with pytest.raises(ResourceError):
-        require_memory([tiny_model, tiny_model], config())
+        require_memory(rl_memory_gib(tiny_model, tiny_model, config()), config().cluster)
 
 
 def test_the_estimate_counts_weights_optimiser_cache_and_processes(tmp_path, tiny_model):
     quarter = GIB // 4  # parameters: 1 GiB of float32
     big = model_of(tmp_path / "big", quarter)
-    small = memory_estimate_gib([tiny_model, tiny_model], config())
+    small = rl_memory_gib(tiny_model, tiny_model, config())
     # An engine 1, the learner 16 / 4 and a copy on the wire 1, reference and reward trunk 1 each.
-    assert memory_estimate_gib([big, big], config()) - small == pytest.approx(8, abs=0.05)
+    assert rl_memory_gib(big, big, config()) - small == pytest.approx(8, abs=0.05)
     # A small reference instead saves 1, bfloat16 in the engine a half twice.
-    assert memory_estimate_gib([big, tiny_model], config()) - small == pytest.approx(7, abs=0.05)
+    assert rl_memory_gib(big, tiny_model, config()) - small == pytest.approx(7, abs=0.05)
     half = config(rollout={"dtype": "bfloat16"})
-    assert memory_estimate_gib([big, big], half) - small == pytest.approx(7, abs=0.05)
+    assert rl_memory_gib(big, big, half) - small == pytest.approx(7, abs=0.05)
     more_cache = config(rollout={"dtype": "float32", "kv_cache_gib": 3.0})
-    assert memory_estimate_gib([tiny_model] * 2, more_cache) - small == pytest.approx(2, abs=0.01)
+    assert rl_memory_gib(tiny_model, tiny_model, more_cache) - small == pytest.approx(2, abs=0.01)
     engines = config(cluster={"rollout": {"actors": 2}})
-    assert memory_estimate_gib([big, big], engines) - memory_estimate_gib([big, big], config()) > 2
+    assert rl_memory_gib(big, big, engines) - rl_memory_gib(big, big, config()) > 2
+
+
+def test_trainings_side_by_side_share_an_engine_and_an_ensemble(tmp_path, tiny_model):
+    big = model_of(tmp_path / "big", GIB // 4)
+
+    def sft(**policy: object) -> SFTConfig:
+        values = {
+            "reward": {"model": "r"},
+            "data": {"conversations": ["c"]},
+            "answers": {"prompts": ["p"]},
+            "policy": {"dtype": "float32", **policy},
+            "rollout": {"dtype": "float32"},
+        }
+        return parse_config(SFTConfig, values, "test")
+
+    def weights(config: SFTConfig, concurrent: int) -> float:
+        return sft_memory_gib(big, config, concurrent=concurrent) - sft_memory_gib(
+            tiny_model, config, concurrent=concurrent
+        )
+
+    # An engine and a reward trunk 1 each, a learner 16 / 4 and a copy on the wire 1.
+    assert weights(sft(), 1) == pytest.approx(7, abs=0.05)
+    assert weights(sft(), 3) == pytest.approx(17, abs=0.05)
+    assert weights(sft(lora={}), 1) == pytest.approx(3, abs=0.05)
 
 
 def test_elsewhere_ray_places_by_resources(tiny_model, free_gib, monkeypatch):
     free_gib(0.1)
     on_gpus = config(cluster={"rollout": {"gpus": 1}, "learner": {"gpus": 1}})
-    require_memory([tiny_model, tiny_model], on_gpus)
+    require_memory(rl_memory_gib(tiny_model, tiny_model, on_gpus), on_gpus.cluster)
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    require_memory([tiny_model, tiny_model], config())
+    require_memory(rl_memory_gib(tiny_model, tiny_model, config()), config().cluster)
 
 
 def test_a_containers_limit_counts_where_it_is_lower(tmp_path, monkeypatch):
@@ -144,4 +168,4 @@ def test_damaged_weights_are_named(tmp_path):
     folder = model_of(tmp_path / "model", 10)
     (folder / "model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(ModelError, match=r"model\.safetensors is damaged"):
-        memory_estimate_gib([folder, folder], config())
+        rl_memory_gib(folder, folder, config())

@@ -169,6 +169,7 @@ def test_a_role_computes_with_all_threads_in_turns_and_with_its_own_beside_other
 )
 def test_actors_on_the_cpu_share_its_cores(monkeypatch, cores, actors, nodes, threads):
     monkeypatch.setattr(layout, "usable_cores", lambda: cores)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}] * nodes + [{"Alive": False}])
     on_gpu = RolePlacement(actors=3, gpus=1)
     on_cpu = [RolePlacement()] * max(0, actors - 2) + [RolePlacement(actors=2)] * (actors > 0)

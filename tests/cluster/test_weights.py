@@ -218,6 +218,7 @@ def test_weights_in_the_memory_of_another_node_are_told_from_an_old_version(tmp_
 def test_weights_reach_several_nodes_unless_another_way_is_configured(
     monkeypatch, configured, alive, chosen
 ):
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": each} for each in alive])
     said: list[str] = []
     cluster = ClusterSection(start_timeout_s=7.0, **configured)

@@ -63,6 +63,16 @@ rollout = {{ dtype = "float32", max_sequences = 8 }}
     def start(self, name: str, *arguments: str) -> subprocess.Popen[str]:
         return self.command("sft", str(self.config), f"run.dir={name}", *arguments)
 
+    def evaluated(self, name: str) -> subprocess.Popen[str]:
+        """A run that has been evaluated twice and goes on."""
+        process = self.start(name)
+        deadline = time.monotonic() + 240
+        while len(self.rows(name, "evaluations.jsonl")) < 2:
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert time.monotonic() < deadline, "no evaluation within 240 s"
+            time.sleep(0.05)
+        return process
+
 
 @pytest.fixture(scope="module")
 def runs(
@@ -132,12 +142,7 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint_and_ends_as_the_unbrok
     runs: Runs, unbroken: str
 ) -> None:
     before = shared_memory()
-    process = runs.start("killed")
-    deadline = time.monotonic() + 240
-    while len(runs.rows("killed", "evaluations.jsonl")) < 2:
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        assert time.monotonic() < deadline, "no evaluation within 240 s"
-        time.sleep(0.05)
+    process = runs.evaluated("killed")
     started = below(process.pid)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -156,6 +161,23 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint_and_ends_as_the_unbrok
     ]
     for name, tensor in policies[0].items():
         torch.testing.assert_close(policies[1][name], tensor, atol=2e-5, rtol=0, msg=name)
+
+
+@pytest.mark.slow
+def test_a_run_whose_worker_is_killed_goes_on_by_itself(runs: Runs, unbroken: str) -> None:
+    before = shared_memory()
+    process = runs.evaluated("worker")
+    started = below(process.pid)
+    [worker] = [each for each in started if "TrainWorker" in " ".join(each.cmdline())]
+    worker.kill()
+    printed, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors
+    assert "a worker died" in printed and "going on from the newest checkpoint" in printed
+    for name, key in (("metrics.jsonl", "loss/train"), ("evaluations.jsonl", "loss")):
+        one, other = runs.rows(unbroken, name), runs.rows("worker", name)
+        assert [row["step"] for row in other] == [row["step"] for row in one]
+        assert [r[key] for r in other] == pytest.approx([r[key] for r in one], abs=1e-4)
+    assert_nothing_left(started, before)
 
 
 @pytest.mark.parametrize(

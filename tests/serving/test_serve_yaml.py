@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -21,6 +22,32 @@ def test_the_shipped_file_is_what_serve_takes_and_what_pavlov_builds(tiny_model:
     assert from_arguments(arguments) is not None
     # Serve finds its deployments by the application's name.
     assert application.name == arguments["serve"]["name"]
+
+
+def threads_of(deployment: Any) -> int:
+    environment = deployment._bound_deployment.ray_actor_options["runtime_env"]["env_vars"]
+    return int(environment["OMP_NUM_THREADS"])
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(2, (2, 2)), (12, (1, 3)), (5, (1, 1))])
+def test_engines_and_backbones_share_the_cores(
+    tiny_model: Path,
+    tiny_reward_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
+    threads: tuple[int, int],
+):
+    monkeypatch.setattr("cluster.layout.usable_cores", lambda: cores)
+    ingress = from_arguments(
+        {
+            "policy": {"model": str(tiny_model)},
+            "reward": str(tiny_reward_model),
+            "serve": {"max_prompt_tokens": 512, "engine": {"most": 2}, "scorer": {"most": 2}},
+        }
+    )
+    engine, scorer = ingress._bound_deployment.init_args
+    found = tuple(threads_of(deployment) for deployment in (ingress, engine, scorer))
+    assert found == (threads[0], threads[1], threads[1])
 
 
 def test_a_wrong_key_is_refused_as_in_a_toml_file():

@@ -220,6 +220,7 @@ def test_actors_share_the_cores_but_for_a_run_that_must_repeat(
 
     monkeypatch.setattr("cluster.layout.usable_cores", lambda: 16)
     monkeypatch.setattr("cluster.spawn._wait_for_placement", placed)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}])
     monkeypatch.setattr("ray.remote", remote)
     groups = importlib.import_module("ray.util.placement_group")
@@ -246,6 +247,7 @@ def test_actors_on_several_nodes_are_told_a_transport_that_reaches_them(
         started.extend(role.arguments(0) for role in roles if role.name in ("rollout", "learner"))
         raise RunError("enough seen")
 
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}] * 2)
     monkeypatch.setattr("trainers.fleet.spawn_in_thread", spawn)
     config = parse_config(RLConfig, {"reward": {"model": "r"}, "data": {"prompts": ["p"]}}, "test")

@@ -15,10 +15,10 @@ from rich.console import Console
 from cluster.spawn import Role
 from models.chat import ChatTokenizer
 from rlhf.config import SFTConfig, parse_config
-from rlhf.errors import ModelError
+from rlhf.errors import ActorLostError, DataError, ModelError
 from rlhf.records import Message, Prompt
 from trainers.prompts import reasons_of
-from trainers.sft import layout_of, start_job, threads_of
+from trainers.sft import _reason, layout_of, start_job, threads_of
 from trainers.sft_data import asked, prepare, prompted
 
 
@@ -45,6 +45,7 @@ def test_engine_ensemble_and_the_workers_of_all_trials_share_the_cores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("cluster.layout.usable_cores", lambda: 16)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}])
     assert threads_of(config(), 1) == 16 // 3
     assert threads_of(config(learner={"actors": 2}), 3) == 16 // 8
@@ -60,6 +61,7 @@ def test_engine_and_workers_on_several_nodes_are_told_a_transport_that_reaches_t
         told.append(roles[0].arguments(0)["weight_transport"])
         return {"rollout": [None], "reward": [None]}
 
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}] * 2)
     monkeypatch.setattr("trainers.sft.require_room", lambda roles: None)
     monkeypatch.setattr("trainers.sft.spawn", spawn)
@@ -127,6 +129,21 @@ def test_what_the_policy_cannot_read_is_refused_and_a_baseline_that_it_cannot_le
     talk.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ModelError, match=r"longest conversation \(data.max_tokens\) = "):
         prepared(max_tokens=60)
+
+
+def test_a_dead_worker_is_a_loss_whatever_those_say_that_waited_for_it() -> None:
+    from ray.exceptions import ActorDiedError
+    from ray.train import WorkerGroupError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    died = WorkerHealthCheckFailedError("no answer", ActorDiedError())
+    waited = RuntimeError("Connection closed by peer")
+    found = _reason(WorkerGroupError("both", {0: waited, 1: died}))
+    assert isinstance(found, ActorLostError)
+    found = _reason(WorkerGroupError("one", {0: waited}))
+    assert not isinstance(found, ActorLostError) and "Connection closed by peer" in str(found)
+    own = _reason(WorkerGroupError("both", {0: died, 1: DataError("row 7 is empty")}))
+    assert isinstance(own, DataError)
 
 
 def test_what_is_left_out_for_rare_reasons_is_counted_too() -> None:

@@ -103,7 +103,7 @@ def test_what_one_trial_measured_before_its_first_step_is_not_measured_again(tmp
 
 
 def test_a_trial_that_diverged_leaves_a_summary_that_any_reader_of_json_understands(
-    tmp_path, monkeypatch
+    tmp_path, tiny_model, monkeypatch
 ):
     settings = config(trials=3)
     for number, objective in enumerate((0.5, None, 0.25)):
@@ -119,7 +119,7 @@ def test_a_trial_that_diverged_leaves_a_summary_that_any_reader_of_json_understa
         Evaluation(0, math.nan, (0.0,) * 2, ()),
     ]
     doubles = {
-        "prepare": SimpleNamespace(train=(), prompts=()),
+        "prepare": SimpleNamespace(model=str(tiny_model), train=(), prompts=()),
         "claim": SimpleNamespace(path=tmp_path, release=lambda: None),
         "ray_session": contextlib.nullcontext("namespace"),
         "start_job": job,
