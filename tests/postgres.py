@@ -40,7 +40,9 @@ def postgresql() -> Iterator[str]:
 
         data = str(folder / "data")
         run(str(programs / "initdb"), "-D", data, "-A", "trust", "-U", "pavlov", "-E", "UTF8")
-        options = f"-p {port} -c listen_addresses=127.0.0.1 -k {folder}"
+        # What a test writes need not outlive a power cut.
+        hasty = "-c fsync=off -c synchronous_commit=off -c full_page_writes=off"
+        options = f"-p {port} -c listen_addresses=127.0.0.1 -k {folder} {hasty}"
         control = str(programs / "pg_ctl")
         run(control, "-D", data, "-o", options, "-l", f"{folder}/log", "-w", "start")
         try:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from typer.testing import CliRunner
@@ -31,6 +35,9 @@ class Outcome:
     code: int
     out: str
     err: str
+
+
+Call = Callable[..., Outcome]
 
 
 class Place:
@@ -61,6 +68,25 @@ class Place:
         )
         return Outcome(done.returncode, done.stdout, done.stderr)
 
+    def call_here(self, *arguments: object) -> Outcome:
+        """The same in this process, where what is imported stays so."""
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        before = signal.getsignal(signal.SIGTERM)
+        with (
+            contextlib.chdir(self.here),
+            mock.patch.dict(os.environ, self.environment, clear=True),
+            mock.patch.object(sys, "argv", ["pavlov", *map(str, arguments)]),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            try:
+                pavlov.main()
+            except SystemExit as ended:
+                code = int(ended.code or 0)
+            finally:
+                signal.signal(signal.SIGTERM, before)
+        return Outcome(code, out.getvalue(), err.getvalue())
+
     def write(self, name: str, text: str) -> Path:
         (self.here / name).write_text(text)
         return self.here / name
@@ -79,9 +105,9 @@ def place(tmp_path: Path) -> Place:
 def refused(place: Place) -> Callable[..., str]:
     """The sentence with which a call is refused; nothing is written by it."""
 
-    def refused(*arguments: object) -> str:
+    def refused(*arguments: object, call: Call = place.call_here) -> str:
         before = place.everything()
-        outcome = place.call(*arguments)
+        outcome = call(*arguments)
         assert outcome.code == 2, outcome.err
         assert "Traceback" not in outcome.err + outcome.out
         [sentence] = [line for line in outcome.err.splitlines() if line.startswith("pavlov: ")]
@@ -117,8 +143,10 @@ def rl_file(place: Place, tiny_model: Path, tiny_reward_model: Path) -> Path:
 
 
 def test_a_missing_file_is_named(place, refused):
-    assert refused("rl", "missing.toml") == "there is no configuration file missing.toml"
-    assert refused("reward", "missing.toml") == "there is no configuration file missing.toml"
+    for command in ("rl", "reward"):
+        sentence = "there is no configuration file missing.toml"
+        assert refused(command, "missing.toml") == sentence
+        assert refused(command, "missing.toml", call=place.call) == sentence
 
 
 @pytest.mark.parametrize(
@@ -197,7 +225,7 @@ def busy(place: Place) -> Iterator[Path]:
 
 def test_a_run_folder_in_use_is_refused(place, rl_file, refused, busy):
     recorded = (busy / "config.json").read_text()
-    message = refused("rl", rl_file, "run.dir=busy")
+    message = refused("rl", rl_file, "run.dir=busy", call=place.call)
     assert message == f"{busy} is in use by another process"
     assert (busy / "config.json").read_text() == recorded
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,28 +32,36 @@ pytestmark = pytest.mark.engine
 FAST = {"learning_rate": 1e-3, "warmup_steps": 0, "weight_decay": 0.0}
 
 
-@pytest.fixture
-def train(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("PAVLOV_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setenv("PAVLOV_CACHE", str(tmp_path / "cache"))
-    data, held = tmp_path / "train.jsonl", tmp_path / "validation.jsonl"
-    for file, numbers in ((data, range(60)), (held, range(60, 80))):
-        file.write_text("".join(json.dumps(pair(n)) + "\n" for n in numbers))
+class Training:
+    """Trains an ensemble by `pavlov reward` in a folder of its own."""
 
-    def train(name: str, members: list[dict[str, Any]]) -> Path:
+    def __init__(self, folder: Path, model: Path) -> None:
+        self._folder, self._model = folder, model
+        self._data, self._held = folder / "train.jsonl", folder / "validation.jsonl"
+        for file, numbers in ((self._data, range(60)), (self._held, range(60, 80))):
+            file.write_text("".join(json.dumps(pair(n)) + "\n" for n in numbers))
+
+    def run(self, name: str, members: list[dict[str, Any]]) -> Path:
         values = {
-            "data": {"train": [str(data)], "validation": [str(held)]},
+            "data": {"train": [str(self._data)], "validation": [str(self._held)]},
             "ensemble": {
-                "model": str(tiny_model),
+                "model": str(self._model),
                 "max_tokens": 64,
                 "dtype": "float32",
                 "members": members,
             },
         }
         config = parse_config(RewardConfig, values, "test")
-        return run_reward(config, tmp_path / f"{name}.toml", Console(file=io.StringIO()))
+        return run_reward(config, self._folder / f"{name}.toml", Console(file=io.StringIO()))
 
-    return train
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Training]:
+    folder = tmp_path_factory.mktemp("members")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PAVLOV_RUNS", str(folder / "runs"))
+        patch.setenv("PAVLOV_CACHE", str(folder / "cache"))
+        yield Training(folder, tiny_model)
 
 
 def own(kind: str, workers: int = 1, **changes: Any) -> dict[str, Any]:
@@ -74,9 +83,10 @@ def train_here(job: MemberJob) -> TrainedMember:
     return trained
 
 
-def test_two_workers_train_what_one_does(
-    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-):
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> list[MemberJob]:
+    """One member by one worker, by two, and by one with a head that stands still."""
+    out = str(tmp_path_factory.mktemp("own"))
     trunk = Trunk(tiny_model, [Family(1, "last")], dtype="float32", max_tokens=64, batch_tokens=512)
     rows = []
     for n in range(40):
@@ -86,7 +96,7 @@ def test_two_workers_train_what_one_does(
             for side in ("chosen", "rejected")
         )
         rows.append(PairRow(*chosen, rejected[1], 0.9, 1.0 + n % 2, 0.1, n % 2))
-    jobs = [
+    return [
         MemberJob(
             model=str(tiny_model),
             cut=0,
@@ -102,7 +112,7 @@ def test_two_workers_train_what_one_does(
             seed=3,
             dtype="float32",
             max_tokens=64,
-            out=str(tmp_path / "own"),
+            out=out,
         )
         for workers, rate, more in (
             (1, 1e-3, {}),
@@ -111,7 +121,39 @@ def test_two_workers_train_what_one_does(
             (1, 1e-9, {}),
         )
     ]
-    [two] = train_members(jobs[1:2], Console(file=io.StringIO()))
+
+
+@pytest.fixture(scope="module")
+def trained(training: Training, jobs: list[MemberJob]) -> tuple[Path, TrainedMember]:
+    """The run of an ensemble of all kinds, and what the two workers gave, from one session of Ray:
+    a machine need not start it twice."""
+    members = [
+        {"count": 3, "depth": 0.5},
+        own("top", layers=1, pooling="mean"),
+        own("full", 2, epochs=2),
+        own("lora", lora={"rank": 4, "alpha": 8}),
+    ]
+    two: list[TrainedMember] = []
+
+    def train(own_jobs: Sequence[MemberJob], console: Console) -> list[TrainedMember]:
+        *own_members, last = train_members([*own_jobs, jobs[1]], console)
+        two.append(last)
+        return own_members
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainers.reward_banks.train_members", train)
+        run = training.run("mixed", members)
+    return run, two[0]
+
+
+def test_two_workers_train_what_one_does(
+    trained: tuple[Path, TrainedMember],
+    jobs: list[MemberJob],
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    _, two = trained
+    out = Path(jobs[0].out)
     # Ray Train brings two ranks together; a single one needs only this.
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for name, value in ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} | meet).items():
@@ -120,7 +162,7 @@ def test_two_workers_train_what_one_does(
     assert one.figures["steps"] == two.figures["steps"] == 8
     assert one.figures["loss"] == pytest.approx(two.figures["loss"], rel=1e-4)
     start = load_file(tiny_model / "model.safetensors")
-    first, second = (load_file(tmp_path / "own" / f"{m.name}.safetensors") for m in (one, two))
+    first, second = (load_file(out / f"{m.name}.safetensors") for m in (one, two))
     assert first.keys() == second.keys()
     assert not any("embed" in name for name in first)
     moved = 0.0
@@ -136,21 +178,15 @@ def test_two_workers_train_what_one_does(
     drawn_CH = 0.02 * torch.randn(one.weights_CH.shape, generator=generator)
     assert torch.allclose(still.weights_CH, drawn_CH, atol=1e-6)
     assert (one.weights_CH - drawn_CH).abs().max() > 1e-3
-    third = load_file(tmp_path / "own" / f"{still.name}.safetensors")
+    third = load_file(out / f"{still.name}.safetensors")
     assert max(float((third[name] - first[name]).abs().max()) for name in first) < 1e-2
     assert third.keys() == first.keys() and still.name != one.name
 
 
-def test_members_of_all_kinds_stand_in_one_ensemble(train, tmp_path: Path):
-    run = train(
-        "mixed",
-        [
-            {"count": 3, "depth": 0.5},
-            own("top", layers=1, pooling="mean"),
-            own("full", 2, epochs=2),
-            own("lora", lora={"rank": 4, "alpha": 8}),
-        ],
-    )
+def test_members_of_all_kinds_stand_in_one_ensemble(
+    trained: tuple[Path, TrainedMember], tmp_path: Path
+):
+    run, _ = trained
     model = RewardModel.load(run)
     figures = model.card.metrics["cross_validation"]
     assert figures["accuracy"] > 0.9
@@ -184,8 +220,8 @@ def test_members_of_all_kinds_stand_in_one_ensemble(train, tmp_path: Path):
         RewardModel.load(run).score(replies)
 
 
-def test_workers_that_never_fit_are_refused_before_anything_waits(train):
+def test_workers_that_never_fit_are_refused_before_anything_waits(training: Training):
     with pytest.raises(
         ResourceError, match="wants 2 workers with 32 CPUs each, and the cluster has room for 0"
     ):
-        train("big", [own("full", 2, count=3, cpus_per_worker=32.0)])
+        training.run("big", [own("full", 2, count=3, cpus_per_worker=32.0)])
