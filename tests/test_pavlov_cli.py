@@ -199,6 +199,11 @@ def test_a_run_folder_that_holds_something_is_refused(place, rl_file, refused):
     assert f"{run} already holds a run; go on with --resume" in refused("rl", rl_file)
 
 
+def test_a_reward_function_that_is_not_there_is_refused(rl_file, refused):
+    own = "rl.rewards=[{name='own', function='nowhere:f'}]"
+    assert "reward function nowhere:f cannot be loaded" in refused("rl", rl_file, own)
+
+
 @pytest.fixture
 def busy(place: Place) -> Iterator[Path]:
     """A run folder that another process holds."""

@@ -235,14 +235,6 @@ def test_an_adapter_in_a_run_has_no_reference_actor_and_reaches_the_engine(runs:
     assert (policy / "model.safetensors").is_file()
 
 
-def test_a_reward_function_that_is_not_there_is_said_before_anything_starts(runs: Runs) -> None:
-    process = runs.start("nothing", "rl.rewards=[{name='own', function='nowhere:f'}]")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert "reward function nowhere:f cannot be loaded" in errors
-    assert not (runs.folder / "nothing").exists()
-
-
 def test_a_run_that_is_interrupted_while_its_actors_start_ends_cleanly(runs: Runs) -> None:
     before = shared_memory()
     process = runs.start("early")
@@ -256,11 +248,3 @@ def test_a_run_that_is_interrupted_while_its_actors_start_ends_cleanly(runs: Run
     process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
     assert_nothing_left(started, before)
-
-
-def test_a_folder_that_holds_a_run_is_refused(runs: Runs, unbroken: str) -> None:
-    process = runs.start(unbroken)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "--resume" in errors
-    assert len(errors.strip().splitlines()) == 1

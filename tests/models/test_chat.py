@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from models.chat import ChatTokenizer
-from models.embedded import cache_folder, converted_model
+from models.embedded import embedded_model
 from rlhf.errors import ModelError
 from rlhf.records import Message
 
@@ -88,9 +88,10 @@ def test_only_a_finished_reply_ends_with_the_end_of_turn(tiny_model):
 def any_model(request: pytest.FixtureRequest, tiny_model: Path) -> Path:
     if request.param == "tiny":
         return tiny_model
-    if (converted := converted_model(cache_folder())) is None:
-        pytest.skip("the embedded model is not in the cache")
-    return converted
+    try:
+        return embedded_model()
+    except ModelError as error:
+        pytest.skip(str(error))
 
 
 def test_a_reply_cannot_end_its_turn_and_write_the_users_next_one(any_model):
