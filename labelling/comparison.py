@@ -18,7 +18,7 @@ from itertools import combinations
 
 from labelling.records import PREFERS_A, Judgement
 from rlhf.records import OVERALL
-from rlhf.statistics import sign_test, wilson_interval
+from rlhf.statistics import fair_tail, sign_test, wilson_interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +192,7 @@ def chance_better(record: Record) -> float:
 
     Beta(wins + 1, losses + 1) above one half is a binomial tail: P(Bin(n + 1, 1/2) <= wins).
     """
-    count = record.wins + record.losses + 1
-    return sum(math.comb(count, k) for k in range(record.wins + 1)) / (1 << count)
+    return fair_tail(record.wins, record.wins + record.losses + 1)
 
 
 def expected_information(record: Record) -> float:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from labelling.records import Judgement, Verdict
 from rlhf.records import OVERALL
-from rlhf.statistics import sign_test, wilson_interval
+from rlhf.statistics import fair_chance, sign_test, wilson_interval
 
 Interval = tuple[float, float, float]
 """Value, low, high."""
@@ -72,12 +72,7 @@ def median_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     # The k-th smallest and k-th largest miss the median with 2 P(Bin(n, 1/2) < k).
     outside, k = 0.0, 0
     while True:
-        outside += 2 * math.exp(
-            math.lgamma(size + 1)
-            - math.lgamma(k + 1)
-            - math.lgamma(size - k + 1)
-            - size * math.log(2)
-        )
+        outside += 2 * fair_chance(k, size)
         if outside > 1 - level:
             break
         k += 1

@@ -4,7 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.statistics import Z_95, auroc, paired_interval, wilson_interval
+from rlhf.statistics import (
+    Z_95,
+    auroc,
+    fair_tail,
+    paired_interval,
+    wilson_interval,
+)
 
 
 def test_95_percent_of_a_normal_lies_within_1_96_deviations():
@@ -69,3 +75,20 @@ def test_the_area_is_the_share_of_pairs_in_order(negatives, positives):
 def test_a_wilson_interval_of_one_deviation_by_hand():
     # z = 1: centre (0.6 + 1 / 20) / 1.1 = 0.590909; half sqrt(0.024 + 1 / 400) / 1.1 = 0.147989.
     assert wilson_interval(6, 10, z=1.0) == pytest.approx((0.6, 0.442920, 0.738898), abs=1e-6)
+
+
+# Fair coins
+
+
+@pytest.mark.parametrize("trials", [0, 1, 2, 7, 40, 301])
+def test_a_fair_coins_tail_is_the_sum_of_its_binomials(trials):
+    for most in range(-1, trials + 1):
+        exact = sum(math.comb(trials, k) for k in range(most + 1)) / 2**trials
+        assert fair_tail(most, trials) == pytest.approx(exact, rel=1e-11)
+
+
+def test_a_fair_coins_tail_of_a_million_throws_is_that_of_the_normal_distribution():
+    # 500 deviations of 1/2 below the middle, with continuity: z = 499.5 / 500.
+    normal = math.erfc(499.5 / 500 / math.sqrt(2)) / 2
+    assert fair_tail(499_500, 1_000_000) == pytest.approx(normal, rel=1e-5)
+    assert fair_tail(0, 1_000_000) == 0
