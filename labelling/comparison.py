@@ -18,7 +18,7 @@ from itertools import combinations
 
 from labelling.records import PREFERS_A, Judgement
 from rlhf.records import OVERALL
-from rlhf.statistics import fair_tail, sign_test, wilson_interval
+from rlhf.statistics import anytime_sign_test, fair_tail, wilson_interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,8 @@ class Record:
 
     @property
     def p(self) -> float:
-        """Two-sided exact sign test that neither is better (Dixon & Mood, 1946)."""
-        return sign_test(self.wins, self.wins + self.losses)
+        """Sign test that neither is better, which holds however often it is looked at."""
+        return anytime_sign_test(self.wins, self.wins + self.losses)
 
     @property
     def reversed(self) -> Record:

@@ -35,7 +35,8 @@ class Evidence:
 
     @property
     def sure(self) -> bool:
-        """Whether the new version is the better one, by the sign test at `LEVEL`."""
+        """Whether the new version is the better one: an equal one is *ever* taken for it with a
+        chance of at most `LEVEL`, however often one looks."""
         return self.record.wins > self.record.losses and self.record.p <= LEVEL
 
     @property

@@ -41,8 +41,8 @@ def test_the_order_in_which_two_models_were_named_does_not_matter():
 def test_ties_count_half_in_the_share_and_not_at_all_in_the_test():
     record = Record(wins=8, losses=2, ties=10)
     assert record.share[0] == pytest.approx((8 + 5) / 20)
-    # Two-sided: 2 * (C(10,0) + C(10,1) + C(10,2)) / 2^10.
-    assert record.p == pytest.approx(2 * (1 + 10 + 45) / 1024)
+    # (n + 1) C(n, k) / 2^n of the ten that were decided.
+    assert record.p == pytest.approx(11 * 45 / 1024)
     assert Record(ties=5).p == 1.0
     assert Record(3000, 2000).p < 1e-40
 

@@ -6,9 +6,11 @@ from hypothesis import strategies as st
 
 from rlhf.statistics import (
     Z_95,
+    anytime_sign_test,
     auroc,
     fair_tail,
     paired_interval,
+    sign_test,
     wilson_interval,
 )
 
@@ -92,3 +94,37 @@ def test_a_fair_coins_tail_of_a_million_throws_is_that_of_the_normal_distributio
     normal = math.erfc(499.5 / 500 / math.sqrt(2)) / 2
     assert fair_tail(499_500, 1_000_000) == pytest.approx(normal, rel=1e-5)
     assert fair_tail(0, 1_000_000) == 0
+
+
+def test_the_sign_test_for_every_look_by_hand():
+    # e = 2^n / ((n + 1) C(n, k)): 256 / 9 for 8 of 8, 2^25 / (26 * 53,130) for 20 of 25.
+    assert anytime_sign_test(8, 8) == pytest.approx(9 / 256)
+    assert anytime_sign_test(5, 25) == pytest.approx(26 * 53_130 / 2**25)
+    assert anytime_sign_test(2, 3) == 1
+    assert anytime_sign_test(0, 0) == 1
+    assert anytime_sign_test(600_000, 1_000_000) == 0
+
+
+def chance_ever_below(level: float, trials: int, test) -> float:
+    """That a fair coin's p, looked at after each of so many throws, is ever at most `level`."""
+    chances, ever = {0: 1.0}, 0.0
+    for thrown in range(1, trials + 1):
+        after = dict.fromkeys(range(thrown + 1), 0.0)
+        for heads, chance in chances.items():
+            after[heads] += chance / 2
+            after[heads + 1] += chance / 2
+        chances = {}
+        for heads, chance in after.items():
+            if test(heads, thrown) <= level:
+                ever += chance
+            else:
+                chances[heads] = chance
+    return ever
+
+
+@pytest.mark.parametrize("level", [0.05, 0.2])
+def test_a_fair_coin_is_ever_called_unfair_at_most_as_often_as_the_level_says(level):
+    ever = chance_ever_below(level, 400, anytime_sign_test)
+    assert level / 3 < ever <= level
+    # What it is for: the test of a number settled beforehand does not keep its level.
+    assert chance_ever_below(level, 400, sign_test) > 3 * level
