@@ -131,7 +131,7 @@ class WinMatrix:
 
     def cycles(self, *, sure: bool = False) -> list[list[str]]:
         """Sets of models in which each can be reached from each by "beats" (or, `sure`, by sure
-        beats): several in one set cannot be put in an order."""
+        beats): several in one set cannot be put in an order, and stand by name here."""
         edges = (
             set(self.surely_beats())
             if sure

@@ -247,7 +247,7 @@ def as_lines(found: dict[str, Any]) -> list[str]:
         lines.append(f"winner         {found['condorcet_winner']} beats every other{doubt}")
     elif found["smith_set"]:
         lines.append(f"no winner      smallest set that beats the rest: {found['smith_set']}")
-    lines += [f"cycle          {' > '.join(cycle)}" for cycle in found["cycles"]]
+    lines += [f"cycle          among {', '.join(cycle)}" for cycle in found["cycles"]]
     if found["ask_next"]:
         asked = found["ask_next"][0]
         lines.append(f"ask next       {asked['one']} against {asked['other']}")

@@ -16,9 +16,11 @@ import uvicorn
 from rich.console import Console
 
 from cluster.session import free_port
+from labelling.records import Judgement
 from models.preferences import read_pairs
 from rlhf.config import LabelConfig, parse_config
 from rlhf.errors import DataError
+from rlhf.records import OVERALL
 from serving.label_commands import (
     as_lines,
     export,
@@ -177,6 +179,22 @@ def test_the_report_on_mt_bench_says_what_the_votes_say(config):
     row = found["win_matrix"]["claude-v1"]["gpt-4"]
     assert {name: row[name] for name in ("wins", "losses", "ties")} == record
     assert found["condorcet_winner"] == "gpt-4" and found["cycles"] == []
+
+
+def test_a_cycle_is_not_told_as_an_order(config):
+    # a beats c, c beats b, b beats a.
+    said = [("a", "c"), ("c", "b"), ("b", "a")]
+    store = open_store(config)
+    store.add_judgements(
+        store.make_project("chat", []),
+        [
+            Judgement(f"{models}", "ann", {OVERALL: "a"}, at=float(n), models=models)
+            for n, models in enumerate(said)
+        ],
+    )
+    lines = as_lines(show_report(config, "chat", "person"))
+    assert [line for line in lines if line.startswith("cycle")] == ["cycle          among a, b, c"]
+    assert not any(">" in line for line in lines)
 
 
 def test_a_server_that_is_away_is_waited_for(config, address, tmp_path):
