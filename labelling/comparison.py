@@ -156,16 +156,18 @@ class WinMatrix:
 
 
 def majorities(
-    judgements: Iterable[Judgement], sides: Callable[[Judgement], tuple[str, str]]
+    judgements: Iterable[Judgement],
+    sides: Callable[[Judgement], tuple[str, str]],
+    criterion: str = OVERALL,
 ) -> list[tuple[tuple[str, str], float]]:
-    """Pairs whose answers are of two sides, each with its majority's overall outcome for the first:
-    judges of one pair are not independent of each other, so that it counts once."""
+    """Pairs whose answers are of two sides, each with its majority's outcome for the first by one
+    criterion: judges of one pair are not independent of each other, so that it counts once."""
     said: dict[str, list[float]] = defaultdict(list)
     whose: dict[str, tuple[str, str]] = {}
     for each in judgements:
         one, other = sides(each)
-        if one and other and one != other:
-            said[each.pair].append(PREFERS_A[each.verdicts[OVERALL]])
+        if one and other and one != other and criterion in each.verdicts:
+            said[each.pair].append(PREFERS_A[each.verdicts[criterion]])
             whose[each.pair] = (one, other)
     return [(whose[pair], _majority(outcomes)) for pair, outcomes in said.items()]
 

@@ -73,6 +73,24 @@ def test_it_does_not_matter_which_answer_is_a():
     assert not direct_evidence(flipped, OLD, NEW, "person").sure
 
 
+def test_other_criteria_are_told_with_a_warning_and_decide_nothing():
+    given = wins(20, 0)
+    for n, each in enumerate(given):
+        # Worse in 12 of 14 that were asked; as good as before in 10 of 20.
+        each.verdicts["helpful"] = "a" if n < 10 else "b"
+        if n < 14:
+            each.verdicts["harmless"] = "a" if n < 2 else "b"
+    found = direct_evidence(given, NEW, OLD, "person")
+    assert found.sure
+    assert found.criteria == {"harmless": Record(2, 12), "helpful": Record(10, 10)}
+    assert "; harmless: 2 to 12; helpful: 10 to 10" in found.sentence
+    more = [replace(each, pair=f"{each.pair} again") for each in given]
+    both = direct_evidence([*given, *more], NEW, OLD, "person")
+    assert "harmless: 4 to 24 (warning: surely worse); helpful: 20 to 20" in both.sentence
+    assert both.sentence.count("warning") == 1
+    assert direct_evidence(wins(20, 0), NEW, OLD, "person").criteria == {}
+
+
 def test_a_pair_counts_once_by_its_majority():
     # Three judges of four pairs are no twelve pairs.
     votes = [judged(n, "a", who) for n in range(4) for who in ("ann", "bob", "cyd")]
