@@ -251,6 +251,7 @@ label = typer.Typer(help="Human judgement: what to compare, who compares it, wha
 app.add_typer(label, name="label", no_args_is_help=True)
 ProjectName = Annotated[str, typer.Option("--project", help="whose work it is", metavar="NAME")]
 Kind = Annotated[Literal["person", "simulated", "model"], typer.Option(help="of assessor")]
+Criterion = Annotated[str, typer.Option(help="helpful, honest, … or overall", metavar="NAME")]
 _EXAMPLE, _OF = "Example: pavlov label", "configs/label.toml --project x"
 
 
@@ -361,7 +362,7 @@ def label_export(
         bool, typer.Option("--judgements", help="the verdicts themselves, not labels made of them")
     ] = False,
     kind: Kind = "person",
-    criterion: Annotated[str, typer.Option(help="helpful, honest, … or overall")] = "overall",
+    criterion: Criterion = "overall",
     method: Annotated[
         Literal["dawid-skene", "majority", "bradley-terry"],
         typer.Option(help="how one label is made of several verdicts"),
@@ -389,13 +390,14 @@ def label_report(
     project: ProjectName,
     overrides: Overrides = None,
     kind: Kind = "person",
+    criterion: Criterion = "overall",
     as_json: AsJson = False,
 ) -> None:
     """How good the labels are, who gave them, and which model is preferred."""
     settings = _label_config(config, overrides)
     from serving.label_commands import as_lines, show_report
 
-    found = show_report(settings, project, kind)
+    found = show_report(settings, project, kind, criterion)
     if as_json:
         _print_json(found)
     else:

@@ -57,27 +57,31 @@ def alpha_interval(
 ) -> tuple[float, float, float]:
     """Alpha and the quantiles of its bootstrap over units: (alpha, low, high).
 
-    Shapes: U units with two verdicts or more, V values, D draws.
+    Units with the same verdicts are alike, so how often each pattern of verdicts is drawn is drawn,
+    not how often each unit.
+
+    Shapes: P patterns of two verdicts or more, V values, D draws.
     """
     found = alpha(units, distance)
-    paired = [Counter(verdicts) for verdicts in units if len(verdicts) > 1]
-    values = sorted({value for counts in paired for value in counts}, key=str)
     if math.isnan(found):
         return found, math.nan, math.nan
+    paired = (tuple(sorted(verdicts, key=str)) for verdicts in units if len(verdicts) > 1)
+    patterns = Counter(paired)
+    values = sorted({value for verdicts in patterns for value in verdicts}, key=str)
     far_VV = np.array([[distance(one, other) for other in values] for one in values])
-    counts_UV = np.array([[counts[value] for value in values] for counts in paired], dtype=float)
+    counts_PV = np.array([[each.count(value) for value in values] for each in patterns], float)
     # Judges of one unit are paired with each other, not with themselves.
-    observed_U = np.einsum("uv,vw,uw->u", counts_UV, far_VV, counts_UV)
-    observed_U -= counts_UV @ np.diag(far_VV)
-    observed_U /= counts_UV.sum(axis=1) - 1
+    observed_P = np.einsum("pv,vw,pw->p", counts_PV, far_VV, counts_PV)
+    observed_P -= counts_PV @ np.diag(far_VV)
+    observed_P /= counts_PV.sum(axis=1) - 1
     draw = np.random.default_rng(seed)
-    size = len(paired)
-    drawn_DU = draw.multinomial(size, np.full(size, 1 / size), size=draws)
-    counts_DV = drawn_DU @ counts_UV
+    size = patterns.total()
+    drawn_DP = draw.multinomial(size, np.array(list(patterns.values())) / size, size=draws)
+    counts_DV = drawn_DP @ counts_PV
     expected_D = np.einsum("dv,vw,dw->d", counts_DV, far_VV, counts_DV)
     there = expected_D > 0
     alphas = (
-        1 - (counts_DV.sum(axis=1) - 1)[there] * (drawn_DU @ observed_U)[there] / expected_D[there]
+        1 - (counts_DV.sum(axis=1) - 1)[there] * (drawn_DP @ observed_P)[there] / expected_D[there]
     )
     if not len(alphas):
         return found, math.nan, math.nan

@@ -18,7 +18,7 @@ from itertools import combinations
 
 from labelling.records import PREFERS_A, Judgement
 from rlhf.records import OVERALL
-from rlhf.statistics import sign_test, wilson_interval
+from rlhf.statistics import anytime_sign_test, fair_tail, wilson_interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,8 @@ class Record:
 
     @property
     def p(self) -> float:
-        """Two-sided exact sign test that neither is better (Dixon & Mood, 1946)."""
-        return sign_test(self.wins, self.wins + self.losses)
+        """Sign test that neither is better, which holds however often it is looked at."""
+        return anytime_sign_test(self.wins, self.wins + self.losses)
 
     @property
     def reversed(self) -> Record:
@@ -131,7 +131,7 @@ class WinMatrix:
 
     def cycles(self, *, sure: bool = False) -> list[list[str]]:
         """Sets of models in which each can be reached from each by "beats" (or, `sure`, by sure
-        beats): several in one set cannot be put in an order."""
+        beats): several in one set cannot be put in an order, and stand by name here."""
         edges = (
             set(self.surely_beats())
             if sure
@@ -156,16 +156,18 @@ class WinMatrix:
 
 
 def majorities(
-    judgements: Iterable[Judgement], sides: Callable[[Judgement], tuple[str, str]]
+    judgements: Iterable[Judgement],
+    sides: Callable[[Judgement], tuple[str, str]],
+    criterion: str = OVERALL,
 ) -> list[tuple[tuple[str, str], float]]:
-    """Pairs whose answers are of two sides, each with its majority's overall outcome for the first:
-    judges of one pair are not independent of each other, so that it counts once."""
+    """Pairs whose answers are of two sides, each with its majority's outcome for the first by one
+    criterion: judges of one pair are not independent of each other, so that it counts once."""
     said: dict[str, list[float]] = defaultdict(list)
     whose: dict[str, tuple[str, str]] = {}
     for each in judgements:
         one, other = sides(each)
-        if one and other and one != other:
-            said[each.pair].append(PREFERS_A[each.verdicts[OVERALL]])
+        if one and other and one != other and criterion in each.verdicts:
+            said[each.pair].append(PREFERS_A[each.verdicts[criterion]])
             whose[each.pair] = (one, other)
     return [(whose[pair], _majority(outcomes)) for pair, outcomes in said.items()]
 
@@ -192,8 +194,7 @@ def chance_better(record: Record) -> float:
 
     Beta(wins + 1, losses + 1) above one half is a binomial tail: P(Bin(n + 1, 1/2) <= wins).
     """
-    count = record.wins + record.losses + 1
-    return sum(math.comb(count, k) for k in range(record.wins + 1)) / (1 << count)
+    return fair_tail(record.wins, record.wins + record.losses + 1)
 
 
 def expected_information(record: Record) -> float:

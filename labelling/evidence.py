@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from labelling.comparison import Comparison, Record, WinMatrix, majorities
 from labelling.labels import counted
 from labelling.records import Judgement, Kind
 from rlhf.errors import PromotionError
+from rlhf.records import OVERALL
 
 LEVEL = 0.05
 _JUDGE = re.compile(r"reward-model .*@([\w.-]+)( \d+)?")
@@ -32,11 +33,14 @@ class Evidence:
     judges: int
     left_out: int
     """Judgements by models that took part in its training, or that do not say which they are."""
+    criteria: dict[str, Record] = field(default_factory=dict)
+    """How it did by the other criteria that were asked; they decide nothing."""
 
     @property
     def sure(self) -> bool:
-        """Whether the new version is the better one, by the sign test at `LEVEL`."""
-        return self.record.wins > self.record.losses and self.record.p <= LEVEL
+        """Whether the new version is the better one: an equal one is *ever* taken for it with a
+        chance of at most `LEVEL`, however often one looks."""
+        return _sure(self.record)
 
     @property
     def sentence(self) -> str:
@@ -48,6 +52,7 @@ class Evidence:
             f"preferred in {share:.0%} [{low:.0%}, {high:.0%}] of {self.record.count} pairs "
             f"({self.record.wins} to {self.record.losses}, p = {self.record.p:.3g}); "
             f"{_CALLED[self.kind]}: {self.judges}{self._left_out}"
+            + "".join(_by_criterion(*each) for each in self.criteria.items())
         )
 
     @property
@@ -93,12 +98,26 @@ def direct_evidence(
         if each.truth is None and {new, before} == set(_versions(each))
     ]
     used = [each for each in found if kind == "person" or _independent(each.assessor, trained_by)]
-    matrix = WinMatrix(
-        Comparison(*versions, outcome) for versions, outcome in majorities(used, _versions)
-    )
+
+    def record(criterion: str) -> Record:
+        said = majorities(used, _versions, criterion)
+        return WinMatrix(Comparison(*versions, outcome) for versions, outcome in said).record(
+            new, before
+        )
+
     judges = len({each.assessor for each in used})
-    record = matrix.record(new, before)
-    return Evidence(kind, record, len(used), judges, len(found) - len(used))
+    others = sorted({name for each in used for name in each.verdicts} - {OVERALL})
+    criteria = {name: record(name) for name in others}
+    return Evidence(kind, record(OVERALL), len(used), judges, len(found) - len(used), criteria)
+
+
+def _sure(record: Record) -> bool:
+    return record.wins > record.losses and record.p <= LEVEL
+
+
+def _by_criterion(name: str, record: Record) -> str:
+    warning = " (warning: surely worse)" if _sure(record.reversed) else ""
+    return f"; {name}: {record.wins} to {record.losses}{warning}"
 
 
 def _versions(judgement: Judgement) -> tuple[str, str]:

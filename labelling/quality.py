@@ -1,7 +1,8 @@
 """What is measured of assessors and of a project, each with its interval.
 
 Shares have Wilson intervals at 95 %, medians the interval between two order statistics. What is
-counted: overall verdicts without a `doubt`; repeats only where self-consistency is meant.
+counted: overall verdicts, unless a criterion is named, without a `doubt`; repeats only where
+self-consistency is meant.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 from labelling.records import Judgement, Verdict
 from rlhf.records import OVERALL
-from rlhf.statistics import sign_test, wilson_interval
+from rlhf.statistics import fair_chance, sign_test, wilson_interval
 
 Interval = tuple[float, float, float]
 """Value, low, high."""
@@ -49,12 +50,12 @@ class AssessorQuality:
     position: PositionBias
 
 
-def position_bias(judgements: Sequence[Judgement]) -> PositionBias:
+def position_bias(judgements: Sequence[Judgement], criterion: str = OVERALL) -> PositionBias:
     """Of ordinary work: no honeypots, no repeats, which answer was shown first known.
 
     The order is drawn for every assignment, so without bias the expected share is exactly 1/2.
     """
-    told = [(row.first, row.verdicts[OVERALL]) for row in _plain(judgements) if row.first]
+    told = [(row.first, row.verdicts.get(criterion)) for row in _plain(judgements) if row.first]
     decided = [(first, verdict) for first, verdict in told if verdict in ("a", "b")]
     chosen = sum(first == verdict for first, verdict in decided)
     share = wilson_interval(chosen, len(decided))
@@ -72,12 +73,7 @@ def median_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     # The k-th smallest and k-th largest miss the median with 2 P(Bin(n, 1/2) < k).
     outside, k = 0.0, 0
     while True:
-        outside += 2 * math.exp(
-            math.lgamma(size + 1)
-            - math.lgamma(k + 1)
-            - math.lgamma(size - k + 1)
-            - size * math.log(2)
-        )
+        outside += 2 * fair_chance(k, size)
         if outside > 1 - level:
             break
         k += 1

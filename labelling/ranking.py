@@ -13,14 +13,17 @@ cannot tell an order and honest assessors from the reverse order and liars.
 
 Fitted by expectation maximisation from the scores of Bradley & Terry. The hidden thing is whether
 the assessor meant what the scores say, with a probability r; reliabilities are shares of r; scores
-rise by Newton steps, halved until the log-posterior does not fall.
+rise by Newton steps, halved until the log-posterior does not fall. Given the reliabilities, items
+that no chain of comparisons joins do not bear on each other, so a step is solved for each set of
+joined items by itself: answers to different prompts never meet.
 
-Shapes: C comparisons (a tie is two, of half the weight), I items, A assessors.
+Shapes: C comparisons (a tie is two, of half the weight), I items, A assessors; B sets of N items.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -54,12 +57,14 @@ class Ranking:
 @dataclass(frozen=True, slots=True)
 class Posterior:
     """The log-posterior of scores and reliabilities, given the comparisons: who said that which
-    item beats which, with what weight."""
+    item beats which, with what weight. Items are numbered set by set of joined ones; `sets` says
+    how many sets there are of how many items, in that order."""
 
     who_C: NDArray[np.intp]
     better_C: NDArray[np.intp]
     worse_C: NDArray[np.intp]
     weight_C: Array
+    sets: Sequence[tuple[int, int]]
     regular: float
     right: float
     wrong: float
@@ -98,23 +103,35 @@ class Posterior:
 
     def climb(self, scores_I: Array, eta_A: Array, before: float) -> tuple[Array, float]:
         """Scores after a Newton step for r as it is, and the log-posterior there."""
-        chance_C, chance_I = _sigmoid(self._gap(scores_I)), _sigmoid(scores_I)
-        bend_C = self.weight_C * chance_C * (1 - chance_C)
-        curvature_II = np.diag(2 * self.regular * chance_I * (1 - chance_I))
-        for one, other, sign in (
-            (self.better_C, self.better_C, 1),
-            (self.worse_C, self.worse_C, 1),
-            (self.better_C, self.worse_C, -1),
-            (self.worse_C, self.better_C, -1),
-        ):
-            np.add.at(curvature_II, (one, other), sign * bend_C)
-        step_I = np.linalg.solve(curvature_II, self.by_scores(scores_I, eta_A))
+        step_I = self._newton(scores_I, self.by_scores(scores_I, eta_A))
         for _ in range(30):
             found = self.value(scores_I + step_I, eta_A)
             if found >= before:
                 return scores_I + step_I, found
             step_I = step_I / 2
         return scores_I, before
+
+    def _newton(self, scores_I: Array, slope_I: Array) -> Array:
+        """The slope over the curvature of Bradley & Terry's log-posterior."""
+        chance_C, chance_I = _sigmoid(self._gap(scores_I)), _sigmoid(scores_I)
+        bend_C = self.weight_C * chance_C * (1 - chance_C)
+        diagonal_I = 2 * self.regular * chance_I * (1 - chance_I)
+        np.add.at(diagonal_I, self.better_C, bend_C)
+        np.add.at(diagonal_I, self.worse_C, bend_C)
+        steps, start = [], 0
+        for count, size in self.sets:
+            stop = start + count * size
+            here_C = (start <= self.better_C) & (self.better_C < stop)
+            at_C, one_C = np.divmod(self.better_C[here_C] - start, size)
+            other_C = (self.worse_C[here_C] - start) % size
+            curvature_BNN = np.zeros((count, size, size))
+            curvature_BNN[:, range(size), range(size)] = diagonal_I[start:stop].reshape(count, size)
+            np.add.at(curvature_BNN, (at_C, one_C, other_C), -bend_C[here_C])
+            np.add.at(curvature_BNN, (at_C, other_C, one_C), -bend_C[here_C])
+            slope_BN1 = slope_I[start:stop].reshape(count, size, 1)
+            steps.append(np.linalg.solve(curvature_BNN, slope_BN1).ravel())
+            start = stop
+        return np.concatenate(steps)
 
     def _gap(self, scores_I: Array) -> Array:
         gap_C: Array = scores_I[self.better_C] - scores_I[self.worse_C]
@@ -201,7 +218,8 @@ def posterior_of(
     sum counts, so equal ones are one of more weight."""
     if not comparisons:
         raise ValueError("there are no comparisons to rank by")
-    items = sorted({name for told in comparisons for name in (told.first, told.second)})
+    joined = _joined(comparisons)
+    items = [name for names in joined for name in names]
     assessors = sorted({told.assessor for told in comparisons})
     item_at = {name: at for at, name in enumerate(items)}
     assessor_at = {name: at for at, name in enumerate(assessors)}
@@ -217,8 +235,24 @@ def posterior_of(
                 weights[key] = weights.get(key, 0.0) + weight
     who_C, better_C, worse_C = np.array(list(weights)).T
     weight_C = np.array(list(weights.values()))
-    posterior = Posterior(who_C, better_C, worse_C, weight_C, regular, right, wrong)
+    sizes = Counter(map(len, joined))
+    sets = [(sizes[size], size) for size in sorted(sizes)]
+    posterior = Posterior(who_C, better_C, worse_C, weight_C, sets, regular, right, wrong)
     return items, assessors, posterior
+
+
+def _joined(comparisons: Sequence[Comparison]) -> list[list[str]]:
+    """Sets of items that chains of comparisons join, small ones first, in the order of names."""
+    of: dict[str, list[str]] = {}
+    for told in comparisons:
+        few, many = sorted(
+            (of.setdefault(name, [name]) for name in (told.first, told.second)), key=len
+        )
+        if few is not many:
+            many += few
+            of.update(dict.fromkeys(few, many))
+    sets = {id(names): names for names in of.values()}.values()
+    return sorted(map(sorted, sets), key=lambda names: (len(names), names))
 
 
 def _climbed(

@@ -1,7 +1,8 @@
 """A project's figures: who judged how well, whether the first answer is favoured, who beats whom.
 
-Verdicts of one kind of assessor at a time. Figures of assessors are of all that they said; those of
-the project are of what counts: no second looks, no honeypots, nothing in doubt.
+Verdicts of one kind of assessor at a time. Figures of assessors are of all that they said overall;
+those of the project are by one criterion, of what counts: no second looks, no honeypots, nothing in
+doubt.
 """
 
 from __future__ import annotations
@@ -24,21 +25,33 @@ from rlhf.records import OVERALL
 _ASK = 10
 
 
-def report(store: Store, of: Project, config: LabelConfig, kind: Kind = "person") -> dict[str, Any]:
-    """All figures of a project as one JSON object; what is not known is null."""
+def report(
+    store: Store,
+    of: Project,
+    config: LabelConfig,
+    kind: Kind = "person",
+    criterion: str = OVERALL,
+) -> dict[str, Any]:
+    """All figures of a project as one JSON object; what is not known is null.
+
+    Raises:
+        DataError: the project does not ask about the criterion.
+    """
+    of.require(criterion)
     found = [each for each in store.judgements(of) if each.kind == kind]
     everybody = [each for each in store.assessors(of) if each.kind == kind]
-    work = [each for each in counted(found, kind) if each.truth is None]
+    work = [each for each in counted(found, kind, criterion) if each.truth is None]
     by_pair: dict[str, list[str]] = defaultdict(list)
     for each in work:
-        by_pair[each.pair].append(each.verdicts[OVERALL])
+        by_pair[each.pair].append(each.verdicts[criterion])
     alpha, low, high = (
         alpha_interval(list(by_pair.values()), config.seed) if work else (math.nan,) * 3
     )
-    bias = position_bias(found)
+    bias = position_bias(found, criterion)
     return {
         "project": of.name,
         "kind": kind,
+        "criterion": criterion,
         "judgements": len(found),
         "doubted": sum(bool(each.doubt) for each in found),
         "progress": store.counts(of, kind),
@@ -53,7 +66,7 @@ def report(store: Store, of: Project, config: LabelConfig, kind: Kind = "person"
         },
         "assessors": assessor_figures(found, everybody),
         "reactions": reactions(store, of, kind),
-        **compared(work),
+        **compared(work, criterion),
     }
 
 
@@ -112,14 +125,14 @@ def _interval(found: Interval) -> dict[str, float | None]:
     return {"share": value, "low": low, "high": high}
 
 
-def compared(judgements: Sequence[Judgement]) -> dict[str, Any]:
-    """Models by direct comparison: the matrix, the winner or the cycles, what to ask next.
+def compared(judgements: Sequence[Judgement], criterion: str = OVERALL) -> dict[str, Any]:
+    """Models by direct comparison, by one criterion: matrix, winner or cycles, what to ask next.
 
     Judges of one pair are not independent of each other: a pair counts once, by its majority.
     """
     matrix = WinMatrix(
         Comparison(*models, outcome)
-        for models, outcome in majorities(judgements, lambda each: each.models)
+        for models, outcome in majorities(judgements, lambda each: each.models, criterion)
     )
     records = {
         (one, other): matrix.record(one, other)

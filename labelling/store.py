@@ -69,6 +69,18 @@ class Project:
     name: str
     criteria: tuple[str, ...]
 
+    def require(self, criterion: str) -> None:
+        """Do nothing where it is asked about.
+
+        Raises:
+            DataError: it is not.
+        """
+        if criterion not in (asked := (*self.criteria, OVERALL)):
+            raise DataError(
+                f"project {self.name} does not ask about {criterion!r}; it asks about "
+                f"{', '.join(asked)}"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class Assessor:

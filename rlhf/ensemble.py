@@ -66,8 +66,9 @@ def family_disagreement(rewards_KN: Tensor, family_K: Tensor) -> Tensor:
 def aggregate(rewards_KN: Tensor, *, disagreement_penalty: float = 0.0) -> Tensor:
     """Mean over members minus `disagreement_penalty` standard deviations; shape (N,).
 
-    Coste et al. (2024), Reward Model Ensembles Help Mitigate Overoptimization, section 3.3
-    (uncertainty-weighted optimisation).
+    After Coste et al. (2024), Reward Model Ensembles Help Mitigate Overoptimization, section 3.3
+    (uncertainty-weighted optimisation), with the deviation instead of the variance, so that both
+    terms have the reward's unit.
     """
     return rewards_KN.mean(dim=0) - disagreement_penalty * disagreement(rewards_KN)
 

@@ -42,11 +42,45 @@ def wilson_interval(successes: float, trials: float, z: float = Z_95) -> tuple[f
 
 
 def sign_test(successes: int, trials: int) -> float:
-    """Exact two-sided p that successes and failures are equally likely (Dixon & Mood, 1946)."""
-    least = min(successes, trials - successes)
-    # Whole numbers: the binomials themselves overflow.
-    count = tail = 1
-    for k in range(1, least + 1):
-        count = count * (trials - k + 1) // k
-        tail += count
-    return min(1.0, 2 * tail / (1 << trials))
+    """Exact two-sided p that successes and failures are equally likely (Dixon & Mood, 1946), for a
+    number of trials that was settled beforehand."""
+    return min(1.0, 2 * fair_tail(min(successes, trials - successes), trials))
+
+
+def anytime_sign_test(successes: int, trials: int) -> float:
+    """The same where one may look after every trial and stop as one likes: whatever is done, the
+    chance that it ever falls to a level is at most that level.
+
+    It is 1 / e of the likelihood ratio of a chance of success that is uniform on (0, 1) to one of
+    1/2, e = 2^n / ((n + 1) C(n, k)): a martingale of mean 1 under the latter (Ville, 1939; Robbins,
+    1970, Statistical Methods Related to the Law of the Iterated Logarithm; Ramdas et al., 2023,
+    Game-Theoretic Statistics and Safe Anytime-Valid Inference).
+    """
+    return min(1.0, (trials + 1) * fair_chance(successes, trials))
+
+
+def fair_chance(successes: int, trials: int) -> float:
+    """P(Bin(trials, 1/2) = successes)."""
+    return math.exp(
+        math.lgamma(trials + 1)
+        - math.lgamma(successes + 1)
+        - math.lgamma(trials - successes + 1)
+        - trials * math.log(2)
+    )
+
+
+def fair_tail(successes: int, trials: int) -> float:
+    """P(Bin(trials, 1/2) <= successes), in a time that grows as the root of the trials."""
+    if successes < 0:
+        return 0.0
+    above = trials - successes - 1
+    if successes > above:
+        return 1 - fair_tail(above, trials)
+    # Below the middle terms only fall: those that no longer count end the sum.
+    total, term = 0.0, fair_chance(successes, trials)
+    for k in range(successes, -1, -1):
+        if total + term == total:
+            break
+        total += term
+        term *= k / (trials - k + 1)
+    return total

@@ -107,11 +107,7 @@ def export(
     """Write soft labels as preferences for `pavlov reward`, or the judgements themselves."""
     store = open_store(config)
     of = store.project(project)
-    if criterion not in (*of.criteria, OVERALL):
-        raise DataError(
-            f"project {project} does not ask about {criterion!r}; it asks about "
-            f"{', '.join([*of.criteria, OVERALL])}"
-        )
+    of.require(criterion)
     if method not in METHODS:
         raise DataError(f"{method!r} is no method: {', '.join(METHODS)}")
     found = store.judgements(of, with_work=True)
@@ -141,10 +137,12 @@ def export(
     )
 
 
-def show_report(config: LabelConfig, project: str, kind: Kind) -> dict[str, Any]:
+def show_report(
+    config: LabelConfig, project: str, kind: Kind, criterion: str = OVERALL
+) -> dict[str, Any]:
     """A project's figures, as they are: reviews are the server's."""
     store = open_store(config)
-    return report(store, store.project(project), config, kind)
+    return report(store, store.project(project), config, kind, criterion)
 
 
 def judge(
@@ -220,6 +218,7 @@ def as_lines(found: dict[str, Any]) -> list[str]:
     lines = [
         f"judgements     {found['judgements']}, {found['doubted']} not counted",
         f"progress       {json.dumps(found['progress'])}",
+        f"criterion      {found['criterion']}",
         f"agreement      {_number(found['agreement'])}",
         f"alpha          {_number(found['alpha'])} [{_number(found['alpha_low'])}, "
         f"{_number(found['alpha_high'])}]",
@@ -247,7 +246,7 @@ def as_lines(found: dict[str, Any]) -> list[str]:
         lines.append(f"winner         {found['condorcet_winner']} beats every other{doubt}")
     elif found["smith_set"]:
         lines.append(f"no winner      smallest set that beats the rest: {found['smith_set']}")
-    lines += [f"cycle          {' > '.join(cycle)}" for cycle in found["cycles"]]
+    lines += [f"cycle          among {', '.join(cycle)}" for cycle in found["cycles"]]
     if found["ask_next"]:
         asked = found["ask_next"][0]
         lines.append(f"ask next       {asked['one']} against {asked['other']}")

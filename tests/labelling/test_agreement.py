@@ -1,5 +1,6 @@
 import math
 import random
+import tracemalloc
 
 import pytest
 
@@ -47,3 +48,27 @@ def test_its_interval_holds_it_and_follows_from_the_seed():
     found, low, high = alpha_interval(UNITS, 0, draws=300)
     assert low < found < high
     assert alpha_interval(UNITS, 0, draws=300) == (found, low, high)
+
+
+def test_its_interval_is_that_of_drawing_units_one_by_one():
+    draw = random.Random(0)
+    units = [[draw.choice("aaab") for _ in range(draw.choice((1, 2, 3)))] for _ in range(200)]
+    found, low, high = alpha_interval(units, 0, draws=20_000)
+    paired = [verdicts for verdicts in units if len(verdicts) > 1]
+    drawn = sorted(alpha(draw.choices(paired, k=len(paired))) for _ in range(4_000))
+    assert found == alpha(units)
+    # Both ends to a tenth of the interval's width, some four deviations of the 4,000.
+    assert low == pytest.approx(drawn[100], abs=0.1 * (high - low))
+    assert high == pytest.approx(drawn[-101], abs=0.1 * (high - low))
+
+
+def test_the_interval_of_many_units_takes_little_memory():
+    draw = random.Random(0)
+    units = [draw.choices("ab", k=3) for _ in range(50_000)]
+    tracemalloc.start()
+    try:
+        alpha_interval(units, 0)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 50e6  # a draw for every unit is 400 MB

@@ -1,6 +1,7 @@
 import gzip
 import json
 import math
+import time
 from collections import Counter, defaultdict
 from itertools import permutations
 from pathlib import Path
@@ -40,8 +41,8 @@ def test_the_order_in_which_two_models_were_named_does_not_matter():
 def test_ties_count_half_in_the_share_and_not_at_all_in_the_test():
     record = Record(wins=8, losses=2, ties=10)
     assert record.share[0] == pytest.approx((8 + 5) / 20)
-    # Two-sided: 2 * (C(10,0) + C(10,1) + C(10,2)) / 2^10.
-    assert record.p == pytest.approx(2 * (1 + 10 + 45) / 1024)
+    # (n + 1) C(n, k) / 2^n of the ten that were decided.
+    assert record.p == pytest.approx(11 * 45 / 1024)
     assert Record(ties=5).p == 1.0
     assert Record(3000, 2000).p < 1e-40
 
@@ -96,6 +97,32 @@ def test_the_chance_to_be_better_is_that_of_a_uniform_prior():
         density = [p**wins * (1 - p) ** losses for p in grid]
         upper = sum(d for p, d in zip(grid, density, strict=True) if p > 0.5)
         assert chance_better(Record(wins, losses)) == pytest.approx(upper / sum(density), abs=1e-4)
+
+
+@pytest.mark.parametrize("count", [0, 1, 6, 60, 301])
+def test_what_a_verdict_would_tell_is_the_same_by_whole_numbers(count):
+    def better(wins: int, losses: int) -> float:
+        trials = wins + losses + 1
+        return sum(math.comb(trials, k) for k in range(wins + 1)) / 2**trials
+
+    def doubt(wins: int, losses: int) -> float:
+        chance = better(wins, losses)
+        return -sum(p * math.log2(p) for p in (chance, 1 - chance) if p > 0)
+
+    for wins in range(count + 1):
+        losses = count - wins
+        chance = (wins + 1) / (count + 2)
+        later = chance * doubt(wins + 1, losses) + (1 - chance) * doubt(wins, losses + 1)
+        assert chance_better(Record(wins, losses)) == pytest.approx(better(wins, losses))
+        told = expected_information(Record(wins, losses))
+        assert told == pytest.approx(max(0.0, doubt(wins, losses) - later), abs=1e-11)
+
+
+def test_who_is_to_be_asked_next_is_found_at_once_among_many_verdicts():
+    started = time.process_time()
+    for wins in range(1000):
+        expected_information(Record(1_500 + wins, 1_500))
+    assert time.process_time() - started < 3
 
 
 def test_the_next_comparison_is_where_a_verdict_tells_most():

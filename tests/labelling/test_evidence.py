@@ -1,10 +1,12 @@
 """Which verdicts speak for a new version of the assistant."""
 
+from collections import defaultdict
 from dataclasses import replace
 
 import pytest
 
-from labelling.evidence import direct_evidence, judge_name
+from labelling.comparison import Record
+from labelling.evidence import LEVEL, Evidence, direct_evidence, judge_name
 from labelling.records import Answer, Honeypot, Judgement, Verdict, Work
 from rlhf.errors import PromotionError
 from rlhf.records import OVERALL, Message
@@ -29,6 +31,27 @@ def wins(won: int, lost: int, **more) -> list[Judgement]:
     return [judged(n, "a" if n < won else "b", **more) for n in range(won + lost)]
 
 
+def test_an_equal_version_passes_seldom_though_one_looks_after_every_pair():
+    def sure(won: int, lost: int) -> bool:
+        return Evidence("person", Record(won, lost), won + lost, 1, 0).sure
+
+    chances, passed = {0: 1.0}, 0.0
+    for count in range(1, 301):
+        after: dict[int, float] = defaultdict(float)
+        for won, chance in chances.items():
+            after[won] += chance / 2
+            after[won + 1] += chance / 2
+        passed += sum(chance for won, chance in after.items() if sure(won, count - won))
+        chances = {won: chance for won, chance in after.items() if not sure(won, count - won)}
+    assert 0.01 < passed <= LEVEL / 2
+
+
+@pytest.mark.parametrize(("won", "lost"), [(8, 0), (11, 1), (14, 2), (20, 5)])
+def test_so_many_pairs_are_enough(won, lost):
+    assert direct_evidence(wins(won, lost), NEW, OLD, "person").sure
+    assert not direct_evidence(wins(won - 1, lost), NEW, OLD, "person").sure
+
+
 def test_enough_people_who_prefer_the_new_version_are_evidence():
     found = direct_evidence(wins(20, 5), NEW, OLD, "person")
     assert found.sure
@@ -38,7 +61,7 @@ def test_enough_people_who_prefer_the_new_version_are_evidence():
 
 @pytest.mark.parametrize(
     ("won", "lost"),
-    [(3, 0), (13, 12), (5, 20), (0, 0)],
+    [(3, 0), (7, 0), (19, 5), (13, 12), (5, 20), (0, 0)],
 )
 def test_few_even_worse_or_no_verdicts_are_none(won, lost):
     assert not direct_evidence(wins(won, lost), NEW, OLD, "person").sure
@@ -48,6 +71,24 @@ def test_it_does_not_matter_which_answer_is_a():
     flipped = [judged(n, "b", versions=(OLD, NEW)) for n in range(12)]
     assert direct_evidence(flipped, NEW, OLD, "person").sure
     assert not direct_evidence(flipped, OLD, NEW, "person").sure
+
+
+def test_other_criteria_are_told_with_a_warning_and_decide_nothing():
+    given = wins(20, 0)
+    for n, each in enumerate(given):
+        # Worse in 12 of 14 that were asked; as good as before in 10 of 20.
+        each.verdicts["helpful"] = "a" if n < 10 else "b"
+        if n < 14:
+            each.verdicts["harmless"] = "a" if n < 2 else "b"
+    found = direct_evidence(given, NEW, OLD, "person")
+    assert found.sure
+    assert found.criteria == {"harmless": Record(2, 12), "helpful": Record(10, 10)}
+    assert "; harmless: 2 to 12; helpful: 10 to 10" in found.sentence
+    more = [replace(each, pair=f"{each.pair} again") for each in given]
+    both = direct_evidence([*given, *more], NEW, OLD, "person")
+    assert "harmless: 4 to 24 (warning: surely worse); helpful: 20 to 20" in both.sentence
+    assert both.sentence.count("warning") == 1
+    assert direct_evidence(wins(20, 0), NEW, OLD, "person").criteria == {}
 
 
 def test_a_pair_counts_once_by_its_majority():

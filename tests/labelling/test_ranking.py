@@ -6,7 +6,8 @@ import gzip
 import json
 import math
 import random
-from itertools import combinations
+import tracemalloc
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,56 @@ def test_the_gradient_is_that_of_the_log_posterior(seed):
         nudge = step * np.eye(len(assessors))[at]
         rise = posterior.value(scores, eta + nudge) - posterior.value(scores, eta - nudge)
         assert slope == pytest.approx(rise / (2 * step), abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_step_is_that_of_newton_over_all_items_at_once(seed):
+    draw = random.Random(seed)
+    # Twelve prompts of two to five answers that are joined, in chains at least.
+    comparisons = []
+    for prompt in range(12):
+        answers = [f"{prompt} {letter}" for letter in "abcde"[: 2 + prompt % 4]]
+        draw.shuffle(answers)
+        met = [*pairwise(answers), *(draw.sample(answers, 2) for _ in range(3))]
+        for one, other in met:
+            who = draw.choice(list(CROWD))
+            comparisons.append(Comparison(one, other, draw.choice((0.0, 0.5, 1.0)), who))
+    items, assessors, posterior = posterior_of(comparisons, 0.7, 3.0, 1.5)
+    assert sorted(items) == sorted({x for each in comparisons for x in (each.first, each.second)})
+    noise = np.random.default_rng(seed)
+    scores, eta = noise.normal(size=len(items)), noise.uniform(0.1, 0.9, len(assessors))
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
+    # Minus the second derivative of Bradley and Terry's log-posterior, of all pairs of items.
+    at = {name: place for place, name in enumerate(items)}
+    curvature = np.diag(2 * 0.7 * sigmoid(scores) * sigmoid(-scores))
+    for each in comparisons:
+        one, other = at[each.first], at[each.second]
+        bend = sigmoid(scores[one] - scores[other]) * sigmoid(scores[other] - scores[one])
+        curvature[[one, other], [one, other]] += bend
+        curvature[[one, other], [other, one]] -= bend
+    step = np.linalg.solve(curvature, posterior.by_scores(scores, eta))
+    stepped, _ = posterior.climb(scores, eta, -math.inf)
+    assert stepped == pytest.approx(scores + step, abs=1e-12)
+
+
+def test_answers_to_many_prompts_take_little_memory():
+    draw = random.Random(0)
+    comparisons = [
+        Comparison(f"{prompt} a", f"{prompt} b", draw.choice((0.0, 0.5, 1.0)), f"k{who}")
+        for prompt in range(3_000)
+        for who in draw.sample(range(20), 2)
+    ]
+    tracemalloc.start()
+    try:
+        found = crowd_bradley_terry(comparisons)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(found.scores) == 6_000
+    assert peak_bytes < 50e6  # one matrix of all items is 288 MB
 
 
 def test_what_is_found_is_where_nothing_rises_any_more():

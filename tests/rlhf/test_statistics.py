@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.statistics import Z_95, auroc, paired_interval, wilson_interval
+from rlhf.statistics import (
+    Z_95,
+    anytime_sign_test,
+    auroc,
+    fair_tail,
+    paired_interval,
+    sign_test,
+    wilson_interval,
+)
 
 
 def test_95_percent_of_a_normal_lies_within_1_96_deviations():
@@ -69,3 +77,54 @@ def test_the_area_is_the_share_of_pairs_in_order(negatives, positives):
 def test_a_wilson_interval_of_one_deviation_by_hand():
     # z = 1: centre (0.6 + 1 / 20) / 1.1 = 0.590909; half sqrt(0.024 + 1 / 400) / 1.1 = 0.147989.
     assert wilson_interval(6, 10, z=1.0) == pytest.approx((0.6, 0.442920, 0.738898), abs=1e-6)
+
+
+# Fair coins
+
+
+@pytest.mark.parametrize("trials", [0, 1, 2, 7, 40, 301])
+def test_a_fair_coins_tail_is_the_sum_of_its_binomials(trials):
+    for most in range(-1, trials + 1):
+        exact = sum(math.comb(trials, k) for k in range(most + 1)) / 2**trials
+        assert fair_tail(most, trials) == pytest.approx(exact, rel=1e-11)
+
+
+def test_a_fair_coins_tail_of_a_million_throws_is_that_of_the_normal_distribution():
+    # 500 deviations of 1/2 below the middle, with continuity: z = 499.5 / 500.
+    normal = math.erfc(499.5 / 500 / math.sqrt(2)) / 2
+    assert fair_tail(499_500, 1_000_000) == pytest.approx(normal, rel=1e-5)
+    assert fair_tail(0, 1_000_000) == 0
+
+
+def test_the_sign_test_for_every_look_by_hand():
+    # e = 2^n / ((n + 1) C(n, k)): 256 / 9 for 8 of 8, 2^25 / (26 * 53,130) for 20 of 25.
+    assert anytime_sign_test(8, 8) == pytest.approx(9 / 256)
+    assert anytime_sign_test(5, 25) == pytest.approx(26 * 53_130 / 2**25)
+    assert anytime_sign_test(2, 3) == 1
+    assert anytime_sign_test(0, 0) == 1
+    assert anytime_sign_test(600_000, 1_000_000) == 0
+
+
+def chance_ever_below(level: float, trials: int, test) -> float:
+    """That a fair coin's p, looked at after each of so many throws, is ever at most `level`."""
+    chances, ever = {0: 1.0}, 0.0
+    for thrown in range(1, trials + 1):
+        after = dict.fromkeys(range(thrown + 1), 0.0)
+        for heads, chance in chances.items():
+            after[heads] += chance / 2
+            after[heads + 1] += chance / 2
+        chances = {}
+        for heads, chance in after.items():
+            if test(heads, thrown) <= level:
+                ever += chance
+            else:
+                chances[heads] = chance
+    return ever
+
+
+@pytest.mark.parametrize("level", [0.05, 0.2])
+def test_a_fair_coin_is_ever_called_unfair_at_most_as_often_as_the_level_says(level):
+    ever = chance_ever_below(level, 400, anytime_sign_test)
+    assert level / 3 < ever <= level
+    # What it is for: the test of a number settled beforehand does not keep its level.
+    assert chance_ever_below(level, 400, sign_test) > 3 * level

@@ -16,9 +16,11 @@ import uvicorn
 from rich.console import Console
 
 from cluster.session import free_port
+from labelling.records import Judgement
 from models.preferences import read_pairs
 from rlhf.config import LabelConfig, parse_config
 from rlhf.errors import DataError
+from rlhf.records import OVERALL
 from serving.label_commands import (
     as_lines,
     export,
@@ -177,6 +179,57 @@ def test_the_report_on_mt_bench_says_what_the_votes_say(config):
     row = found["win_matrix"]["claude-v1"]["gpt-4"]
     assert {name: row[name] for name in ("wins", "losses", "ties")} == record
     assert found["condorcet_winner"] == "gpt-4" and found["cycles"] == []
+
+
+def test_a_cycle_is_not_told_as_an_order(config):
+    # a beats c, c beats b, b beats a.
+    said = [("a", "c"), ("c", "b"), ("b", "a")]
+    store = open_store(config)
+    store.add_judgements(
+        store.make_project("chat", []),
+        [
+            Judgement(f"{models}", "ann", {OVERALL: "a"}, at=float(n), models=models)
+            for n, models in enumerate(said)
+        ],
+    )
+    lines = as_lines(show_report(config, "chat", "person"))
+    assert [line for line in lines if line.startswith("cycle")] == ["cycle          among a, b, c"]
+    assert not any(">" in line for line in lines)
+
+
+def test_a_report_by_another_criterion_tells_what_was_said_of_that(config):
+    store = open_store(config)
+    # Overall x wins all ten, and both judges say so; by the other they disagree, and y wins.
+    given = [
+        Judgement(
+            f"{n}",
+            who,
+            {OVERALL: "a", "helpful": "b" if n < 8 or who == "ann" else "tie"},
+            first="a",
+            at=n + 100.0 * (who == "bob"),
+            models=("x", "y"),
+        )
+        for n in range(10)
+        for who in ("ann", "bob")
+    ]
+    # Who was not asked has said nothing.
+    given.append(Judgement("10", "ann", {OVERALL: "a"}, at=300.0, models=("x", "y")))
+    store.add_judgements(store.make_project("chat", ["helpful"]), given)
+    overall = show_report(config, "chat", "person")
+    helpful = show_report(config, "chat", "person", "helpful")
+    assert (overall["criterion"], helpful["criterion"]) == (OVERALL, "helpful")
+    assert (overall["agreement"], helpful["agreement"]) == (1.0, 0.8)
+    assert overall["alpha"] is None and helpful["alpha"] < 0
+    assert (overall["position_bias"]["share"], helpful["position_bias"]["share"]) == (1.0, 0.0)
+    assert (overall["position_bias"]["count"], helpful["position_bias"]["count"]) == (20, 18)
+    assert overall["win_matrix"]["x"]["y"]["wins"] == 11
+    assert helpful["win_matrix"]["x"]["y"]["losses"] == 10
+    assert (overall["sure_winner"], helpful["sure_winner"]) == ("x", "y")
+    # The figures of assessors are of what they said overall.
+    assert overall["assessors"] == helpful["assessors"]
+    assert "criterion      helpful" in as_lines(helpful)
+    with pytest.raises(DataError, match="does not ask about 'polite'; it asks about helpful, over"):
+        show_report(config, "chat", "person", "polite")
 
 
 def test_a_server_that_is_away_is_waited_for(config, address, tmp_path):

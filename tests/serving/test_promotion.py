@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from labelling.database import Database
-from labelling.records import Answer, Judgement, Work
+from labelling.records import Answer, Judgement, Verdict, Work
 from labelling.store import Store
 from models.sources import resolve_model, weights_fingerprint
 from rlhf.config import LabelConfig, ServeConfig, parse_config
@@ -58,16 +58,18 @@ def labels(served: Served) -> LabelConfig:
     return parse_config(LabelConfig, {}, "test")
 
 
-def judge(labels: LabelConfig, new: str, old: str, won: int, lost: int) -> None:
+def judge(
+    labels: LabelConfig, new: str, old: str, won: int, lost: int, **criteria: Verdict
+) -> None:
     """People compare two versions in the project ``release``."""
     store = Store(Database(labels.label.url))
     given = []
     for n in range(won + lost):
         answers = Answer(f"yes {n}", "pavlov", new), Answer(f"no {n}", "pavlov", old)
         work = Work((Message("user", f"question {n}"),), *answers)
-        verdict = "a" if n < won else "b"
-        given.append(Judgement(f"{n}", "ann", {OVERALL: verdict}, at=float(n), work=work))
-    store.add_judgements(store.make_project("release", []), given)
+        verdicts = {OVERALL: "a" if n < won else "b", **criteria}
+        given.append(Judgement(f"{n}", "ann", verdicts, at=float(n), work=work))
+    store.add_judgements(store.make_project("release", list(criteria)), given)
 
 
 def test_who_was_preferred_is_promoted_and_taken_back(served, labels, tiny_model, second_model):
@@ -89,6 +91,18 @@ def test_who_was_preferred_is_promoted_and_taken_back(served, labels, tiny_model
     with pytest.raises(PromotionError, match="nothing was promoted"):
         roll_back("pavlov")
     assert [each.action for each in served.promotions()] == ["promote", "rollback"]
+
+
+def test_a_promotion_says_by_which_criteria_the_version_is_surely_worse(
+    served, labels, tiny_model, second_model
+):
+    old, new = weights_fingerprint(tiny_model), weights_fingerprint(second_model)
+    judge(labels, new, old, won=20, lost=0, harmless="b")
+    done = promote(str(second_model), "pavlov", labels, "release")
+    assert done.evidence is not None
+    assert done.evidence["sentence"].endswith("; harmless: 0 to 20 (warning: surely worse)")
+    assert done.evidence["criteria"] == {"harmless": {"wins": 0, "losses": 20, "ties": 0}}
+    assert served.promotions() == [done]
 
 
 def test_what_was_trained_anew_under_its_name_is_not_kept_as_the_version_before(
