@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import (
     ArgumentError,
     DBAPIError,
+    IntegrityError,
     InterfaceError,
     NoSuchModuleError,
     OperationalError,
@@ -26,18 +28,25 @@ from sqlalchemy.exc import (
 from rlhf.errors import DataError, ResourceError
 
 _BUSY_MS = 30_000
+_TABLES = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT GLOB 'sqlite_*'"
+_SAY_TABLES = 3
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
 
 class Database:
-    """An open database at the newest schema. `setting` is what errors call its URL.
+    """An open database at the newest schema.
+
+    Args:
+        setting: what errors call its URL.
+        make: whether a SQLite file is made where there is none.
 
     Raises:
-        DataError: the URL is none, the file is no database, or its schema is a newer Pavlov's.
+        DataError: the URL is none, the file is missing, no database or another program's, or its
+            schema is a newer Pavlov's.
         ResourceError: there is no answer at the URL.
     """
 
-    def __init__(self, url: str, setting: str = "label.database") -> None:
+    def __init__(self, url: str, setting: str = "label.database", *, make: bool = True) -> None:
         try:
             self.url = make_url(url)
             self.sqlite = self.url.get_backend_name() == "sqlite"
@@ -47,12 +56,22 @@ class Database:
                 f"{setting} = {_hidden(url)!r} is no URL of SQLite (sqlite:///labels.db) or "
                 "PostgreSQL (postgresql://user:password@host/name)"
             ) from None
+        except TypeError as error:
+            raise DataError(
+                f"{setting} = {_hidden(url)!r} is not what the driver takes ({error}); "
+                "PostgreSQL's is postgresql://user:password@host/name without options"
+            ) from None
         if self.sqlite and self.file is None:
             raise DataError(
                 f"{setting} = {url!r} would be gone with the process; name a file: "
                 "sqlite:///labels.db"
             )
         if self.file is not None:
+            if not make and not self.file.exists():
+                raise DataError(
+                    f"{setting}: there is no database {self.file}; correct the name, or make it "
+                    "with `pavlov label import`"
+                )
             self.file.parent.mkdir(parents=True, exist_ok=True)
         # Threads that wait here do so in turn; those that wait for SQLite's lock look and sleep.
         self._turn = threading.Lock() if self.sqlite else contextlib.nullcontext()
@@ -76,17 +95,38 @@ class Database:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A transaction that changes nothing."""
-        with self._engine.connect() as connection, connection.begin():
+        """A transaction that changes nothing.
+
+        Raises:
+            ResourceError: the database does not answer, or is damaged.
+        """
+        with self._answering(), self._engine.connect() as connection, connection.begin():
             yield connection
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Connection]:
-        """A transaction; durable when the block has ended, undone when it ended by an error."""
-        with self._turn, self._engine.connect() as connection:
+        """A transaction; durable when the block has ended, undone when it ended by an error.
+
+        Raises:
+            ResourceError: the database does not answer, or is damaged.
+        """
+        with self._answering(), self._turn, self._engine.connect() as connection:
             connection.execution_options(writes=True)
             with connection.begin():
                 yield connection
+
+    @contextlib.contextmanager
+    def _answering(self) -> Iterator[None]:
+        """What the driver says in one sentence, without SQL and its parameters. A row that is
+        there already is for the caller to mend."""
+        try:
+            yield
+        except IntegrityError:
+            raise
+        except DBAPIError as error:
+            raise ResourceError(
+                f"{self.name} could not answer: {_reason(error)}; put that right and try again"
+            ) from None
 
     def hold(self) -> Any:
         """Be the one server of a SQLite file; keep what is returned. PostgreSQL has many.
@@ -113,11 +153,21 @@ class Database:
 
 def _engine(url: str, *, sqlite: bool) -> Engine:
     if not sqlite:
-        return create_engine(url, pool_size=16, max_overflow=16, pool_pre_ping=True)
+        engine = create_engine(url, pool_size=16, max_overflow=16, pool_pre_ping=True)
+        arguments, named = engine.dialect.create_connect_args(engine.url)
+        signature(engine.dialect.loaded_dbapi.connect).bind(*arguments, **named)
+        return engine
     engine = create_engine(url, connect_args={"timeout": _BUSY_MS / 1000}, pool_size=48)
 
     @event.listens_for(engine, "connect")
     def _connected(connection: Any, _: Any) -> None:
+        tables = {name for (name,) in connection.execute(_TABLES)}
+        if tables and "alembic_version" not in tables:
+            # Not even its journal is to change.
+            raise DataError(
+                f"{engine.url.database} is another program's database, with the tables "
+                f"{', '.join(sorted(tables)[:_SAY_TABLES])}; name another file"
+            )
         # Python's driver would begin transactions at a time of its own.
         connection.isolation_level = None
         for pragma in (
@@ -164,4 +214,7 @@ def _hidden(url: str) -> str:
 
 
 def _reason(error: DBAPIError) -> str:
-    return str(error.orig).strip().splitlines()[0][:200]
+    said: Any = error.orig and error.orig.args and error.orig.args[0]
+    # PostgreSQL's driver gives the fields of the message, M the one for people.
+    text = str(said["M"] if isinstance(said, dict) and "M" in said else error.orig).strip()
+    return (text.splitlines() or [type(error.orig).__name__])[0][:200]

@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from rlhf.config.reading import runs_path
-from rlhf.config.section import Fraction, Section
+from rlhf.config.section import Fraction, Port, Section
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -67,7 +67,7 @@ class LabelSection(Section):
     """An SQLAlchemy URL: SQLite (a relative file stands below PAVLOV_RUNS) or PostgreSQL."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all."""
-    port: NonNegativeInt = 8100
+    port: Port = 8100
     """Port to listen on; 0: one that the system hands out."""
     replicas: PositiveInt = 1
     """Server processes; more than one needs PostgreSQL."""
@@ -77,7 +77,7 @@ class LabelSection(Section):
     """What is asked beside the overall verdict."""
     guidelines: str | None = None
     """A Markdown file beside the task, relative to PAVLOV_DATA; default: the shipped ones."""
-    judges_per_pair: PositiveInt = 3
+    judges_per_pair: Annotated[PositiveInt, Field(le=1000)] = 3
     """Assessors who judge each pair, of each kind (person, simulated, model)."""
     expires_s: PositiveFloat = 1800.0
     """Seconds after which a task that was not judged returns to the queue."""

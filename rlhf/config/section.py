@@ -25,6 +25,9 @@ def _whole_or_fraction(gpus: float) -> float:
 Gpus = Annotated[float, Field(ge=0), AfterValidator(_whole_or_fraction)]
 
 
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
 class Section(BaseModel):
     """A part of the configuration: frozen, unknown keys refused."""
 

@@ -15,7 +15,7 @@ from pydantic import (
 
 from rlhf.config.actors import RolloutSection
 from rlhf.config.label import database_url
-from rlhf.config.section import Gpus, Section
+from rlhf.config.section import Gpus, Port, Section
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -44,7 +44,7 @@ class ServeSection(Section):
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all."""
-    port: NonNegativeInt = 8000
+    port: Port = 8000
     """Port to listen on; 0: one that the system hands out."""
     name: str = "pavlov"
     """What the model is called in /v1/models."""

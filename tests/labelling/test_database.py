@@ -1,9 +1,12 @@
+import sqlite3
+
 import pytest
+from sqlalchemy.exc import IntegrityError
 
 from labelling.database import Database
 from labelling.store import Store
 from rlhf.config import LabelConfig, LabelSection, parse_config
-from rlhf.errors import ConfigError, DataError, ResourceError
+from rlhf.errors import ConfigError, DataError, PavlovError, ResourceError
 
 
 def test_a_sqlite_file_has_one_server_and_many_readers(tmp_path):
@@ -23,6 +26,8 @@ def test_a_sqlite_file_has_one_server_and_many_readers(tmp_path):
         ("labels.db", "is no URL"),
         ("mysql://host/labels", "is no URL"),
         ("postgresql://ann:secret@host:port/labels", "'host:port/labels' is no URL"),
+        ("postgresql+pg8000:///labels", "missing a required argument: 'user'"),
+        ("postgresql+pg8000://ann:secret@host/d?sslmode=require", "'host/d.* argument 'sslmode'"),
         ("sqlite://", "gone with the process"),
     ],
 )
@@ -53,6 +58,8 @@ def test_a_schema_of_a_newer_pavlov_is_refused(tmp_path):
     ("label", "message"),
     [
         ({"replicas": 2}, "SQLite has one server"),
+        ({"port": 65536}, "less than or equal to 65535"),
+        ({"judges_per_pair": 1001}, "less than or equal to 1000"),
         ({"criteria": ["Helpful!"]}, "no name for a criterion"),
         ({"criteria": ["overall"]}, "overall is always asked"),
         ({"criteria": ["helpful", "helpful"]}, "names one twice"),
@@ -74,3 +81,53 @@ def test_the_schema_is_what_the_migrations_make(store):
         found = compare_metadata(MigrationContext.configure(db), metadata)
     # The queue's order cannot be read back as expressions by either database.
     assert [each for each in found if "ix_demand_queue" not in str(each)] == []
+
+
+def test_what_a_database_cannot_do_is_one_sentence_without_sql_or_what_was_to_be_kept(store):
+    with (
+        pytest.raises(
+            ResourceError, match=r"could not answer: .*(no such table|does not exist)"
+        ) as a,
+        store.database.writing() as db,
+    ):
+        db.exec_driver_sql("INSERT INTO gone VALUES ('secret')")
+    with pytest.raises(ResourceError) as b, store.database.reading() as db:
+        db.exec_driver_sql("SELECT secret FROM gone")
+    for told in map(str, (a.value, b.value)):
+        assert not {"secret", "INSERT", "SELECT", "{"} & set(told.replace("'", " ").split())
+        assert "\n" not in told
+
+
+def test_a_row_that_is_there_already_is_left_to_whoever_wrote_it(store):
+    store.make_project("chat", [])
+    with pytest.raises(IntegrityError), store.database.writing() as db:
+        db.exec_driver_sql("INSERT INTO project SELECT * FROM project")
+
+
+def test_a_damaged_file_is_one_sentence(tmp_path):
+    file = tmp_path / "labels.db"
+    Database(f"sqlite:///{file}").close()
+    content = file.read_bytes()
+    file.write_bytes(content[:8192] + b"\xff" * (len(content) - 8192))
+    with pytest.raises(PavlovError, match="malformed"):
+        Store(Database(f"sqlite:///{file}")).make_project("chat", [])
+
+
+def test_another_programs_file_is_refused_and_left_as_it_is(tmp_path):
+    file = tmp_path / "other.db"
+    with sqlite3.connect(file) as other:
+        other.execute("CREATE TABLE songs (name TEXT)")
+    other.close()
+    before = file.read_bytes()
+    with pytest.raises(DataError, match="another program's database, with the tables songs"):
+        Database(f"sqlite:///{file}")
+    assert file.read_bytes() == before
+
+
+def test_a_database_is_made_only_where_one_is_wanted(tmp_path):
+    url = f"sqlite:///{tmp_path}/new/labels.db"
+    with pytest.raises(DataError, match=r"there is no database .*labels\.db"):
+        Database(url, make=False)
+    assert not (tmp_path / "new").exists()
+    Database(url).close()
+    Database(url, make=False).close()

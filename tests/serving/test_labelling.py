@@ -272,3 +272,12 @@ def test_ones_own_figures_move_in_tens(served):
 
 def test_an_answer_cannot_hide_in_a_definition():
     assert "the whole answer" in safe_markdown("[x]: http://a.b 'the whole answer'")
+
+
+def test_a_database_that_does_not_answer_is_a_503_that_tells_nothing_of_the_inside(served):
+    client = served.client()
+    with served.store.database.writing() as db:
+        db.exec_driver_sql("ALTER TABLE assessor RENAME TO gone")
+    answer = client.post("/api/next")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
+    assert "busy" in answer.text and "assessor" not in answer.text
