@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -23,7 +24,8 @@ def csv_rows(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
     rest of the file is not read: nobody can tell where its rows begin.
 
     Raises:
-        DataError: the file is missing or unreadable, or has no header.
+        DataError: the file is missing or unreadable, or has no header or one that names a column
+            twice.
     """
     check_is_file(path)
     # Python's own limit is 128 KiB a cell, for the whole process.
@@ -38,7 +40,7 @@ def csv_rows(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
                 for cells in reader:
                     if any(cell.strip() for cell in cells):
                         if header is None:
-                            header = [cell.strip() for cell in cells]
+                            header = _header(path, cells)
                         else:
                             yield line, _row(line, header, cells)
                     line = reader.line_num + 1
@@ -50,6 +52,14 @@ def csv_rows(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
                     raise DataError(f"{path} has no header; its first line names the columns")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _header(path: Path, cells: list[str]) -> list[str]:
+    header = [cell.strip() for cell in cells]
+    twice = [name for name, count in Counter(header).items() if name and count > 1]
+    if twice:
+        raise DataError(f"{path} has two columns {twice[0][:40]!r}; rename or remove one")
+    return header
 
 
 def _row(line: int, header: list[str], cells: list[str]) -> Row | BadRow:

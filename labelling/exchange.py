@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from labelling.csv_rows import csv_rows
 from labelling.forms import judgement_of, judgement_row, vote_of, work_of
 from labelling.label_studio import judgements_of_task, read_tasks, tasks_of, work_of_task
-from labelling.records import Judgement, Work
+from labelling.records import Judgement, Kind, Work
 from models.data_files import BadRow, ReadReport, Row, iter_rows, source_of, written_beside
 from rlhf.errors import DataError
 from rlhf.tables import MESSAGES
@@ -93,8 +93,14 @@ def read_work(path: Path, *, honeypots: bool = False) -> tuple[list[Work], ReadR
     return _kept(path, _parsed(_rows(path), lambda row: work_of(row, source, honeypots=honeypots)))
 
 
-def read_judgements(path: Path, form: Form) -> tuple[list[Judgement], ReadReport]:
+def read_judgements(
+    path: Path, form: Form, kinds: Mapping[str, Kind] | None = None
+) -> tuple[list[Judgement], ReadReport]:
     """The judgements in a file, and what became of its rows; Label Studio's are annotations.
+
+    Args:
+        kinds: where given, of assessors who are known. A row that has one as another kind is bad,
+            and so is one that has somebody as another kind than a row before it.
 
     Raises:
         DataError: the file cannot be read, or its name is not that of a file of this form.
@@ -107,15 +113,23 @@ def read_judgements(path: Path, form: Form) -> tuple[list[Judgement], ReadReport
             "else is; say which form the judgements have, or name the file by it"
         )
     source = _source(path)
+    known = None if kinds is None else dict(kinds)
+
+    def of_one_kind(given: Judgement) -> Judgement:
+        kind = given.kind if known is None else known.setdefault(given.assessor, given.kind)
+        if kind != given.kind:
+            raise ValueError(f"{given.assessor[:40]!r} is a {given.kind}, but known as a {kind}")
+        return given
+
     if form == "label-studio":
         found = (
-            item
+            (place, item)
             for place, task in enumerate(read_tasks(path), start=1)
             for item in judgements_of_task(task, source, place)
         )
-        return _kept(path, found)
+        return _kept(path, _parsed(found, of_one_kind))
     parse = judgement_of if form == "pavlov" else vote_of
-    return _kept(path, _parsed(_rows(path), lambda row: parse(row, source)))
+    return _kept(path, _parsed(_rows(path), lambda row: of_one_kind(parse(row, source))))
 
 
 def write_judgements(judgements: Sequence[Judgement], path: Path) -> None:

@@ -29,6 +29,12 @@ def flipped(verdict: Verdict) -> Verdict:
     return turned.get(verdict, verdict)
 
 
+def _require_no_nul(*texts: str) -> None:
+    # PostgreSQL keeps no such text.
+    if any("\x00" in text for text in texts):
+        raise ValueError("text with a NUL character")
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A reply and who gave it: a model, and the checkpoint or weight version it had."""
@@ -63,10 +69,10 @@ class Work:
             raise ValueError("empty reply")
         if self.a.text.strip() == self.b.text.strip():
             raise ValueError("equal replies")
-        texts = (*(turn.content for turn in self.prompt), self.a.text, self.b.text)
-        # PostgreSQL keeps no such text.
-        if any("\x00" in text for text in texts):
-            raise ValueError("text with a NUL character")
+        for each in (self.a, self.b):
+            _require_no_nul(each.text, each.model, each.checkpoint)
+        explanation = self.honeypot.explanation if self.honeypot else ""
+        _require_no_nul(self.source, explanation, *(turn.content for turn in self.prompt))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +105,8 @@ class Judgement:
     id: str = ""
 
     def __post_init__(self) -> None:
-        if any("\x00" in text for text in (self.pair, self.assessor, self.comment, self.doubt)):
-            raise ValueError("text with a NUL character")
+        _require_no_nul(self.pair, self.assessor, self.comment, self.doubt, self.id)
+        _require_no_nul(*self.models, *self.verdicts)
         if self.work is not None:
             object.__setattr__(self, "models", (self.work.a.model, self.work.b.model))
 

@@ -256,6 +256,11 @@ class Store:
         with self.database.reading() as db:
             return _assessors(db, assessor.c.project_id == of.id)
 
+    def kinds(self, project_name: str) -> dict[str, Kind]:
+        """What everybody in a project is, by name; empty where there is no such project."""
+        with self.database.reading() as db:
+            return {each.name: each.kind for each in _assessors(db, project.c.name == project_name)}
+
     def set_state(
         self, who: Assessor, state: State, reason: str, actor: str, *, doubted: bool = False
     ) -> None:

@@ -43,6 +43,7 @@ Row = dict[str, Any]
 WORK: Row = {"prompt": "Is tea healthy?", "answer_a": "In moderation.", "answer_b": "Go away."}
 PAIR: Row = {"prompt": "Is tea healthy?", "chosen": "In moderation.", "rejected": "Go away."}
 LLMBAR: Row = {"input": "Is tea healthy?", "output_1": "Go.", "output_2": "It can be.", "label": 2}
+NUL = "text with a NUL character"
 TEA = Work(
     (Message("user", "Is tea healthy?"),),
     Answer("In moderation.", "big", "step-40"),
@@ -146,6 +147,12 @@ def test_of_a_broken_csv_what_stood_before_is_kept(tmp_path):
         read_work(write(tmp_path / "empty.csv", []))
 
 
+def test_a_csv_with_two_columns_of_one_name_is_refused(tmp_path):
+    path = write(tmp_path / "work.csv", ["prompt,answer_a, answer_a,answer_b,,", "q,x,y,z,,"])
+    with pytest.raises(DataError, match="two columns 'answer_a'"):
+        read_work(path)
+
+
 def test_neither_the_file_nor_its_order_says_which_answer_was_chosen(tmp_path):
     rows = [{"prompt": "Q", "chosen": f"yes {at}", "rejected": f"no {at}"} for at in range(400)]
     works, _ = read_work(write(tmp_path / "pairs.jsonl", rows))
@@ -207,6 +214,12 @@ def test_models_of_a_pair_follow_their_answers(tmp_path):
         ),
         ({**LLMBAR, "output_1": None}, "no output_1"),
         ({**LLMBAR, "label": 3}, "label that is neither 1 nor 2"),
+        *(
+            ({**WORK, name: "x\0"}, NUL)
+            for name in ("answer_a", "model_a", "checkpoint_b", "source")
+        ),
+        ({**WORK, "honeypot": "a", "explanation": "\0"}, NUL),
+        ({**PAIR, "chosen_model": "\0"}, NUL),
     ],
 )
 def test_a_bad_row_is_left_out_with_its_line_and_the_reason(tmp_path, row, reason):
@@ -297,6 +310,11 @@ def test_votes_on_two_models_are_on_one_pair_whichever_is_named_first(tmp_path):
         ({"repeat": 1}, "repeat that is neither true nor false"),
         ({"words_a": 1.5}, "words_a that is not a whole number"),
         ({**WORK, "answer_b": ""}, "empty reply"),
+        *(
+            ({name: "x\0"}, NUL)
+            for name in ("pair", "assessor", "id", "model_a", "model_b", "comment", "doubt")
+        ),
+        ({"verdicts": {OVERALL: "a", "\0": "a"}}, NUL),
     ],
 )
 def test_a_bad_judgement_is_left_out_with_its_line_and_the_reason(tmp_path, change, reason):
@@ -305,6 +323,17 @@ def test_a_bad_judgement_is_left_out_with_its_line_and_the_reason(tmp_path, chan
     found, report = read_judgements(path, "pavlov")
     assert found == [Judgement("4", "ann", {OVERALL: "a"})]
     assert [(bad.line, bad.reason) for bad in report.bad] == [(2, reason)]
+
+
+def test_an_annotation_by_somebody_known_as_another_kind_is_left_out_alone(tmp_path):
+    given = [Judgement(f"{n}", "ann", {OVERALL: "a"}, models=("x", "y")) for n in range(2)]
+    path = tmp_path / "j.json"
+    write_judgements([*given, replace(given[0], pair="2", kind="model")], path)
+    found, report = read_judgements(path, "label-studio", {})
+    assert found == given
+    assert [(bad.line, bad.reason) for bad in report.bad] == [
+        (3, "'ann' is a model, but known as a person")
+    ]
 
 
 def test_a_file_that_is_not_of_the_form_is_refused(tmp_path):
