@@ -23,9 +23,10 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from filelock import FileLock
+from pydantic import TypeAdapter, ValidationError
 
 from cluster.files import folder_beside, write_atomically
 from labelling.database import Database
@@ -48,6 +49,7 @@ from rlhf.errors import ModelError, PavlovError, PromotionError
 
 _LEAST_REASON = 10
 _LOOK_EVERY_S = 0.5
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,9 @@ class Live:
     engine: str = ""
 
 
+_PROMOTION, _LIVE = TypeAdapter(Promotion), TypeAdapter(Live)
+
+
 class Served:
     """The record of one assistant, by its name (`serve.name`)."""
 
@@ -90,10 +95,24 @@ class Served:
         self._live = self.folder / "live.json"
 
     def promotions(self) -> list[Promotion]:
-        """All of them, oldest first."""
-        if not self._lines.is_file():
-            return []
-        return [Promotion(**json.loads(line)) for line in self._lines.read_text().splitlines()]
+        """All of them, oldest first.
+
+        Raises:
+            PromotionError: a line is damaged.
+        """
+        found: list[Promotion] = []
+        standing = 0
+        lines = self._lines.read_bytes().split(b"\n") if self._lines.is_file() else []
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            found.append(_read(_PROMOTION, line, f"{self._lines} line {number}"))
+            standing += 1 if found[-1].action == "promote" else -1
+            if standing < 0:
+                raise PromotionError(
+                    f"{self._lines} line {number} is damaged: a rollback of no promotion"
+                )
+        return found
 
     def newest(self) -> Promotion | None:
         """What is to be served, if anything was ever promoted."""
@@ -123,8 +142,14 @@ class Served:
         return folder
 
     def live(self) -> Live | None:
-        """What the server has said, if one was ever started."""
-        return Live(**json.loads(self._live.read_text())) if self._live.is_file() else None
+        """What the server has said, if one was ever started.
+
+        Raises:
+            PromotionError: it is damaged.
+        """
+        if not self._live.is_file():
+            return None
+        return _read(_LIVE, self._live.read_bytes(), str(self._live))
 
     def say_live(self, live: Live) -> None:
         """What the server serves from now on."""
@@ -153,7 +178,7 @@ class Served:
         """Append what is decided upon what is served, while nobody else decides.
 
         Raises:
-            PromotionError: nothing is served under this name.
+            PromotionError: nothing is served under this name, or the record is damaged.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / ".promotions.lock"):
@@ -163,8 +188,9 @@ class Served:
                     "give the server's serve.name with --name"
                 )
             found = decide(before)
-            lines = [json.dumps(asdict(each)) + "\n" for each in (*self.promotions(), found)]
-            write_atomically(self._lines, "".join(lines))
+            lines = self._lines.read_text().rstrip("\n") if self._lines.is_file() else ""
+            lines += "\n" * bool(lines) + json.dumps(asdict(found)) + "\n"
+            write_atomically(self._lines, lines)
         return found
 
 
@@ -342,7 +368,7 @@ def _evidence(
     before: str,
     kind: Kind,
 ) -> Evidence:
-    store = Store(Database(labels.label.url))
+    store = Store(Database(labels.label.url, make=False))
     judgements = store.judgements(store.project(project), with_work=True)
     found = direct_evidence(judgements, version, before, kind, by)
     if not found.sure:
@@ -351,6 +377,16 @@ def _evidence(
             f"{before}: {found.sentence}"
         )
     return found
+
+
+def _read(form: TypeAdapter[Read], text: bytes, where: str) -> Read:
+    """What is kept as JSON; fields that are not known are passed over."""
+    try:
+        return form.validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = "".join(f"{part}: " for part in first["loc"]) + first["msg"]
+    raise PromotionError(f"{where} is damaged: {what}")
 
 
 def _who() -> str:

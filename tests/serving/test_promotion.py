@@ -395,3 +395,42 @@ def test_a_kept_version_says_what_trained_it_when_its_run_is_gone(runs, served, 
     assert trained_by(runs.add("second", kept)) == {"tiny"}
     # Nothing was recorded of the version before it.
     assert trained_by(runs.add("third", f"served/pavlov/versions/{done.before}")) is None
+
+
+@pytest.mark.parametrize(
+    ("damaged", "message"),
+    [
+        ("{", "JSON"),
+        ('{"version": "x"}', "before: Field required"),
+        ("[]", "object"),
+        (
+            '{"version": "", "before": "", "source": "", "action": "rollback", "by": "", "at": 1}',
+            "a rollback of no promotion",
+        ),
+    ],
+)
+def test_a_damaged_record_is_told_with_its_line(served, damaged, message):
+    file = served.folder / "promotions.jsonl"
+    file.write_text(f"\n{damaged}\n")
+    told = rf"promotions\.jsonl line 2 is damaged: .*{message}"
+    with pytest.raises(PromotionError, match=told):
+        roll_back("pavlov")
+    assert file.read_text() == f"\n{damaged}\n"
+
+
+def test_a_damaged_word_of_the_servers_is_told(served):
+    (served.folder / "live.json").write_text('{"version": 3}')
+    with pytest.raises(PromotionError, match=r"live\.json is damaged: version: "):
+        served.current()
+
+
+def test_what_a_record_holds_beside_is_passed_over_and_kept(
+    served, labels, tiny_model, second_model
+):
+    promote(str(second_model), "pavlov", None, None, override=WHY)
+    file = served.folder / "promotions.jsonl"
+    line = json.dumps(json.loads(file.read_text()) | {"note": "by the new one"})
+    file.write_text(f"{line}\n\n")
+    roll_back("pavlov")
+    assert [each.action for each in served.promotions()] == ["promote", "rollback"]
+    assert file.read_text().startswith(line)
