@@ -16,7 +16,7 @@ import httpx
 
 from labelling.records import Work
 from labelling.worlds import SimulatedPerson, Task
-from rlhf.errors import RunError
+from rlhf.errors import ResourceError, RunError
 from rlhf.records import Message
 
 Decide = Callable[[dict[str, Any], int], tuple[dict[str, str], float | None]]
@@ -24,6 +24,26 @@ Decide = Callable[[dict[str, Any], int], tuple[dict[str, str], float | None]]
 criterion as shown, and the seconds taken (None: the time since the task was handed out)."""
 
 _PATIENCE_S = 120.0
+_FIRST_PATIENCE_S = 10.0
+_TASK = {"id", "prompt", "first", "second", "criteria"}
+
+
+def require_service(url: str, patience_s: float = _FIRST_PATIENCE_S) -> None:
+    """Do nothing where a service answers.
+
+    Raises:
+        ResourceError: none does within `patience_s` seconds, or something else does.
+    """
+    try:
+        with httpx.Client(base_url=url, timeout=patience_s) as client:
+            answer = _ask(client, "/health", None, patience_s, method="GET")
+        if answer is None or answer.get("status") != "ok":
+            raise RunError(f"{url} does not say that it is well ({str(answer)[:200]})")
+    except (httpx.InvalidURL, RunError) as error:
+        raise ResourceError(
+            f"there is no labelling service at {url}: {error}; start `pavlov label serve`, or give "
+            "its address with --url"
+        ) from None
 
 
 def judge_over_http(
@@ -49,9 +69,11 @@ def judge_over_http(
     ) as client:
         while at_most is None or done < at_most:
             answer = _ask(client, "/api/next", None, patience_s)
-            if answer is None or answer["task"] is None:
+            task = answer and answer.get("task")
+            if task is None:
                 break
-            task = answer["task"]
+            if not isinstance(task, dict) or not task.keys() >= _TASK:
+                raise RunError(f"{url} gives out no task of a labelling service")
             verdicts, seconds = decide(task, done + 1)
             body = {"task": task["id"], "verdicts": verdicts, "seconds": seconds}
             if _ask(client, "/api/judgements", body, patience_s) is None:
@@ -62,29 +84,53 @@ def judge_over_http(
 
 
 def _ask(
-    client: httpx.Client, path: str, body: dict[str, Any] | None, patience_s: float
+    client: httpx.Client,
+    path: str,
+    body: dict[str, Any] | None,
+    patience_s: float,
+    method: str = "POST",
 ) -> dict[str, Any] | None:
     """The answer; None for one who is paused."""
     deadline = time.monotonic() + patience_s
     while True:
         try:
-            answer = client.post(path, json=body)
-        except httpx.TransportError as error:
+            answer = client.request(method, path, json=body)
+        except httpx.UnsupportedProtocol as error:
+            raise RunError(str(error)) from None
+        except httpx.RequestError as error:
             reason, wait = str(error) or type(error).__name__, 0.5
         else:
-            if answer.status_code == 200:
-                return dict(answer.json())
             if answer.status_code == 403:
                 return None
-            reason = f"{answer.status_code}: {answer.text[:200]}"
+            reason = f"{answer.status_code}: {' '.join(answer.text[:200].split())}"
+            if answer.status_code == 200:
+                return _object(answer, f"{client.base_url} is no labelling service ({reason})")
             # Ray Serve's own 404, in plain text, is of a service that is only starting.
-            starting = answer.status_code == 404 and "json" not in answer.headers["content-type"]
+            starting = answer.status_code == 404 and "json" not in answer.headers.get(
+                "content-type", ""
+            )
             if answer.status_code not in (429, 500, 502, 503, 504) and not starting:
                 raise RunError(f"{client.base_url} refused {path} ({reason})")
-            wait = min(float(answer.headers.get("retry-after", 0.5)), 60.0)
+            wait = _retry_after_s(answer)
         if time.monotonic() + wait > deadline:
             raise RunError(f"{client.base_url} did not take {path} for {patience_s:g} s ({reason})")
         time.sleep(wait)
+
+
+def _object(answer: httpx.Response, otherwise: str) -> dict[str, Any]:
+    try:
+        found = answer.json()
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise RunError(otherwise)
+    return found
+
+
+def _retry_after_s(answer: httpx.Response) -> float:
+    """What a server asks for in seconds; a date (RFC 9110, 10.2.3) is not followed."""
+    asked = answer.headers.get("retry-after", "")
+    return min(float(asked), 60.0) if asked.isdecimal() else 0.5
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,15 @@ from labelling.database import Database
 from labelling.evidence import judge_name
 from labelling.exchange import Form, read_judgements, read_work, write_judgements
 from labelling.flagged import flagged_work
-from labelling.judges import Decide, Truth, as_person, as_reward_model, judge_over_http, truths_of
+from labelling.judges import (
+    Decide,
+    Truth,
+    as_person,
+    as_reward_model,
+    judge_over_http,
+    require_service,
+    truths_of,
+)
 from labelling.labels import METHODS, Method, counted, soft_labels
 from labelling.records import Kind, Work
 from labelling.report import report
@@ -31,15 +39,19 @@ from rlhf.errors import DataError
 from rlhf.records import OVERALL
 
 _SAY_BAD = 5
+_LONGEST_NAME = 80
 
 
-def open_store(config: LabelConfig) -> Store:
+def open_store(config: LabelConfig, *, make: bool = True) -> Store:
     """The configured store.
+
+    Args:
+        make: whether a database is made where there is none.
 
     Raises:
         DataError, ResourceError: the database cannot be used.
     """
-    return Store(Database(config.label.url))
+    return Store(Database(config.label.url, make=make))
 
 
 def import_work(
@@ -74,9 +86,10 @@ def import_judgements(
     config: LabelConfig, project: str, file: Path, form: Form, console: Console
 ) -> None:
     """Take verdicts that were given elsewhere."""
-    judgements, read = read_judgements(_found(file), form)
-    _tell(read, console, "judgements", len(judgements))
+    file = _found(file)
     store = open_store(config)
+    judgements, read = read_judgements(file, form, store.kinds(project))
+    _tell(read, console, "judgements", len(judgements))
     criteria = sorted({name for each in judgements for name in each.verdicts} - {OVERALL})
     into = store.make_project(project, criteria, at_least=True)
     new, known = store.add_judgements(into, judgements)
@@ -105,7 +118,7 @@ def export(
     method: Method = "dawid-skene",
 ) -> None:
     """Write soft labels as preferences for `pavlov reward`, or the judgements themselves."""
-    store = open_store(config)
+    store = open_store(config, make=False)
     of = store.project(project)
     of.require(criterion)
     if method not in METHODS:
@@ -115,6 +128,13 @@ def export(
         write_judgements(found, out)
         console.print(f"{len(found)} judgements: {out}")
         return
+    used = counted(found, kind, criterion)
+    if used and all(each.work is None for each in used):
+        raise DataError(
+            f"project {project} has {len(used)} judgements by {_plural(kind)}, but not the texts "
+            "that they are of: import them with prompt, answer_a and answer_b, or export them as "
+            "they are with --judgements"
+        )
     labels = soft_labels(
         [each for each in found if each.work is not None],
         method,
@@ -131,7 +151,6 @@ def export(
         found, labels, project=project, method=method, criterion=criterion, kind=kind
     )
     write_preferences(rows, out)
-    used = counted(found, kind, criterion)
     console.print(
         f"{len(rows)} pairs from {len(used)} judgements by {_plural(kind)}, {method}: {out}"
     )
@@ -141,7 +160,7 @@ def show_report(
     config: LabelConfig, project: str, kind: Kind, criterion: str = OVERALL
 ) -> dict[str, Any]:
     """A project's figures, as they are: reviews are the server's."""
-    store = open_store(config)
+    store = open_store(config, make=False)
     return report(store, store.project(project), config, kind, criterion)
 
 
@@ -179,9 +198,10 @@ def judge(
                 spam=settings.spam if number < settings.spammers else None,
             )
             decides[person.name] = partial(as_person, person, truths, config.seed)
-    store = open_store(config)
+    store = open_store(config, make=False)
     of = store.project(project)
     address = url or f"http://{config.label.host}:{config.label.port}"
+    require_service(address)
     counts, failures = dict.fromkeys(decides, 0), list[Exception]()
     tokens = {name: store.invite(of, _free_name(store, of, name), kind) for name in decides}
     wanted = store.counts(of, kind)
@@ -226,31 +246,39 @@ def as_lines(found: dict[str, Any]) -> list[str]:
     ]
     for each in found["assessors"]:
         lines.append(
-            f"  {each['id']:24} {each['state']:8} {each['judgements']:5} judgements, known answers "
-            f"{share(each['honeypot'])}, again {share(each['consistency'])}, others "
+            f"  {_shown(each['id']):24} {each['state']:8} {each['judgements']:5} judgements, "
+            f"known answers {share(each['honeypot'])}, again {share(each['consistency'])}, others "
             f"{share(each['agreement'])}" + (f"  ({each['reason']})" if each["reason"] else "")
         )
     for version, thumbs in found["reactions"].items():
-        lines.append(f"thumbs         {version}: {thumbs['up']} up, {thumbs['down']} down")
+        lines.append(f"thumbs         {_shown(version)}: {thumbs['up']} up, {thumbs['down']} down")
     for one, row in found["win_matrix"].items():
         for other, record in row.items():
             if one < other:
                 lines.append(
-                    f"  {one} against {other}: {record['share']:.0%} [{record['low']:.0%}, "
-                    f"{record['high']:.0%}], {record['wins']} to {record['losses']}, "
-                    f"{record['ties']} ties, adjusted p = {_number(record['p'])}"
+                    f"  {_shown(one)} against {_shown(other)}: {record['share']:.0%} "
+                    f"[{record['low']:.0%}, {record['high']:.0%}], {record['wins']} to "
+                    f"{record['losses']}, {record['ties']} ties, adjusted p = "
+                    f"{_number(record['p'])}"
                 )
     if found["condorcet_winner"]:
         sure = found["sure_winner"] == found["condorcet_winner"]
         doubt = "" if sure else ", so far without certainty"
-        lines.append(f"winner         {found['condorcet_winner']} beats every other{doubt}")
+        lines.append(f"winner         {_shown(found['condorcet_winner'])} beats every other{doubt}")
     elif found["smith_set"]:
-        lines.append(f"no winner      smallest set that beats the rest: {found['smith_set']}")
-    lines += [f"cycle          among {', '.join(cycle)}" for cycle in found["cycles"]]
+        smallest = ", ".join(map(_shown, found["smith_set"]))
+        lines.append(f"no winner      smallest set that beats the rest: {smallest}")
+    lines += [f"cycle          among {', '.join(map(_shown, cycle))}" for cycle in found["cycles"]]
     if found["ask_next"]:
         asked = found["ask_next"][0]
-        lines.append(f"ask next       {asked['one']} against {asked['other']}")
+        lines.append(f"ask next       {_shown(asked['one'])} against {_shown(asked['other'])}")
     return lines
+
+
+def _shown(name: str) -> str:
+    """A name as a terminal may print it: what would move its cursor is spelt out."""
+    cut = name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
 
 
 def _number(value: float | None) -> str:

@@ -1,12 +1,14 @@
 """`pavlov label`, from files in to labels and figures out."""
 
 import gzip
+import io
 import json
 import os
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import combinations
 from pathlib import Path
 
@@ -16,10 +18,11 @@ import uvicorn
 from rich.console import Console
 
 from cluster.session import free_port
+from labelling.judges import judge_over_http, require_service
 from labelling.records import Judgement
 from models.preferences import read_pairs
 from rlhf.config import LabelConfig, parse_config
-from rlhf.errors import DataError
+from rlhf.errors import DataError, ResourceError, RunError
 from rlhf.records import OVERALL
 from serving.label_commands import (
     as_lines,
@@ -233,8 +236,6 @@ def test_a_report_by_another_criterion_tells_what_was_said_of_that(config):
 
 
 def test_a_server_that_is_away_is_waited_for(config, address, tmp_path):
-    from labelling.judges import judge_over_http
-
     import_work(config, "chat", pairs(tmp_path / "p.jsonl", 3), Console(quiet=True))
     token = invite(config, "chat", "ann", "simulated", "assessor")
     answer = httpx.get(f"{address}/health")
@@ -265,3 +266,124 @@ def test_a_file_without_work_is_refused_and_makes_no_project(config, tmp_path, r
         import_work(config, "chat", file, Console(quiet=True))
     with pytest.raises(DataError, match="no project chat"):
         open_store(config).project("chat")
+
+
+def test_one_row_of_an_assessor_who_is_another_kind_is_left_out_alone(config, tmp_path):
+    invite(config, "chat", "bob", "person", "assessor")
+    rows = [
+        {"pair": "1", "assessor": "ann"},
+        {"pair": "2", "assessor": "ann", "kind": "model"},
+        {"pair": "3", "assessor": "bob", "kind": "simulated"},
+        {"pair": "4", "assessor": "bob"},
+    ]
+    said = {"verdicts": {OVERALL: "a"}, "model_a": "x", "model_b": "y"}
+    file = tmp_path / "judgements.jsonl"
+    file.write_text("".join(json.dumps(row | said) + "\n" for row in rows))
+    console = Console(record=True, width=200, quiet=False, file=io.StringIO())
+    import_judgements(config, "chat", file, "pavlov", console)
+    told = console.export_text()
+    assert "line 2 left out: 'ann' is a model, but known as a person" in told
+    assert "line 3 left out: 'bob' is a simulated, but known as a person" in told
+    assert "2 new judgements" in told
+
+
+def test_labels_of_judgements_without_texts_are_refused_for_that(config, tmp_path):
+    store = open_store(config)
+    given = [Judgement("1", "ann", {OVERALL: "a"}, models=("x", "y"))]
+    store.add_judgements(store.make_project("chat", []), given)
+    with pytest.raises(DataError, match="1 judgements by people, but not the texts"):
+        export(config, "chat", tmp_path / "labels.parquet", Console(quiet=True))
+
+
+def test_names_of_others_move_no_terminals_cursor(config):
+    store = open_store(config)
+    given = [Judgement("1", "\x1b[2J" + "z" * 999, {OVERALL: "a"}, models=("\x1b]0;x\a", "y\r"))]
+    store.add_judgements(store.make_project("chat", []), given)
+    lines = as_lines(show_report(config, "chat", "person"))
+    assert all(line.isprintable() and len(line) < 300 for line in lines)
+    assert any(r"\x1b[2Jzzz" in line for line in lines)
+    assert any(r"\x1b]0;x\x07 against y\r" in line for line in lines)
+
+
+def test_a_misspelt_database_is_not_made_to_be_read(config, tmp_path):
+    for read in (
+        lambda: show_report(config, "chat", "person"),
+        lambda: export(config, "chat", tmp_path / "labels.parquet", Console(quiet=True)),
+        lambda: judge(config, "chat", None, Console(quiet=True), reward=None, truth=[]),
+    ):
+        with pytest.raises(DataError, match="there is no database"):
+            read()
+    assert not (tmp_path / "labels.db").exists()
+
+
+class Other(BaseHTTPRequestHandler):
+    """A server of something else: what it answers is set by the test."""
+
+    said: tuple[int, dict[str, str], bytes] = 200, {}, b""
+
+    def do_GET(self):
+        status, headers, body = self.said
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        self.do_GET()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def other() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Other)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+HTML = {"content-type": "text/html"}
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ((200, HTML, b"<html>\n<p>It works!"), "is no labelling service .*It works!"),
+        ((200, {}, b"[1]"), "is no labelling service"),
+        ((200, {}, b'{"status": "sad"}'), "does not say that it is well"),
+        ((401, HTML, b"<p>\nwho?"), "refused /health"),
+        ((404, {}, b"nothing"), "did not take /health for 0.6 s"),
+        ((503, {"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"}, b""), "did not take /health"),
+    ],
+)
+def test_another_server_is_no_labelling_service(other, monkeypatch, said, message):
+    monkeypatch.setattr(Other, "said", said)
+    with pytest.raises(ResourceError, match=message) as told:
+        require_service(other, patience_s=0.6)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "localhost:8100", "http://127.0.0.1:9", "ftp://x"])
+def test_an_address_without_a_service_is_refused_in_a_sentence(url):
+    with pytest.raises(ResourceError, match="there is no labelling service at"):
+        require_service(url, patience_s=0.6)
+
+
+@pytest.mark.parametrize("body", [b"<p>", b"[]", b'{"task": 3}', b'{"task": {"id": "x"}}'])
+def test_what_is_no_task_is_refused_in_a_sentence(other, monkeypatch, body):
+    monkeypatch.setattr(Other, "said", (200, {}, body))
+    with pytest.raises(RunError, match=r"no labelling service|no task of a labelling service"):
+        judge_over_http(other, "token", lambda task, number: ({}, None), patience_s=0.6)
+
+
+def test_nobody_is_invited_where_no_service_answers(config, other, tmp_path, monkeypatch):
+    import_work(config, "chat", pairs(tmp_path / "p.jsonl", 1), Console(quiet=True))
+    monkeypatch.setattr(Other, "said", (200, HTML, b"<p>"))
+    with pytest.raises(ResourceError, match="is no labelling service"):
+        judge(config, "chat", other, Console(quiet=True), reward=None, truth=[])
+    store = open_store(config)
+    assert store.assessors(store.project("chat")) == []
