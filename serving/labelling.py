@@ -30,7 +30,6 @@ from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 from pydantic import BaseModel, ConfigDict, Field
-from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 
 from labelling.database import Database
@@ -39,7 +38,7 @@ from labelling.report import assessor_figures, report
 from labelling.review import Reviewer, let_go_on
 from labelling.store import Assessor, State, Store
 from rlhf.config.label import LabelConfig
-from rlhf.errors import DataError, PavlovError
+from rlhf.errors import DataError, PavlovError, ResourceError
 from rlhf.records import OVERALL
 from serving.pages import add_pages, page
 
@@ -103,7 +102,7 @@ class _Service:
         app.exception_handler(HTTPException)(self._refused)
         app.exception_handler(RequestValidationError)(self._malformed)
         app.exception_handler(PavlovError)(self._mistaken)
-        app.exception_handler(OperationalError)(self._busy)
+        app.exception_handler(ResourceError)(self._busy)
         add_pages(app)
         signed_in = Depends(self.assessor)
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,35 @@ def test_large_bodies_and_forms_of_other_sites_are_refused(served):
     assert other.status_code == 403
     own = client.post("/signout", headers={"Origin": "http://testserver"}, follow_redirects=False)
     assert own.status_code == 303
+
+
+def test_who_meets_a_lost_connection_is_asked_to_send_it_again(postgres_url):
+    """A request that waits for a pair, and whose connection PostgreSQL ends."""
+    label = {"database": postgres_url, "criteria": ["helpful"]}
+    config = parse_config(LabelConfig, {"label": label}, "test")
+    store = Store(Database(config.label.url))
+    try:
+        project = store.make_project("assistant", ["helpful"])
+        store.add_work(project, [work(0)], 1)
+        token = store.invite(project, "ann")
+        client = TestClient(labelling_app(config), headers={"Authorization": f"Bearer {token}"})
+        with ThreadPoolExecutor() as pool, store.database.writing() as db:
+            db.exec_driver_sql("SELECT * FROM demand FOR UPDATE")
+            asked = pool.submit(client.post, "/api/next")
+            waiting = "FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+            while not db.exec_driver_sql(f"SELECT count(*) {waiting}").scalar():
+                assert not asked.done()
+                db.exec_driver_sql("SELECT pg_stat_clear_snapshot(), pg_sleep(0.01)")
+            db.exec_driver_sql(f"SELECT pg_terminate_backend(pid) {waiting}")
+            answer = asked.result(30)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
+        assert answer.json() == {"error": "the database is busy; send it again"}
+        assert client.post("/api/next").json()["task"]
+    finally:
+        with store.database.writing() as db:
+            db.exec_driver_sql("DROP SCHEMA public CASCADE")
+            db.exec_driver_sql("CREATE SCHEMA public")
+        store.database.close()
 
 
 def test_one_project_alone_can_be_served(served):
