@@ -335,8 +335,10 @@ class Queue:
     def _missed(self, db: Connection, row: Any, verdict: Verdict, now: float) -> str | None:
         if row.task != "honeypot" or not self._settings.attention.feedback:
             return None
-        known = db.execute(select(honeypot).where(honeypot.c.pair_id == row.pair_id)).one()
-        if known.verdict == verdict:
+        theirs = select(honeypot).where(honeypot.c.pair_id == row.pair_id)
+        known = db.execute(theirs).one_or_none()
+        # It may have been retired meanwhile.
+        if known is None or known.verdict == verdict:
             return None
         shown = {row.first: "the first answer", flipped(row.first): "the second answer"}
         better = shown.get(known.verdict)
