@@ -7,7 +7,7 @@
 | /task, /task/{id}/judge, /skip | assessors | the page: two answers, a verdict for each criterion|
 | /task/{id}/missed              | assessors | the explanation of a honeypot that was missed      |
 | /me                            | assessors | one's own figures                                  |
-| /project                       | owners    | everybody's; pausing, and letting go on            |
+| /project                       | owners    | everybody's; pausing, letting go on, honeypots     |
 | /api/next, /judgements, /skip  | assessors | the same with `Authorization: Bearer TOKEN`        |
 | /api/me, /api/report           | as above  | figures as JSON                                    |
 
@@ -180,13 +180,25 @@ class _Service:
         def project(request: Request, who: Assessor = signed_in) -> Response:
             _owner(who)
             found = report(self.store, who.project, self.config)
-            everybody = self.store.assessors(who.project)
-            return self.page(request, "project.html", who=who, found=found, everybody=everybody)
+            return self.page(
+                request,
+                "project.html",
+                who=who,
+                found=found,
+                everybody={each.id: each for each in self.store.assessors(who.project)},
+                honeypots=self.store.honeypots(who.project),
+            )
 
         @app.post("/project/assessors/{key}/{action}")
         def act(request: Request, key: int, action: str, who: Assessor = signed_in) -> Response:
             _owner(who)
             self._act(who, key, action)
+            return _to(request, "project")
+
+        @app.post("/project/honeypots/{pair}/retire")
+        def retire(request: Request, pair: int, who: Assessor = signed_in) -> Response:
+            _owner(who)
+            self.store.retire_honeypot(who.project, pair, who.name)
             return _to(request, "project")
 
         @app.post("/api/next")
@@ -331,9 +343,6 @@ class _Service:
         given: dict[str, str] | None = None,
     ) -> HTMLResponse:
         """The page on which two answers are judged; `given` is what a refused form held."""
-        counts = self.store.counts(who.project, who.kind)
-        # In steps: a figure that moves with work alone would tell work from honeypots.
-        done = 5 * int(20 * counts["taken"] / max(1, counts["wanted"]))
         return self.page(
             request,
             "task.html",
@@ -349,6 +358,17 @@ class _Service:
             guidelines=self.guidelines,
             status=200 if said is None else 400,
         )
+
+    def _done(self, who: Assessor) -> int:
+        """Per cent of the project, in steps: a figure that moves with work alone would tell work
+        from honeypots. It is of all pairs, and so counted anew but now and then."""
+        key, now = (who.project.id, who.kind), time.monotonic()
+        until, done = self.progress.get(key, (0.0, 0))
+        if now >= until:
+            counts = self.store.counts(who.project, who.kind)
+            done = 5 * int(20 * counts["taken"] / max(1, counts["wanted"]))
+            self.progress[key] = now + _PROGRESS_S, done
+        return done
 
     def _judged_in_page(
         self, request: Request, who: Assessor, name: str, form: Any, later: BackgroundTasks
