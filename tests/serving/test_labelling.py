@@ -123,8 +123,8 @@ def test_what_an_answer_says_never_runs_and_fetches_nothing(tmp_path):
 
 
 def test_a_missed_honeypot_is_explained_at_once(tmp_path):
-    served = Served(tmp_path, attention={"honeypot_share": 0.99, "repeat_share": 0.0})
-    served.store.add_work(served.project, [work(n, honeypot=True) for n in range(4)], 1)
+    served = Served(tmp_path, attention={"honeypot_share": 1 - 1e-9, "repeat_share": 0.0})
+    served.store.add_work(served.project, [work(n, honeypot=n < 4) for n in range(5)], 1)
     browser = served.browser()
     task = task_of(browser.get("/task").text)
     form = {"verdict-helpful": "bad", "verdict-overall": "bad"}
@@ -176,6 +176,59 @@ def test_an_owner_pauses_and_lets_go_on(served):
     assert ann.post("/api/next").status_code == 200
     assert olga.post(f"/project/assessors/{keys['olga']}/pause").status_code == 400
     assert olga.post("/project/assessors/999/pause").status_code == 404
+
+
+def judged(client: TestClient) -> None:
+    task = client.post("/api/next").json()["task"]
+    verdicts = dict.fromkeys(task["criteria"], "first")
+    client.post("/api/judgements", json={"task": task["id"], "verdicts": verdicts})
+
+
+@pytest.mark.parametrize(
+    ("actions", "state", "counts"),
+    [
+        (["pause"], "paused", False),
+        (["pause", "resume"], "active", True),
+        (["revoke"], "revoked", True),
+        (["discard"], "revoked", False),
+        (["revoke", "discard"], "revoked", False),
+        (["pause", "revoke"], "revoked", False),
+        (["discard", "resume"], "active", True),
+    ],
+)
+def test_what_somebody_said_counts_as_the_owner_decides(served, actions, state, counts):
+    ann, olga = served.client("ann"), served.browser("olga", role="owner")
+    judged(ann)
+    [key] = [each.id for each in served.store.assessors(served.project) if each.name == "ann"]
+    for action in actions:
+        assert f"assessors/{key}/{action}" in olga.get("/project").text
+        assert olga.post(f"/project/assessors/{key}/{action}").status_code == 200
+    [found] = served.store.judgements(served.project)
+    assert (found.doubt == "") is counts
+    # Besides the task that the owner was given at sign-in.
+    assert served.store.counts(served.project)["taken"] == 1 + counts
+    assert served.store.assessors(served.project)[0].state == state
+    # What would change nothing is not offered.
+    last = olga.get("/project").text
+    assert ("/discard" in last) is counts and ("/resume" in last) is (state != "active")
+
+
+def test_an_owner_sees_which_known_answers_are_missed_and_retires_them(tmp_path):
+    served = Served(tmp_path, attention={"honeypot_share": 1 - 1e-9, "repeat_share": 0.0})
+    served.store.add_work(served.project, [work(0, honeypot=True), work(1)], 1)
+    ann, olga = served.client("ann"), served.browser("olga", role="owner")
+    task = ann.post("/api/next").json()["task"]
+    verdicts = dict.fromkeys(task["criteria"], "bad")
+    assert ann.post("/api/judgements", json={"task": task["id"], "verdicts": verdicts}).json()[
+        "missed"
+    ]
+    page = olga.get("/project").text
+    assert "<td>1 of 1</td>" in page and "question 0" in page and "It answers." in page
+    [retire] = re.findall(r"/project/honeypots/\d+/retire", page)
+    assert ann.post(retire).status_code == 403
+    assert "honeypots/" not in olga.post(retire).text
+    assert [each.truth for each in served.store.judgements(served.project)] == [None]
+    assert olga.post(retire).status_code == 400
 
 
 def test_an_expert_makes_a_honeypot_of_a_task(served):
