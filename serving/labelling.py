@@ -35,7 +35,7 @@ from starlette.exceptions import HTTPException
 from labelling.database import Database
 from labelling.queue import SHOWN, Queue, Receipt, Shown, Task
 from labelling.report import assessor_figures, report
-from labelling.review import Reviewer, let_go_on
+from labelling.review import Reviewer, let_go_on, review
 from labelling.store import Assessor, State, Store
 from rlhf.config.label import LabelConfig
 from rlhf.errors import DataError, PavlovError, ResourceError
@@ -46,6 +46,13 @@ COOKIE = "pavlov_token"
 _TOLD_EVERY = 10
 BODY_LIMIT_BYTES = 64 * 1024
 _HERE = Path(__file__).parent
+_STOPS: dict[str, tuple[State, bool]] = {
+    "pause": ("paused", True),
+    "revoke": ("revoked", False),
+    "discard": ("revoked", True),
+}
+"""What an owner does to somebody: their state, and whether nothing that they said counts."""
+
 _LABELS = {"first": "First", "second": "Second", "tie": "Equal", "bad": "Both bad"}
 _log = logging.getLogger(__name__)
 
@@ -420,16 +427,18 @@ class _Service:
         return receipt
 
     def _act(self, who: Assessor, key: int, action: str) -> None:
-        states: dict[str, State] = {"pause": "paused", "resume": "active", "revoke": "revoked"}
         found = [each for each in self.store.assessors(who.project) if each.id == key]
-        if not found or action not in states:
+        if not found or action not in {*_STOPS, "resume"}:
             raise HTTPException(404, f"project {who.project.name} has no such assessor")
         if found[0].id == who.id:
             raise HTTPException(400, "you cannot do this to yourself")
         if action == "resume":
             let_go_on(self.store, found[0], who.name)
-        else:
-            self.store.set_state(found[0], states[action], "by the owner", who.name)
+            return
+        state, doubted = _STOPS[action]
+        self.store.set_state(found[0], state, "by the owner", who.name, doubted=doubted)
+        if doubted:
+            review(self.store, who.project, self.config.label.attention)
 
 
 def _to(request: Request, path: str) -> RedirectResponse:

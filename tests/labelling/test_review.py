@@ -57,6 +57,20 @@ def test_who_does_not_read_is_paused_and_what_they_said_is_judged_again(store):
     assert not review(store, project, SETTINGS).paused
 
 
+def test_who_was_revoked_alone_is_reviewed_like_any_other_and_stays_revoked(store):
+    people = [SimulatedPerson(f"honest-{n}") for n in range(5)]
+    people.append(SimulatedPerson("spammer", spam="random"))
+    project, _ = stored(store, people)
+    for who in store.assessors(project):
+        if who.name in ("spammer", "honest-0"):
+            store.set_state(who, "revoked", "by the owner", "owner")
+    assert review(store, project, SETTINGS).paused.keys() == {"spammer"}
+    states = {each.name: (each.state, each.doubted) for each in store.assessors(project)}
+    assert states["spammer"] == ("revoked", True)
+    assert states["honest-0"] == ("revoked", False)
+    assert {j.assessor for j in store.judgements(project) if j.doubt} == {"spammer"}
+
+
 def test_judgements_from_the_onset_of_fatigue_are_in_doubt_and_the_person_is_told(store):
     people = [SimulatedPerson(f"honest-{n}") for n in range(5)]
     people.append(SimulatedPerson("tired", fatigue_onset=90))
