@@ -55,6 +55,7 @@ BREAK_S = 1800.0
 """A pause of so many seconds ends a shift."""
 
 _PART = 200
+_REVIEWS = 50
 PAUSED = "their assessor is paused"
 TIRED = "faster and less sure than before"
 """Why judgements are in doubt: all of somebody who does not read, and what was said when tired."""
@@ -398,7 +399,8 @@ class Store:
 
     def review_due(self, of: Project, every: int, kind: Kind | None = "person") -> bool:
         """Whether so many judgements were given since the last review, or the last one wanted of
-        this kind of assessor (None: none is)."""
+        this kind of assessor (None: none is). A review reads all: of large projects it is due after
+        a fiftieth of them."""
         told = select(func.count()).select_from(judgement).where(judgement.c.project_id == of.id)
         last = select(project.c.reviewed).where(project.c.id == of.id)
         left = select(demand.c.pair_id).where(
@@ -407,10 +409,12 @@ class Store:
             demand.c.taken < demand.c.wanted,
         )
         with self.database.reading() as db:
-            new = db.execute(told).scalar_one() - db.execute(last).scalar_one()
-            if kind is None or new <= 0:
-                return bool(new >= every)
-            return new >= every or db.execute(left.limit(1)).first() is None
+            total = db.execute(told).scalar_one()
+            new = total - db.execute(last).scalar_one()
+            enough = new >= max(every, total // _REVIEWS)
+            if kind is None or new <= 0 or enough:
+                return bool(enough)
+            return db.execute(left.limit(1)).first() is None
 
     def reviewed(self, of: Project, judgements: int) -> None:
         """Note that so many judgements were there to be reviewed."""

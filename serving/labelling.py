@@ -44,6 +44,7 @@ from serving.pages import add_pages, page
 
 COOKIE = "pavlov_token"
 _TOLD_EVERY = 10
+_PROGRESS_S = 10.0
 BODY_LIMIT_BYTES = 64 * 1024
 _HERE = Path(__file__).parent
 _STOPS: dict[str, tuple[State, bool]] = {
@@ -99,6 +100,8 @@ class _Service:
         self.reviewer = Reviewer(store, config.label.attention)
         self.limit = RateLimitItemPerMinute(config.label.requests_per_minute)
         self.limiter = MovingWindowRateLimiter(MemoryStorage())
+        # Until when it is good, and per cent done, by project and kind.
+        self.progress: dict[tuple[int, str], tuple[float, int]] = {}
         self.guidelines = guidelines or (_HERE / "guidelines.md").read_text()
         self.app = self._app()
 
@@ -359,7 +362,7 @@ class _Service:
             criteria=[*who.project.criteria, OVERALL],
             shown=list(_LABELS.items()),
             judged=self.queue.judged(who),
-            done=done,
+            done=self._done(who),
             given=given or {},
             tired=self.store.tired(who),
             guidelines=self.guidelines,

@@ -148,6 +148,15 @@ def test_a_review_is_due_after_so_many_judgements_whoever_counts_them(store):
     assert [n for n, each in enumerate(due, 1) if each] == [5, 10, 12]
 
 
+def test_reviews_of_a_large_project_are_due_after_a_fiftieth_of_its_judgements(store):
+    project = store.make_project("large", [])
+    given = [Judgement(f"{n}", "ann", {OVERALL: "a"}) for n in range(300)]
+    store.add_judgements(project, given)
+    for reviewed, due in ((294, True), (295, False)):
+        store.reviewed(project, reviewed)
+        assert store.review_due(project, 5, None) is due
+
+
 def test_a_review_that_is_called_for_during_another_is_not_lost(store, monkeypatch):
     """Nobody calls again after the last judgement, of the same project or of another one."""
     settings = AttentionSection(honeypot_share=0, repeat_share=0)
