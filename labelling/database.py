@@ -22,10 +22,14 @@ from sqlalchemy.exc import (
     NoSuchModuleError,
     OperationalError,
 )
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from rlhf.errors import DataError, ResourceError
 
 _BUSY_MS = 30_000
+_PASSING = ("08", "40", "53", "57")
+"""Classes of SQLSTATE after which the same may succeed (PostgreSQL's manual, appendix A): lost
+connections, transactions rolled back (deadlocks too), too little room, an operator's shutdown."""
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
 
@@ -34,7 +38,8 @@ class Database:
 
     Raises:
         DataError: the URL is none, the file is no database, or its schema is a newer Pavlov's.
-        ResourceError: there is no answer at the URL.
+        ResourceError: there is no answer at the URL; from a transaction too, when the database is
+            busy or away, and then it may be tried again.
     """
 
     def __init__(self, url: str, setting: str = "label.database") -> None:
@@ -57,9 +62,8 @@ class Database:
         # Threads that wait here do so in turn; those that wait for SQLite's lock look and sleep.
         self._turn = threading.Lock() if self.sqlite else contextlib.nullcontext()
         try:
-            _migrate(self._engine)
-        except (InterfaceError, OperationalError) as error:
-            raise ResourceError(f"no answer from {self.name}: {_reason(error)}") from None
+            with self._answering():
+                _migrate(self._engine)
         except DBAPIError as error:
             raise DataError(f"{self.name} cannot be used: {_reason(error)}") from None
 
@@ -77,16 +81,27 @@ class Database:
     @contextlib.contextmanager
     def reading(self) -> Iterator[Connection]:
         """A transaction that changes nothing."""
-        with self._engine.connect() as connection, connection.begin():
+        with self._answering(), self._engine.connect() as connection, connection.begin():
             yield connection
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Connection]:
         """A transaction; durable when the block has ended, undone when it ended by an error."""
-        with self._turn, self._engine.connect() as connection:
+        with self._turn, self._answering(), self._engine.connect() as connection:
             connection.execution_options(writes=True)
             with connection.begin():
                 yield connection
+
+    @contextlib.contextmanager
+    def _answering(self) -> Iterator[None]:
+        try:
+            yield
+        except PoolTimeoutError:
+            raise ResourceError(f"{self.name} is busy: all connections are in use") from None
+        except DBAPIError as error:
+            if not _passes(error):
+                raise
+            raise ResourceError(f"no answer from {self.name}: {_reason(error)}") from None
 
     def hold(self) -> Any:
         """Be the one server of a SQLite file; keep what is returned. PostgreSQL has many.
@@ -163,5 +178,18 @@ def _hidden(url: str) -> str:
     return url.split("@")[-1] if "@" in url else url
 
 
+def _passes(error: DBAPIError) -> bool:
+    """Whether the database is busy or away. pg8000 reports most of that as a ProgrammingError."""
+    state = _said(error).get("C", "")
+    return isinstance(error, (InterfaceError, OperationalError)) or state.startswith(_PASSING)
+
+
 def _reason(error: DBAPIError) -> str:
-    return str(error.orig).strip().splitlines()[0][:200]
+    said = _said(error).get("M") or str(error.orig)
+    return said.strip().splitlines()[0][:200]
+
+
+def _said(error: DBAPIError) -> dict[str, str]:
+    """The fields of PostgreSQL's error message: C is its SQLSTATE, M the text."""
+    said = error.orig.args[0] if error.orig and error.orig.args else None
+    return said if isinstance(said, dict) else {}
