@@ -444,13 +444,16 @@ def main() -> None:
         print(f"pavlov: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
-        if error.filename is None:
+        if error.errno is None:
             raise
-        print(f"pavlov: {error.filename}: {error.strerror or error}", file=sys.stderr)
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"pavlov: {where}{error.strerror or error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("pavlov: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as ended:
+        # Typer makes this of an interrupt.
+        if ended.code == 130:
+            print("pavlov: interrupted", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import socket
@@ -47,6 +48,10 @@ def examine() -> dict[str, Any]:
     if free_gib < _LEAST_MEMORY_GIB:
         problems.append(
             f"{free_gib:.1f} GiB of memory are free; the demo wants {_LEAST_MEMORY_GIB:g}"
+        )
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        problems.append(
+            f"the cache {cache} cannot be written; set PAVLOV_CACHE to a folder that can"
         )
     if disk_gib < _LEAST_DISK_GIB:
         problems.append(f"{disk_gib:.1f} GiB of disk are free; {_LEAST_DISK_GIB:g} are wanted")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import Section, read_again, runs_path
+from rlhf.config import Section, expanded, read_again, runs_path
 from rlhf.errors import CheckpointError, RunFolderError
 
 _CLAIM = {"run.lock", "config.json"}
@@ -103,7 +103,7 @@ def resolve_run_folder(directory: str | None, config_path: Path) -> Path:
         raise RunFolderError(
             f"run.dir = {name!r} is a URI; runs need a folder: mount the storage and give its path"
         )
-    if in_ray_job() and not Path(name).expanduser().is_absolute():
+    if in_ray_job() and not expanded(name).is_absolute():
         runs = os.environ.get("PAVLOV_RUNS", "")
         if not Path(runs).is_absolute():
             raise RunFolderError(

@@ -32,7 +32,10 @@ def _watch_raylet(ended: threading.Event) -> None:
     raylets = [p for p in psutil.Process().children() if p.name() == "raylet"]
     while raylets and not ended.wait(1.0):
         if not all(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in raylets):
-            print("pavlov: Ray on this machine died; go on with --resume", file=sys.stderr)
+            print(
+                "pavlov: Ray on this machine died; start again, a run with --resume",
+                file=sys.stderr,
+            )
             os.kill(os.getpid(), signal.SIGTERM)
             return
 

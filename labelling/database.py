@@ -18,18 +18,24 @@ from filelock import FileLock, Timeout
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import (
     ArgumentError,
+    DatabaseError,
     DBAPIError,
-    IntegrityError,
     InterfaceError,
     NoSuchModuleError,
     OperationalError,
 )
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from rlhf.errors import DataError, ResourceError
 
 _BUSY_MS = 30_000
 _TABLES = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT GLOB 'sqlite_*'"
 _SAY_TABLES = 3
+_PASSING = ("08", "40", "53", "57")
+"""Classes of SQLSTATE after which the same may succeed (PostgreSQL's manual, appendix A): lost
+connections, transactions rolled back (deadlocks too), too little room, an operator's shutdown."""
+_DAMAGED = ("58", "XX", "42P01", "42501")
+"""The same of a broken disk, damaged pages, a table that is gone, and rights that are."""
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
 
@@ -43,7 +49,8 @@ class Database:
     Raises:
         DataError: the URL is none, the file is missing, no database or another program's, or its
             schema is a newer Pavlov's.
-        ResourceError: there is no answer at the URL.
+        ResourceError: there is no answer at the URL; from a transaction too, when the database is
+            busy or away, and then it may be tried again, or when it is damaged.
     """
 
     def __init__(self, url: str, setting: str = "label.database", *, make: bool = True) -> None:
@@ -75,12 +82,8 @@ class Database:
             self.file.parent.mkdir(parents=True, exist_ok=True)
         # Threads that wait here do so in turn; those that wait for SQLite's lock look and sleep.
         self._turn = threading.Lock() if self.sqlite else contextlib.nullcontext()
-        try:
+        with self._answering(opening=True):
             _migrate(self._engine)
-        except (InterfaceError, OperationalError) as error:
-            raise ResourceError(f"no answer from {self.name}: {_reason(error)}") from None
-        except DBAPIError as error:
-            raise DataError(f"{self.name} cannot be used: {_reason(error)}") from None
 
     @property
     def name(self) -> str:
@@ -95,38 +98,32 @@ class Database:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A transaction that changes nothing.
-
-        Raises:
-            ResourceError: the database does not answer, or is damaged.
-        """
+        """A transaction that changes nothing."""
         with self._answering(), self._engine.connect() as connection, connection.begin():
             yield connection
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Connection]:
-        """A transaction; durable when the block has ended, undone when it ended by an error.
-
-        Raises:
-            ResourceError: the database does not answer, or is damaged.
-        """
-        with self._answering(), self._turn, self._engine.connect() as connection:
+        """A transaction; durable when the block has ended, undone when it ended by an error."""
+        with self._turn, self._answering(), self._engine.connect() as connection:
             connection.execution_options(writes=True)
             with connection.begin():
                 yield connection
 
     @contextlib.contextmanager
-    def _answering(self) -> Iterator[None]:
-        """What the driver says in one sentence, without SQL and its parameters. A row that is
-        there already is for the caller to mend."""
+    def _answering(self, *, opening: bool = False) -> Iterator[None]:
+        """What the driver says of the database in one sentence, without SQL and its parameters."""
         try:
             yield
-        except IntegrityError:
-            raise
+        except PoolTimeoutError:
+            raise ResourceError(f"{self.name} is busy: all connections are in use") from None
         except DBAPIError as error:
-            raise ResourceError(
-                f"{self.name} could not answer: {_reason(error)}; put that right and try again"
-            ) from None
+            if _passes(error):
+                raise ResourceError(f"no answer from {self.name}: {_reason(error)}") from None
+            if not opening and not _damaged(error):
+                raise
+            kind = DataError if opening else ResourceError
+            raise kind(f"{self.name} cannot be used: {_reason(error)}") from None
 
     def hold(self) -> Any:
         """Be the one server of a SQLite file; keep what is returned. PostgreSQL has many.
@@ -213,8 +210,25 @@ def _hidden(url: str) -> str:
     return url.split("@")[-1] if "@" in url else url
 
 
+def _passes(error: DBAPIError) -> bool:
+    """Whether the database is busy or away. pg8000 reports most of that as a ProgrammingError."""
+    state = _said(error).get("C", "")
+    return isinstance(error, (InterfaceError, OperationalError)) or state.startswith(_PASSING)
+
+
+def _damaged(error: DBAPIError) -> bool:
+    """Whether the database is no longer what it was when it was opened. sqlite3 has no class of its
+    own for that."""
+    state = _said(error).get("C", "")
+    return type(error) is DatabaseError or state.startswith(_DAMAGED)
+
+
 def _reason(error: DBAPIError) -> str:
-    said: Any = error.orig and error.orig.args and error.orig.args[0]
-    # PostgreSQL's driver gives the fields of the message, M the one for people.
-    text = str(said["M"] if isinstance(said, dict) and "M" in said else error.orig).strip()
-    return (text.splitlines() or [type(error.orig).__name__])[0][:200]
+    said = _said(error).get("M") or str(error.orig)
+    return said.strip().splitlines()[0][:200]
+
+
+def _said(error: DBAPIError) -> dict[str, str]:
+    """The fields of PostgreSQL's error message: C is its SQLSTATE, M the text."""
+    said = error.orig.args[0] if error.orig and error.orig.args else None
+    return said if isinstance(said, dict) else {}

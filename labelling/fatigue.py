@@ -1,6 +1,7 @@
 """When an assessor tires: the onset of faster and less accurate judging within a shift.
 
-A shift is one assessor's judgements with gaps below half an hour. From an onset k on, log seconds
+A shift is one assessor's judgements with gaps below half an hour; those whose time or seconds are
+not known are in none. From an onset k on, log seconds
 are lower by ``-log(1 - 0.4)`` and the chance to be right by 0.2; before it all is as the assessor's
 own baseline has it. The evidence for an onset at k after n judgements is a likelihood ratio L_k(n).
 With a prior chance for every onset (1 / `shift_length` at each judgement, k = 1, 2, ...)::
@@ -69,8 +70,8 @@ class Window:
     """Fatigue that was found: from the judgement at `onset` in the sequence that was given, at
     `onset_at`, until the shift's last, at `end`; found after the one at `found`.
 
-    `onset_number` and `found_number` count the assessor's own judgements from 1. The evidence, in
-    nats, is of the onset when it was found: of the seconds and of right and wrong.
+    `onset_number` and `found_number` count the assessor's own judgements in shifts from 1. The
+    evidence, in nats, is of the onset when it was found: of the seconds and of right and wrong.
     """
 
     assessor: str
@@ -117,7 +118,7 @@ def fatigue(
     level = float(np.nanmedian(log_N)) if np.isfinite(log_N).any() else 0.0
     windows: list[Window] = []
     for who, name in enumerate(data.assessors):
-        mine = np.flatnonzero(data.who_N == who)
+        mine = np.flatnonzero((data.who_N == who) & (at_N > 0) & np.isfinite(log_N))
         pot_n = data.truth_N[mine] >= 0
         course = Course(settings, level)
         breaks = np.flatnonzero(np.diff(at_N[mine]) >= settings.gap_s) + 1

@@ -20,7 +20,7 @@ from sqlalchemy.exc import IntegrityError
 
 from labelling.queue import SHOWN, Shown
 from labelling.records import Answer, Judgement, Kind, Verdict, Work, flipped
-from labelling.rows import put_answer, put_judged, record, take_judgement
+from labelling.rows import place, put_answer, put_judged, record
 from labelling.store import PAUSED, Project, Store, assessor_elsewhere
 from labelling.tables import answer, assessor, assignment, judgement, showing
 from rlhf.errors import DataError
@@ -138,8 +138,8 @@ def _put(db: Connection, into: Project, given: Feedback) -> Kept:
 
 def _compare(db: Connection, into: Project, given: Judgement, who: int) -> tuple[Kept, bool]:
     """What the verdict on a pair has become, and whether there was one by then."""
-    pair = put_judged(db, into, given)
-    known = take_judgement(db, into, given, pair, who)
+    pair = place(db, into, given)
+    known = put_judged(db, into, given, pair, who, given.assessor)
     stays = db.execute(
         select(assignment.c.id, judgement.c.verdicts)
         .join_from(assignment, judgement)

@@ -53,7 +53,8 @@ class AssessorQuality:
 def position_bias(judgements: Sequence[Judgement], criterion: str = OVERALL) -> PositionBias:
     """Of ordinary work: no honeypots, no repeats, which answer was shown first known.
 
-    The order is drawn for every assignment, so without bias the expected share is exactly 1/2.
+    The order is drawn for every pair, so without bias the expected share is exactly 1/2. It is
+    evened out over a pair's judges: where they agree, p and the interval of a project are cautious.
     """
     told = [(row.first, row.verdicts.get(criterion)) for row in _plain(judgements) if row.first]
     decided = [(first, verdict) for first, verdict in told if verdict in ("a", "b")]

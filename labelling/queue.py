@@ -1,10 +1,11 @@
 """What an assessor judges next, and the recording of it.
 
 A task is work, a honeypot (its verdict is known) or a repeat (judged by them before, now in the
-other order); they look alike. Which answer stands first is drawn for each task. A pair is handed
-out to as many assessors as it wants judges, to nobody twice but for its repeat, and one task at a
-time: the database's own constraints hold that, however many ask at once. Tasks that are skipped, or
-open for too long, return to the queue.
+other order); they look alike, and while there is no work there is none of them. Which answer stands
+first is drawn, and evened out over the judges of a pair. A pair is handed out to as many assessors
+as it wants judges, to nobody twice but for its repeat, and one task at a time: the database's own
+constraints hold that, however many ask at once. Tasks that are skipped, or open for too long,
+return to the queue; an assessor gets one back that they left open where they have no other.
 """
 
 from __future__ import annotations
@@ -89,8 +90,10 @@ class Queue:
             raise DataError(f"{who.name} is {who.state}: {who.reason}")
         for _ in range(_TRIES):
             try:
+                # For itself: it takes several demands, and who waits for one below is to hold none.
                 with self._store.database.writing() as db:
                     self._expire(db, who)
+                with self._store.database.writing() as db:
                     found = self._open(db, who) or self._draw_task(db, who)
                     return None if found is None else _task(db, found)
             except IntegrityError:
@@ -209,8 +212,8 @@ class Queue:
         rows = db.execute(
             select(assignment.c.id, assignment.c.pair_id, assignment.c.task, _kind_of())
             .where(late)
-            # In the order in which all who change several demands take them.
-            .order_by(assignment.c.pair_id)
+            # As in `labelling.rows.hold`.
+            .order_by(assignment.c.pair_id, "kind")
             .with_for_update(skip_locked=True, of=assignment)
         ).all()
         for row in rows:
@@ -233,55 +236,80 @@ class Queue:
         return row
 
     def _draw_task(self, db: Connection, who: Assessor) -> Any:
+        pair_id = self._work(db, who)
+        if pair_id is None:
+            return None
         shares, chance = self._settings.attention, self._draw.random()
-        seed = secrets.randbits(53)
-        first, kind = random.Random(seed).choice("ab"), "work"
-        pair_id = None
+        seed, kind, first = secrets.randbits(53), "work", ""
         if chance < shares.honeypot_share:
-            pair_id, kind = self._honeypot(db, who), "honeypot"
+            if (known := self._honeypot(db, who)) is not None:
+                pair_id, kind = known, "honeypot"
         elif chance < shares.honeypot_share + shares.repeat_share and (
             repeat := self._repeat(db, who)
         ):
             pair_id, first, kind = repeat.pair_id, flipped(repeat.first), "repeat"
-        if pair_id is None:
-            # The second time those are waited for that others are just being given.
-            pair_id, kind = self._work(db, who) or self._work(db, who, wait=True), "work"
-        if pair_id is None:
-            return None
-        now = self._clock()
-        values = {
-            "id": secrets.token_urlsafe(12),
-            "project_id": who.project.id,
-            "pair_id": pair_id,
-            "assessor_id": who.id,
-            "task": kind,
-            "first": first,
-            "seed": seed,
-            "state": "open",
-            "created": now,
-            "expires": now + self._settings.expires_s,
-        }
-        db.execute(insert(assignment).values(values))
-        return self._theirs(db, who, str(values["id"]))
-
-    def _work(self, db: Connection, who: Assessor, *, wait: bool = False) -> int | None:
-        """A pair that wants judges, taken for them: flagged ones first, then begun ones."""
-        wanting = (
-            select(demand.c.pair_id)
-            .where(
-                demand.c.project_id == who.project.id,
-                demand.c.kind == who.kind,
-                demand.c.taken < demand.c.wanted,
-                ~_seen(who, demand.c.pair_id),
-            )
-            .order_by(demand.c.priority.desc(), demand.c.taken.desc(), demand.c.shuffle)
-            .limit(1)
-            .with_for_update(skip_locked=not wait)
-        )
-        pair_id = db.execute(wanting).scalar_one_or_none()
-        if pair_id is not None:
+        if kind == "work":
             take(db, pair_id, who.kind, 1)
-        return pair_id
+            first = self._rarer(db, who, pair_id)
+        mine = and_(assignment.c.assessor_id == who.id, assignment.c.pair_id == pair_id)
+        now = self._clock()
+        opened = {"state": "open", "created": now, "expires": now + self._settings.expires_s}
+        left = and_(mine, assignment.c.task == kind, assignment.c.state == "expired")
+        if not db.execute(update(assignment).where(left).values(opened)).rowcount:
+            values = {
+                "id": secrets.token_urlsafe(12),
+                "project_id": who.project.id,
+                "pair_id": pair_id,
+                "assessor_id": who.id,
+                "task": kind,
+                "first": first or random.Random(seed).choice("ab"),
+                "seed": seed,
+            }
+            db.execute(insert(assignment).values(values | opened))
+        return self._open(db, who)
+
+    def _work(self, db: Connection, who: Assessor) -> int | None:
+        """A pair that wants judges, locked: flagged ones first, then begun ones. Those that others
+        are just being given are waited for where there is nothing else; what they left open
+        themselves comes last."""
+        fresh = ~_seen(who, demand.c.pair_id)
+        left = exists().where(
+            assignment.c.assessor_id == who.id,
+            assignment.c.pair_id == demand.c.pair_id,
+            assignment.c.task == "work",
+            assignment.c.state == "expired",
+        )
+        for theirs, wait in ((fresh, False), (fresh, True), (left, True)):
+            wanting = (
+                select(demand.c.pair_id)
+                .where(
+                    demand.c.project_id == who.project.id,
+                    demand.c.kind == who.kind,
+                    demand.c.taken < demand.c.wanted,
+                    theirs,
+                )
+                .order_by(demand.c.priority.desc(), demand.c.taken.desc(), demand.c.shuffle)
+                .limit(1)
+                .with_for_update(skip_locked=not wait)
+            )
+            if (pair_id := db.execute(wanting).scalar_one_or_none()) is not None:
+                return int(pair_id)
+        return None
+
+    def _rarer(self, db: Connection, who: Assessor, pair_id: int) -> str:
+        """The answer that stood first for fewer of a pair's judges; "" where both did equally."""
+        shown = db.execute(
+            select(assignment.c.first)
+            .join(assessor)
+            .where(
+                assignment.c.pair_id == pair_id,
+                assignment.c.task == "work",
+                assignment.c.state.in_(["open", "done"]),
+                assessor.c.kind == who.kind,
+            )
+        ).scalars()
+        lead = sum({"a": 1, "b": -1}.get(first, 0) for first in shown)
+        return "a" if lead < 0 else "b" if lead > 0 else ""
 
     def _honeypot(self, db: Connection, who: Assessor) -> int | None:
         """One that they have not seen, those seen by fewest first: answers get about."""
@@ -335,8 +363,10 @@ class Queue:
     def _missed(self, db: Connection, row: Any, verdict: Verdict, now: float) -> str | None:
         if row.task != "honeypot" or not self._settings.attention.feedback:
             return None
-        known = db.execute(select(honeypot).where(honeypot.c.pair_id == row.pair_id)).one()
-        if known.verdict == verdict:
+        theirs = select(honeypot).where(honeypot.c.pair_id == row.pair_id)
+        known = db.execute(theirs).one_or_none()
+        # It may have been retired meanwhile.
+        if known is None or known.verdict == verdict:
             return None
         shown = {row.first: "the first answer", flipped(row.first): "the second answer"}
         better = shown.get(known.verdict)

@@ -81,11 +81,11 @@ class Judgement:
 
     `verdicts` has `rlhf.records.OVERALL` and any criteria that were asked. `first` is the answer
     that was shown first ("" where it is not known), `seconds` the time taken (nan where it is not
-    known), `at` when it was given (seconds since 1970). `truth` is the known overall verdict where
-    the pair is a honeypot. `repeat`: the assessor had judged the pair before, in the other order.
-    `doubt` says why it is not counted ("" where it is). `models` gave answers a and b ("" where it
-    is not known): those of `work` where there is work, so that verdicts without texts compare
-    models too. `id` is the assignment's in the store.
+    known), `at` when it was given (seconds since 1970; 0 where it is not known). `truth` is the
+    known overall verdict where the pair is a honeypot. `repeat`: the assessor had judged the pair
+    before, in the other order. `doubt` says why it is not counted ("" where it is). `models` gave
+    answers a and b ("" where it is not known): those of `work` where there is work, so that
+    verdicts without texts compare models too. `id` is the assignment's in the store.
     """
 
     pair: str

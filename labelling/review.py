@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from labelling.attention import attention
 from labelling.fatigue import FatigueSettings, fatigue
 from labelling.records import Judgement, Kind
-from labelling.store import PAUSED, TIRED, Assessor, Project, Store
+from labelling.store import PAUSED, TIRED, Assessor, Project, State, Store
 from rlhf.config.label import AttentionSection
 
 _ENOUGH = 10
@@ -43,11 +43,13 @@ def review(store: Store, of: Project, settings: AttentionSection) -> Review:
         doubts: dict[str, str] = {}
         for kind in ("person", "simulated"):
             mine = [each for each in found if each.kind == kind]
-            out = {name for name, each in everybody.items() if each.state != "active"}
+            # Who was revoked alone is looked at like any other: what they said counts.
+            out = {name for name, each in everybody.items() if each.doubted}
             paused |= _inattentive(mine, everybody, out, settings)
             doubts |= _tired(mine, out | paused.keys(), settings)
         for name, reason in paused.items():
-            store.set_state(everybody[name], "paused", reason, "quality control", doubted=True)
+            state: State = "revoked" if everybody[name].state == "revoked" else "paused"
+            store.set_state(everybody[name], state, reason, "quality control", doubted=True)
         # Theirs who were paused before too: they may have sent another one since, and a review that
         # was cut short is made good.
         inattentive = {name for name, each in everybody.items() if each.doubted} | paused.keys()
@@ -100,7 +102,8 @@ class Reviewer:
 
 
 def let_go_on(store: Store, who: Assessor, actor: str) -> None:
-    """A paused assessor judges on: what they said counts again, and no longer against them."""
+    """Who was paused or revoked judges on: what they said counts again, and no longer against
+    them."""
     with _turn:
         store.set_state(who, "active", "", actor)
         theirs = {

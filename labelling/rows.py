@@ -7,11 +7,11 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
 
-from sqlalchemy import Connection, and_, func, insert, select, update
+from sqlalchemy import Connection, and_, case, func, insert, select, update
 
 from labelling.records import Answer, Honeypot, Judgement, Kind, Work, flipped
 from labelling.tables import (
@@ -51,35 +51,63 @@ def take(db: Connection, pair_id: int, kind: str, change: int) -> None:
     )
 
 
+def hold(db: Connection, pair_ids: Collection[int]) -> None:
+    """Lock the demands of pairs. Who changes those of several pairs takes them in the order of
+    their ids: so nobody waits in a circle."""
+    theirs = select(demand.c.pair_id).where(demand.c.pair_id.in_(pair_ids))
+    db.execute(theirs.order_by(demand.c.pair_id, demand.c.kind).with_for_update()).all()
+
+
 @dataclass(frozen=True, slots=True)
 class Put:
-    """Where a pair stands in the store, and whether its answers changed places for it."""
+    """Where a pair stands in the store, whether its answers changed places for it, and whether it
+    was there before."""
 
     id: int
     key: str
     swapped: bool
+    known: bool
 
 
 def _digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()
 
 
-def put_work(db: Connection, into: Project, work: Work, judges: int) -> tuple[Put, bool]:
-    """The pair's place, and whether it was known."""
-    put, known = _place(db, into, _rows_of(work.prompt), (work.a, work.b), work.source)
+def place(db: Connection, into: Project, item: Work | Judgement) -> Put:
+    """The place of a pair, of one that was judged elsewhere too, its texts known or not."""
+    work = item if isinstance(item, Work) else item.work
+    if work is not None:
+        return _place(db, into, _rows_of(work.prompt), (work.a, work.b), work.source)
+    assert isinstance(item, Judgement)
+    one, other = item.models[0] or "a", item.models[1] or "b"
+    # Two answers of one model are two answers.
+    answers = Answer("", one), Answer("", other, "b" if one == other else "")
+    return _place(db, into, [{"role": "user", "content": item.pair}], answers, "")
+
+
+def put_work(db: Connection, into: Project, work: Work, put: Put, judges: int, actor: str) -> None:
+    """Ask for judges of a pair, or make it a honeypot."""
     if work.honeypot is not None:
         verdict = work.honeypot.verdict
         test = replace(work.honeypot, verdict=flipped(verdict) if put.swapped else verdict)
-        set_honeypot(db, put.id, test)
+        set_honeypot(db, into, put.id, test, actor)
     asked = judges > 0 and not is_honeypot(db, put.id)
     for kind in get_args(Kind) if asked else ():
         where = and_(demand.c.pair_id == put.id, demand.c.kind == kind)
-        queued = {"wanted": judges, "priority": work.priority}
-        if not db.execute(update(demand).where(where).values(queued)).rowcount:
-            taken = _judges(db, put.id, kind) if known else 0
-            row = {"pair_id": put.id, "kind": kind, "project_id": into.id, "taken": taken}
-            db.execute(insert(demand).values(**row, shuffle=int(put.key[:12], 16), **queued))
-    return put, known
+        # What training has flagged stays so when a file says nothing of it.
+        higher = case((demand.c.priority > work.priority, demand.c.priority), else_=work.priority)
+        queued = update(demand).where(where).values(wanted=judges, priority=higher)
+        if not db.execute(queued).rowcount:
+            row = {
+                "pair_id": put.id,
+                "kind": kind,
+                "project_id": into.id,
+                "wanted": judges,
+                "taken": _judges(db, put.id, kind) if put.known else 0,
+                "priority": work.priority,
+                "shuffle": int(put.key[:12], 16),
+            }
+            db.execute(insert(demand).values(row))
 
 
 def _judges(db: Connection, pair_id: int, kind: str) -> int:
@@ -96,19 +124,16 @@ def _judges(db: Connection, pair_id: int, kind: str) -> int:
     )
 
 
-def put_judged(db: Connection, into: Project, given: Judgement) -> Put:
-    """The place of a pair that was judged elsewhere, its texts known or not."""
+def put_judged(
+    db: Connection, into: Project, given: Judgement, put: Put, assessor_id: int, actor: str
+) -> bool:
+    """Record a verdict given elsewhere; whether it was there already."""
     if given.work is not None:
-        put, _ = put_work(db, into, given.work, 0)
-    else:
-        one, other = given.models[0] or "a", given.models[1] or "b"
-        # Two answers of one model are two answers.
-        answers = Answer("", one), Answer("", other, "b" if one == other else "")
-        put, _ = _place(db, into, [{"role": "user", "content": given.pair}], answers, "")
+        put_work(db, into, given.work, put, 0, actor)
     if given.truth is not None and not is_honeypot(db, put.id):
         verdict = flipped(given.truth) if put.swapped else given.truth
-        set_honeypot(db, put.id, Honeypot(verdict))
-    return put
+        set_honeypot(db, into, put.id, Honeypot(verdict), actor)
+    return _take_judgement(db, into, given, put, assessor_id)
 
 
 def _place(
@@ -117,7 +142,7 @@ def _place(
     messages: list[dict[str, str]],
     answers: tuple[Answer, Answer],
     source: str,
-) -> tuple[Put, bool]:
+) -> Put:
     """Where two answers to a prompt stand, and whether they did already."""
     prompt_id = _prompt(db, into, messages)
     digests = [_answer_digest(each) for each in answers]
@@ -135,7 +160,7 @@ def _place(
         {"project_id": into.id, "key": key},
         {"prompt_id": prompt_id, "a_id": a_id, "b_id": b_id, "source": source},
     )
-    return Put(pair_id, key, swapped), known is not None
+    return Put(pair_id, key, swapped, known is not None)
 
 
 def put_answer(db: Connection, into: Project, to: Sequence[Message], given: Answer) -> int:
@@ -175,17 +200,26 @@ def is_honeypot(db: Connection, pair_id: int) -> bool:
 
 
 def set_honeypot(
-    db: Connection, pair_id: int, known: Honeypot, author_id: int | None = None
+    db: Connection,
+    into: Project,
+    pair_id: int,
+    known: Honeypot,
+    actor: str,
+    author_id: int | None = None,
 ) -> None:
     """Make a pair a honeypot, or correct its verdict; nobody is asked for it as work any more. An
     explanation that is there stays where there is no new one."""
-    values: dict[str, Any] = {"verdict": known.verdict, "author_id": author_id}
-    if known.explanation:
-        values["explanation"] = known.explanation
-    old = update(honeypot).where(honeypot.c.pair_id == pair_id).values(values)
-    if not db.execute(old).rowcount:
-        values.setdefault("explanation", "")
-        db.execute(insert(honeypot).values(pair_id=pair_id, **values))
+    where = honeypot.c.pair_id == pair_id
+    old = db.execute(select(honeypot.c.verdict).where(where)).scalar_one_or_none()
+    values: dict[str, Any] = {"explanation": known.explanation} if known.explanation else {}
+    if old != known.verdict:
+        values |= {"verdict": known.verdict, "author_id": author_id}
+        key = db.execute(select(pair.c.key).where(pair.c.id == pair_id)).scalar_one()
+        record(db, into, actor, "honeypot", {"pair": key, "old": old, "new": known.verdict})
+    if old is None:
+        db.execute(insert(honeypot).values({"pair_id": pair_id, "explanation": "", **values}))
+    elif values:
+        db.execute(update(honeypot).where(where).values(values))
     db.execute(update(demand).where(demand.c.pair_id == pair_id).values(wanted=0))
 
 
@@ -200,10 +234,9 @@ def _one(db: Connection, table: Any, key: Mapping[str, Any], rest: Mapping[str, 
     return int(found)
 
 
-def take_judgement(
+def _take_judgement(
     db: Connection, into: Project, given: Judgement, found: Put, assessor_id: int
 ) -> bool:
-    """Record a verdict given elsewhere; whether it was there already."""
     task = "repeat" if given.repeat else "honeypot" if given.truth is not None else "work"
     seen = and_(
         assignment.c.assessor_id == assessor_id,

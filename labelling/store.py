@@ -15,19 +15,21 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, TypeVar
 
-from sqlalchemy import Connection, and_, case, func, insert, select, update
+from sqlalchemy import Connection, and_, case, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from labelling.database import Database
 from labelling.records import Answer, Honeypot, Judgement, Kind, Work
 from labelling.rows import (
+    Put,
+    hold,
     is_honeypot,
+    place,
     put_judged,
     put_work,
     record,
     set_honeypot,
     take,
-    take_judgement,
 )
 from labelling.tables import (
     answer,
@@ -44,7 +46,7 @@ from labelling.tables import (
 from rlhf.errors import DataError
 from rlhf.records import OVERALL, Message
 
-Item = TypeVar("Item")
+Item = TypeVar("Item", Work, Judgement)
 Role = Literal["assessor", "expert", "owner"]
 """Who judges; who also writes honeypots; who also sees everybody's figures."""
 
@@ -53,6 +55,7 @@ BREAK_S = 1800.0
 """A pause of so many seconds ends a shift."""
 
 _PART = 200
+_REVIEWS = 50
 PAUSED = "their assessor is paused"
 TIRED = "faster and less sure than before"
 """Why judgements are in doubt: all of somebody who does not read, and what was said when tired."""
@@ -160,16 +163,15 @@ class Store:
     ) -> tuple[int, int]:
         """Put pairs into the queue: how many are new, and how many were there already.
 
-        A known pair's priority and honeypot are brought up to date. Which answer is a follows from
-        the texts, so that the file's order says nothing.
+        A known pair's honeypot is brought up to date; of two priorities it keeps the higher one.
+        Which answer is a follows from the texts, so that the file's order says nothing.
         """
-        return self._in_parts(
-            into,
-            works,
-            lambda db, work: put_work(db, into, work, judges_per_pair)[1],
-            actor,
-            "import work",
-        )
+
+        def put(db: Connection, work: Work, at: Put) -> bool:
+            put_work(db, into, work, at, judges_per_pair, actor)
+            return at.known
+
+        return self._in_parts(into, works, put, actor, "import work")
 
     def add_judgements(
         self, into: Project, judgements: Iterable[Judgement], actor: str = "owner"
@@ -180,12 +182,11 @@ class Store:
         """
         people: dict[tuple[str, Kind], int] = {}
 
-        def put(db: Connection, given: Judgement) -> bool:
-            found = put_judged(db, into, given)
+        def put(db: Connection, given: Judgement, at: Put) -> bool:
             who = (given.assessor, given.kind)
             if who not in people:
                 people[who] = assessor_elsewhere(db, into, *who)
-            return take_judgement(db, into, given, found, people[who])
+            return put_judged(db, into, given, at, people[who], actor)
 
         return self._in_parts(into, judgements, put, actor, "import judgements")
 
@@ -193,7 +194,7 @@ class Store:
         self,
         into: Project,
         items: Iterable[Item],
-        put: Callable[[Connection, Item], bool],
+        put: Callable[[Connection, Item, Put], bool],
         actor: str,
         action: str,
     ) -> tuple[int, int]:
@@ -203,8 +204,10 @@ class Store:
         left = iter(items)
         while part := list(islice(left, _PART)):
             with self.database.writing() as db:
-                for item in part:
-                    counts[put(db, item)] += 1
+                places = [place(db, into, item) for item in part]
+                hold(db, {at.id for at in places})
+                for item, at in zip(part, places, strict=True):
+                    counts[put(db, item, at)] += 1
         with self.database.writing() as db:
             record(db, into, actor, action, {"new": counts[0], "known": counts[1]})
         return counts[0], counts[1]
@@ -297,13 +300,13 @@ class Store:
                 .join_from(judgement, assignment)
                 .join(assessor)
                 .where(judgement.c.project_id == of.id)
-                # In the order in which all who change several demands take them.
                 .order_by(assignment.c.pair_id)
             ).all()
             for row in rows:
                 reason = which.get(row.assignment_id)
                 if reason is None or reason == row.doubt:
                     continue
+                hold(db, [row.pair_id])
                 # Another server may have been first.
                 done = db.execute(
                     update(judgement)
@@ -340,10 +343,63 @@ class Store:
                 raise DataError(f"{author.name} has judged no task {task[:24]!r}")
             if is_honeypot(db, row.pair_id):
                 raise DataError("this is a honeypot already")
-            verdict = row.verdicts[OVERALL]
-            set_honeypot(db, row.pair_id, Honeypot(verdict, explanation.strip()), author.id)
-            details = {"task": task, "verdict": verdict}
-            record(db, author.project, author.name, "honeypot", details)
+            hold(db, [row.pair_id])
+            known = Honeypot(row.verdicts[OVERALL], explanation.strip())
+            set_honeypot(db, author.project, row.pair_id, known, author.name, author.id)
+
+    def honeypots(self, of: Project, at_most: int = 100) -> list[dict[str, Any]]:
+        """The honeypots that people missed most, with how many judged them and how many of those
+        missed them; what is in doubt does not count."""
+        verdict = judgement.c.verdicts[OVERALL].as_string()
+        told = (
+            select(
+                assignment.c.pair_id,
+                func.count().label("judged"),
+                func.sum(case((verdict != honeypot.c.verdict, 1), else_=0)).label("missed"),
+            )
+            .join_from(assignment, judgement)
+            .join(assessor, assessor.c.id == assignment.c.assessor_id)
+            .join(honeypot, honeypot.c.pair_id == assignment.c.pair_id)
+            .where(assignment.c.project_id == of.id, assignment.c.task == "honeypot")
+            .where(assessor.c.kind == "person", judgement.c.doubt == "")
+            .group_by(assignment.c.pair_id)
+            .subquery()
+        )
+        better = case((honeypot.c.verdict == "a", pair.c.a_id), else_=pair.c.b_id)
+        judged, missed = (func.coalesce(told.c[name], 0) for name in ("judged", "missed"))
+        query = (
+            select(honeypot.c.pair_id, honeypot.c.verdict, honeypot.c.explanation)
+            .add_columns(prompt.c.messages, answer.c.text)
+            .add_columns(judged.label("judged"), missed.label("missed"))
+            .join_from(honeypot, pair)
+            .join(prompt, prompt.c.id == pair.c.prompt_id)
+            .join(answer, answer.c.id == better)
+            .outerjoin(told, told.c.pair_id == pair.c.id)
+            .where(pair.c.project_id == of.id)
+            .order_by(missed.desc(), judged.desc(), pair.c.id)
+            .limit(at_most)
+        )
+        with self.database.reading() as db:
+            return [dict(row._mapping) for row in db.execute(query)]
+
+    def retire_honeypot(self, of: Project, pair_id: int, actor: str) -> None:
+        """A honeypot tests nobody any more, and was no test to those who have judged it: what they
+        said is a verdict like any other.
+
+        Raises:
+            DataError: there is no such honeypot.
+        """
+        with self.database.writing() as db:
+            known = db.execute(
+                select(pair.c.key, honeypot.c.verdict, honeypot.c.explanation)
+                .join_from(honeypot, pair)
+                .where(pair.c.project_id == of.id, pair.c.id == pair_id)
+            ).one_or_none()
+            if known is None:
+                raise DataError(f"project {of.name} has no such honeypot")
+            db.execute(delete(honeypot).where(honeypot.c.pair_id == pair_id))
+            details = {"pair": known.key, "old": known.verdict, "new": None}
+            record(db, of, actor, "honeypot", {**details, "explanation": known.explanation})
 
     def tired(self, who: Assessor, now: float | None = None) -> bool:
         """Whether fatigue was found in what they judged lately: a break is due."""
@@ -360,7 +416,8 @@ class Store:
 
     def review_due(self, of: Project, every: int, kind: Kind | None = "person") -> bool:
         """Whether so many judgements were given since the last review, or the last one wanted of
-        this kind of assessor (None: none is)."""
+        this kind of assessor (None: none is). A review reads all: of large projects it is due after
+        a fiftieth of them."""
         told = select(func.count()).select_from(judgement).where(judgement.c.project_id == of.id)
         last = select(project.c.reviewed).where(project.c.id == of.id)
         left = select(demand.c.pair_id).where(
@@ -369,10 +426,12 @@ class Store:
             demand.c.taken < demand.c.wanted,
         )
         with self.database.reading() as db:
-            new = db.execute(told).scalar_one() - db.execute(last).scalar_one()
-            if kind is None or new <= 0:
-                return bool(new >= every)
-            return new >= every or db.execute(left.limit(1)).first() is None
+            total = db.execute(told).scalar_one()
+            new = total - db.execute(last).scalar_one()
+            enough = new >= max(every, total // _REVIEWS)
+            if kind is None or new <= 0 or enough:
+                return bool(enough)
+            return db.execute(left.limit(1)).first() is None
 
     def reviewed(self, of: Project, judgements: int) -> None:
         """Note that so many judgements were there to be reviewed."""

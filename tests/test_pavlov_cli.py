@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -156,6 +158,12 @@ def test_a_missing_file_is_named(place, refused):
         (["rl.num_steps=many"], "rl.num_steps = 'many': input should be"),
         (["rl.top_p=0.9"], "rl.top_p = 0.9 with a ratio loss"),
         (["rl.num_steps"], "an override is written key=value, got 'rl.num_steps'"),
+        (["rl.num_steps=3\nseed = 1"], "rl.num_steps = '3\\nseed = 1': input should be"),
+        (["rl.num_steps=" + "9" * 5000], "input should be"),
+        (["rl.num_steps=" + "[" * 3000], "input should be"),
+        (["data.prompts=['~nobody-here/p.jsonl']"], "~nobody-here/p.jsonl: there is no such user"),
+        (["run.dir=a\0b"], "'a\\x00b' is no path: it holds a NUL character"),
+        (["rl.max_tokens=2000"], "data.max_prompt_tokens + rl.max_tokens = 2256, but"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence_with_its_key(place, rl_file, refused, arguments, says):
@@ -167,6 +175,11 @@ def test_a_file_that_is_not_toml_is_named(place, refused):
     assert refused("rl", "broken.toml").startswith("broken.toml is not valid TOML")
 
 
+def test_a_file_with_a_byte_order_mark_is_read(place, rl_file, refused):
+    rl_file.write_bytes(b"\xef\xbb\xbf" + rl_file.read_bytes())
+    assert "rl.num_step is not a known key" in refused("rl", rl_file, "rl.num_step=3")
+
+
 # Models and data that cannot be used
 
 
@@ -175,6 +188,21 @@ def test_a_model_folder_without_weights_is_refused(place, rl_file, refused, tiny
     bare.mkdir()
     shutil.copy(tiny_model / "config.json", bare)
     assert f"{bare} has no weights" in refused("rl", rl_file, f"policy.model={bare}")
+
+
+def test_a_model_folder_whose_config_says_nothing_is_refused(place, rl_file, refused, tiny_model):
+    odd = Path(shutil.copytree(tiny_model, place.here / "odd"))
+    for text in ("{}", "[1]", "no json"):
+        (odd / "config.json").write_text(text)
+        message = refused("rl", rl_file, f"policy.model={odd}")
+        assert message == f"{odd / 'config.json'} is damaged: it names no model_type"
+
+
+def test_a_column_that_python_has_no_value_for_is_one_sentence(place, rl_file, refused):
+    days = pa.array([2**31 - 1], pa.int32()).cast(pa.date32())
+    pq.write_table(pa.table({"prompt": ["Hi"], "day": days}), place.here / "p.parquet")
+    message = refused("rl", rl_file, "data.prompts=['p.parquet']")
+    assert "p.parquet cannot be read as Parquet; write it again (days=" in message
 
 
 def test_a_missing_reward_model_is_refused(place, rl_file, refused):
@@ -349,6 +377,38 @@ def test_an_unknown_command_or_a_missing_argument_is_a_usage_error(place):
         outcome = place.call(*arguments)
         assert outcome.code == 2
         assert "Traceback" not in outcome.err
+
+
+def test_an_interrupt_is_said(place, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cluster.doctor.examine", interrupted)
+    outcome = place.call_here("doctor")
+    assert (outcome.code, outcome.err.strip()) == (130, "pavlov: interrupted")
+
+
+def test_a_full_disk_behind_the_output_is_one_sentence(place):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "pavlov.py"), "doctor", "--json"],
+            env=place.environment,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "No space left on device" in done.stderr
+
+
+def test_doctor_says_where_the_cache_cannot_be(place):
+    place.environment["PAVLOV_CACHE"] = str(place.write("file", "") / "cache")
+    [problem] = [
+        each
+        for each in json.loads(place.call_here("doctor", "--json").out)["problems"]
+        if "cache" in each
+    ]
+    assert "PAVLOV_CACHE" in problem
 
 
 def test_doctor_in_json_prints_one_object_and_nothing_else(place):

@@ -15,7 +15,7 @@ from cluster.progress import Progressing
 from cluster.session import ray_session
 from labelling.forms import work_row
 from labelling.records import Answer, Work
-from models.sources import resolve_policy, weights_fingerprint
+from models.sources import require_context, resolve_policy, weights_fingerprint
 from rlhf.config import ClusterSection, RLSection, RolloutSection, data_path
 from rlhf.errors import DataError, ModelError
 from rlhf.records import Completion, Prompt
@@ -49,6 +49,8 @@ def write_pairs(
         raise ModelError(f"{names[0]} and {names[1]} are the same weights ({versions[0]})")
     if out.suffix == ".parquet" or out.is_dir():
         raise DataError(f"--out {out} must be a file of JSON lines, e.g. pairs.jsonl")
+    for folder in folders:
+        require_context(folder, max_prompt_tokens + max_tokens, "max_prompt_tokens + max_tokens")
     titles = [_title(folder) for folder in folders]
     if titles[0] == titles[1]:
         titles = [f"{title} {version}" for title, version in zip(titles, versions, strict=True)]

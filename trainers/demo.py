@@ -34,7 +34,7 @@ from labelling.simulated import Answer, SimulatedAssessor, rule
 from models.preferences import read_pairs, write_pairs
 from models.reward_model import RewardModel
 from models.sources import portable_name, resolve_model
-from rlhf.config import DemoConfig, RLConfig, parse_config
+from rlhf.config import DemoConfig, RLConfig, expanded, parse_config
 from rlhf.ensemble import aggregate
 from rlhf.errors import RunFolderError
 from rlhf.records import Completion, Message, Prompt
@@ -62,7 +62,7 @@ def demo_prompts(split: str, count: int) -> list[Prompt]:
 
 def run_demo(config: DemoConfig, out: Path, console: Console) -> dict[str, Any]:
     """Run or continue the demo in `out`; returns the summary."""
-    out = out.expanduser()
+    out = expanded(out)
     if in_ray_job() and not out.is_absolute():
         raise RunFolderError(
             f"inside a Ray job the folder {out} would lie in Ray's temporary copy of the code and "

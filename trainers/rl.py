@@ -17,7 +17,12 @@ from cluster.progress import Progressing
 from cluster.session import ray_session, shared_memory_folder
 from models.chat import ChatTokenizer
 from models.reward_model import RewardModel
-from models.sources import portable_name, resolve_model, resolve_reward_model
+from models.sources import (
+    portable_name,
+    require_context,
+    resolve_model,
+    resolve_reward_model,
+)
 from rlhf.config import PPOSection, RLConfig, data_path
 from rlhf.errors import CheckpointError, ModelError, PavlovError, RunError
 from rlhf.prompts import PromptCursor
@@ -55,6 +60,9 @@ def run_rl(
     models = resolve_models(config)
     policy, reference = resolve_model(models.policy), resolve_model(models.reference)
     RewardFunctions(config.rl.rewards)
+    longest = config.data.max_prompt_tokens + config.rl.max_tokens
+    for model in {policy, reference}:
+        require_context(model, longest, "data.max_prompt_tokens + rl.max_tokens")
     if prompts is None:
         files = [data_path(path) for path in config.data.prompts]
         limits = config.data.max_prompt_tokens, console, config.data.limit

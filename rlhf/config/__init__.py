@@ -57,6 +57,7 @@ from rlhf.config.ensemble import (
 from rlhf.config.label import AttentionSection, LabelConfig, LabelSection, SimulatedSection
 from rlhf.config.reading import (
     data_path,
+    expanded,
     known_keys,
     load_config,
     parse_config,
@@ -153,6 +154,7 @@ __all__ = [
     "TuneConfig",
     "TuneSection",
     "data_path",
+    "expanded",
     "known_keys",
     "load_config",
     "parse_config",

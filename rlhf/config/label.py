@@ -46,7 +46,8 @@ class AttentionSection(Section):
     false_break_rate: Fraction = 0.05
     """Chance that a shift without fatigue is taken for a tired one."""
     review_every: PositiveInt = 20
-    """Judgements between two reviews of all assessors of a project."""
+    """Judgements between two reviews of all assessors of a project; a fiftieth part of all, where
+    that is more."""
     feedback: bool = True
     """Whether a missed honeypot is explained at once."""
 

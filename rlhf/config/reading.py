@@ -18,6 +18,8 @@ from rlhf.config.section import TAG, Section
 from rlhf.errors import ConfigError
 
 Root = TypeVar("Root", bound=Section)
+_NO_TOML = (ValueError, RecursionError)
+"""Of TOML, also of numbers too long and tables too deep for Python."""
 
 
 def load_config(root: type[Root], path: Path, overrides: Sequence[str] = ()) -> Root:
@@ -29,10 +31,10 @@ def load_config(root: type[Root], path: Path, overrides: Sequence[str] = ()) -> 
         ConfigError: one sentence that names the file, the key and the remedy.
     """
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, IsADirectoryError):
         raise ConfigError(f"there is no configuration file {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except _NO_TOML as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
@@ -79,9 +81,11 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise ConfigError(f"an override is written key=value, got {override!r}")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
+        parsed = tomllib.loads(f"value = {text}")
+    except _NO_TOML:
+        parsed = {}
+    # What is no single value is text, e.g. two lines.
+    value = parsed["value"] if parsed.keys() == {"value"} else text
     *parents, leaf = key.strip().split(".")
     table = values
     for parent in parents:
@@ -155,5 +159,19 @@ def runs_path(path: str) -> Path:
 
 
 def _against(variable: str, default: str, path: str) -> Path:
-    base = Path(os.environ.get(variable) or default).expanduser().absolute()
-    return (base / Path(path).expanduser()).resolve()
+    base = expanded(os.environ.get(variable) or default).absolute()
+    return (base / expanded(path)).resolve()
+
+
+def expanded(path: str | Path) -> Path:
+    """A path as a user writes it, ``~`` replaced.
+
+    Raises:
+        ConfigError: it cannot be one.
+    """
+    if "\0" in str(path):
+        raise ConfigError(f"{str(path)!r} is no path: it holds a NUL character")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{path}: there is no such user") from None

@@ -139,6 +139,33 @@ def test_unknown_seconds_and_nothing_at_all_are_no_fatigue():
     assert fatigue([judged("1", "x", "a", seconds=0.0)]) == []
 
 
+def test_judgements_without_a_time_or_without_seconds_tell_no_fatigue():
+    """Those of other tools: 60 pairs that all agree on, then 60 that nobody does."""
+    draw = np.random.default_rng(0)
+    rows = [
+        judged(f"{at}", f"p{who}", "a" if at < 60 or draw.random() < 0.5 else "b", seconds=9.0)
+        for who in range(30)
+        for at in range(120)
+    ]
+    assert fatigue(rows) == []
+    unmeasured = [
+        replace(row, at=1e9 + 30 * place, seconds=math.nan) for place, row in enumerate(rows)
+    ]
+    assert fatigue(unmeasured) == []
+
+
+def test_the_rest_of_a_shift_is_told_by_where_it_stands_in_the_sequence():
+    log_n = log_seconds(3, 160, onset=80, practice=0, spread=0.2)
+    rows = [
+        judged(f"{at}", "x", "tie", seconds=math.exp(log_n[at]), at=1e9 + 60.0 * at)
+        for at in range(160)
+    ]
+    [window] = fatigue(rows)
+    timeless = [judged(f"old {at}", "x", "tie", seconds=9.0) for at in range(40)]
+    [same] = fatigue([*rows, *timeless])
+    assert (same.onset, same.end) == (window.onset, window.end)
+
+
 def test_settings_out_of_range_are_refused():
     with pytest.raises(ValueError, match="false_break_rate 1"):
         FatigueSettings(false_break_rate=1)

@@ -157,7 +157,7 @@ def test_what_training_has_flagged_comes_first(store):
 
 
 def test_honeypots_look_like_work_and_a_missed_one_is_explained(store):
-    made = project(store, [work(n, "a") for n in range(10)])
+    made = project(store, [work(n, "a" if n < 10 else None) for n in range(20)])
     attention = AttentionSection(honeypot_share=0.9, repeat_share=0.0)
     desk, [who] = queue(store, attention=attention), people(store, made, 1)
     missed, right = [], []
@@ -166,8 +166,67 @@ def test_honeypots_look_like_work_and_a_missed_one_is_explained(store):
         (missed if receipt.missed else right).append(receipt.missed)
     assert missed and right
     assert set(missed) == {"An expert found the second answer better. Because."}
-    found = store.judgements(made)
-    assert sum(each.verdicts["overall"] == each.truth for each in found) == len(right)
+    found = [each for each in store.judgements(made) if each.truth]
+    assert sum(each.verdicts["overall"] == each.truth for each in found) == 10 - len(missed)
+
+
+def test_who_has_no_work_left_is_not_tested_either(store):
+    made = project(store, [work(n, "a" if n < 20 else None) for n in range(40)], judges=1)
+    attention = AttentionSection(honeypot_share=0.2, repeat_share=0.2, repeat_after=1)
+    desk, [who] = queue(store, attention=attention), people(store, made, 1)
+    while task := desk.next(who):
+        desk.judge(who, task.id, said("tie"))
+    assert len(store.judgements(made)) > 20
+    assert [desk.next(who) for _ in range(20)] == [None] * 20
+    store.add_work(made, [work(40)], 1)
+    assert desk.next(who) is not None
+
+
+def test_the_orders_of_a_pair_are_evened_out_and_nobody_can_tell_theirs(store):
+    made = project(store, [work(n) for n in range(40)], judges=4)
+    desk, everybody = queue(store), people(store, made, 5)
+    # What is skipped was judged in no order.
+    desk.skip(everybody[0], desk.next(everybody[0]).id)
+    for who in everybody:
+        while task := desk.next(who):
+            desk.judge(who, task.id, said("tie"))
+    by_pair: dict[str, list[str]] = {}
+    for each in store.judgements(made):
+        by_pair.setdefault(each.pair, []).append(each.first)
+    for firsts in by_pair.values():
+        assert sorted(firsts) == ["a", "a", "b", "b"] and firsts[0] != firsts[1]
+    theirs = Counter(each.first for each in store.judgements(made) if each.assessor == "person 1")
+    assert min(theirs.values()) > 4
+
+
+def test_what_somebody_left_open_comes_back_to_them_when_nothing_else_is_left(store):
+    made = project(store, [work(n) for n in range(3)], judges=1)
+    clock = Clock()
+    desk, [who] = queue(store, clock, expires_s=60.0), people(store, made, 1)
+    left = desk.next(who)
+    clock.now += 100
+    for _ in range(2):
+        other = desk.next(who)
+        assert other.pair != left.pair
+        desk.judge(who, other.id, said("tie"))
+    again = desk.next(who)
+    assert again == left
+    clock.now += 50
+    assert desk.next(who) == left
+    desk.judge(who, left.id, said("first"))
+    assert desk.next(who) is None
+    assert store.counts(made) == {"pairs": 3, "wanted": 3, "taken": 3}
+    assert all(each.seconds < 60 for each in store.judgements(made))
+
+
+def test_what_somebody_left_open_and_another_judged_does_not_come_back(store):
+    made = project(store, [work(0)], judges=1)
+    clock = Clock()
+    desk, [one, other] = queue(store, clock, expires_s=60.0), people(store, made, 2)
+    desk.next(one)
+    clock.now += 100
+    desk.judge(other, desk.next(other).id, said("tie"))
+    assert desk.next(one) is None
 
 
 def test_a_repeat_shows_the_same_pair_in_the_other_order_once(store):
@@ -300,6 +359,86 @@ def test_a_known_pair_is_nobodys_work_whichever_came_first(store):
     assert store.counts(made)["pairs"] == 1
     store.add_work(made, [work(0), work(1)], 3)
     assert store.counts(made)["pairs"] == 1
+
+
+def test_a_flagged_pair_stays_flagged_when_a_file_says_nothing_of_it(store):
+    made = project(store, [work(n, priority=float(n == 7)) for n in range(20)])
+    store.add_work(made, [work(n) for n in range(20)], 3)
+    [one, other] = people(store, made, 2)
+    assert "question 7" in queue(store).next(one).prompt[0].content
+    store.add_work(made, [work(9, priority=2.0)], 3)
+    assert "question 9" in queue(store).next(other).prompt[0].content
+
+
+def test_a_known_verdict_that_is_set_or_changed_is_on_record(store):
+    made = project(store, [work(0, "a")])
+    store.add_work(made, [work(0, "a")], 3)
+    store.add_work(made, [work(0, "b")], 3, actor="eve")
+    trail = [each for each in store.audit(made) if each["action"] == "honeypot"]
+    assert [each["actor"] for each in trail] == ["owner", "eve"]
+    one, other = (each["details"] for each in trail)
+    assert one["pair"] == other["pair"]
+    assert one["old"] is None and {one["new"], other["new"]} == {"a", "b"}
+    assert other["old"] == one["new"]
+
+
+def test_a_honeypot_that_people_miss_is_seen_and_retired(store):
+    works = [work(0, "a"), work(1, "b"), *(work(n) for n in range(2, 12))]
+    made = project(store, works, judges=4)
+    attention = AttentionSection(honeypot_share=0.9, repeat_share=0.0)
+    desk, everybody = queue(store, attention=attention), people(store, made, 4)
+    everybody.append(store.signed_in(store.invite(made, "gpt", "model")))
+    for who in everybody:
+        while task := desk.next(who):
+            # Everybody says what is known of 0, and the contrary of 1: "yes" is better.
+            desk.judge(who, task.id, said("first" if task.first.startswith("yes") else "second"))
+    store.doubt(made, {j.id: PAUSED for j in store.judgements(made) if j.assessor == "person 0"})
+    wrong, right = store.honeypots(made)
+    assert (wrong["judged"], wrong["missed"]) == (3, 3)
+    assert (right["judged"], right["missed"]) == (3, 0)
+    assert wrong["messages"][-1]["content"] == "question 1"
+    assert wrong["text"] == "no, and for a reason 1" and wrong["explanation"] == "Because."
+    other = store.make_project("other", [])
+    with pytest.raises(DataError, match="project other has no such honeypot"):
+        store.retire_honeypot(other, wrong["pair_id"], "owner")
+    store.retire_honeypot(made, wrong["pair_id"], "olga")
+    assert [each["pair_id"] for each in store.honeypots(made)] == [right["pair_id"]]
+    assert all(j.truth is None or j.verdicts["overall"] == j.truth for j in store.judgements(made))
+    last = store.audit(made)[-1]
+    assert (last["actor"], last["action"], last["details"]["new"]) == ("olga", "honeypot", None)
+    assert last["details"]["old"] in ("a", "b") and last["details"]["explanation"] == "Because."
+    with pytest.raises(DataError, match="no such honeypot"):
+        store.retire_honeypot(made, wrong["pair_id"], "olga")
+
+
+def test_a_honeypot_that_is_retired_while_somebody_judges_it_is_missed_by_nobody(store):
+    made = project(store, [work(0, "tie"), work(1)])
+    attention = AttentionSection(honeypot_share=0.99, repeat_share=0.0)
+    desk, [who] = queue(store, attention=attention), people(store, made, 1)
+    task = desk.next(who)
+    store.retire_honeypot(made, store.honeypots(made)[0]["pair_id"], "owner")
+    assert desk.judge(who, task.id, said("first")).missed is None
+    assert [each.truth for each in store.judgements(made)] == [None]
+
+
+def test_imports_of_the_same_pairs_in_opposite_order_do_not_stop_each_other(store):
+    works = [work(n) for n in range(150)]
+    made = project(store, works)
+    failures: list[Exception] = []
+
+    def put(order: int) -> None:
+        try:
+            for judges in range(2, 8):
+                store.add_work(made, works[::order], judges)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=put, args=(order,)) for order in (1, -1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
 
 
 def test_verdicts_from_elsewhere_take_their_place_in_the_queue(store):

@@ -57,6 +57,20 @@ def test_who_does_not_read_is_paused_and_what_they_said_is_judged_again(store):
     assert not review(store, project, SETTINGS).paused
 
 
+def test_who_was_revoked_alone_is_reviewed_like_any_other_and_stays_revoked(store):
+    people = [SimulatedPerson(f"honest-{n}") for n in range(5)]
+    people.append(SimulatedPerson("spammer", spam="random"))
+    project, _ = stored(store, people)
+    for who in store.assessors(project):
+        if who.name in ("spammer", "honest-0"):
+            store.set_state(who, "revoked", "by the owner", "owner")
+    assert review(store, project, SETTINGS).paused.keys() == {"spammer"}
+    states = {each.name: (each.state, each.doubted) for each in store.assessors(project)}
+    assert states["spammer"] == ("revoked", True)
+    assert states["honest-0"] == ("revoked", False)
+    assert {j.assessor for j in store.judgements(project) if j.doubt} == {"spammer"}
+
+
 def test_judgements_from_the_onset_of_fatigue_are_in_doubt_and_the_person_is_told(store):
     people = [SimulatedPerson(f"honest-{n}") for n in range(5)]
     people.append(SimulatedPerson("tired", fatigue_onset=90))
@@ -132,6 +146,15 @@ def test_a_review_is_due_after_so_many_judgements_whoever_counts_them(store):
             store.reviewed(project, len(due))
     # The last one wanted makes it due as well.
     assert [n for n, each in enumerate(due, 1) if each] == [5, 10, 12]
+
+
+def test_reviews_of_a_large_project_are_due_after_a_fiftieth_of_its_judgements(store):
+    project = store.make_project("large", [])
+    given = [Judgement(f"{n}", "ann", {OVERALL: "a"}) for n in range(300)]
+    store.add_judgements(project, given)
+    for reviewed, due in ((294, True), (295, False)):
+        store.reviewed(project, reviewed)
+        assert store.review_due(project, 5, None) is due
 
 
 def test_a_review_that_is_called_for_during_another_is_not_lost(store, monkeypatch):

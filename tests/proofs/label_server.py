@@ -177,7 +177,7 @@ def pages(folder: Path) -> dict[str, Any]:
     database = f"sqlite:///{folder}/labels.db"
     store = Store(Database(database))
     project = store.make_project("assistant", LabelSection().criteria)
-    store.add_work(project, works(8, honeypots=range(4, 8), hostile=False), 3)
+    store.add_work(project, works(24, honeypots=range(20, 24), hostile=False), 3)
     token = store.invite(project, "ann", role="owner")
     shares = ("label.attention.honeypot_share=0.5", "label.attention.repeat_share=0")
     figures = {}

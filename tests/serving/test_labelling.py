@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,8 @@ def test_what_an_answer_says_never_runs_and_fetches_nothing(tmp_path):
 
 
 def test_a_missed_honeypot_is_explained_at_once(tmp_path):
-    served = Served(tmp_path, attention={"honeypot_share": 0.99, "repeat_share": 0.0})
-    served.store.add_work(served.project, [work(n, honeypot=True) for n in range(4)], 1)
+    served = Served(tmp_path, attention={"honeypot_share": 1 - 1e-9, "repeat_share": 0.0})
+    served.store.add_work(served.project, [work(n, honeypot=n < 4) for n in range(5)], 1)
     browser = served.browser()
     task = task_of(browser.get("/task").text)
     form = {"verdict-helpful": "bad", "verdict-overall": "bad"}
@@ -175,6 +176,59 @@ def test_an_owner_pauses_and_lets_go_on(served):
     assert ann.post("/api/next").status_code == 200
     assert olga.post(f"/project/assessors/{keys['olga']}/pause").status_code == 400
     assert olga.post("/project/assessors/999/pause").status_code == 404
+
+
+def judged(client: TestClient) -> None:
+    task = client.post("/api/next").json()["task"]
+    verdicts = dict.fromkeys(task["criteria"], "first")
+    client.post("/api/judgements", json={"task": task["id"], "verdicts": verdicts})
+
+
+@pytest.mark.parametrize(
+    ("actions", "state", "counts"),
+    [
+        (["pause"], "paused", False),
+        (["pause", "resume"], "active", True),
+        (["revoke"], "revoked", True),
+        (["discard"], "revoked", False),
+        (["revoke", "discard"], "revoked", False),
+        (["pause", "revoke"], "revoked", False),
+        (["discard", "resume"], "active", True),
+    ],
+)
+def test_what_somebody_said_counts_as_the_owner_decides(served, actions, state, counts):
+    ann, olga = served.client("ann"), served.browser("olga", role="owner")
+    judged(ann)
+    [key] = [each.id for each in served.store.assessors(served.project) if each.name == "ann"]
+    for action in actions:
+        assert f"assessors/{key}/{action}" in olga.get("/project").text
+        assert olga.post(f"/project/assessors/{key}/{action}").status_code == 200
+    [found] = served.store.judgements(served.project)
+    assert (found.doubt == "") is counts
+    # Besides the task that the owner was given at sign-in.
+    assert served.store.counts(served.project)["taken"] == 1 + counts
+    assert served.store.assessors(served.project)[0].state == state
+    # What would change nothing is not offered.
+    last = olga.get("/project").text
+    assert ("/discard" in last) is counts and ("/resume" in last) is (state != "active")
+
+
+def test_an_owner_sees_which_known_answers_are_missed_and_retires_them(tmp_path):
+    served = Served(tmp_path, attention={"honeypot_share": 1 - 1e-9, "repeat_share": 0.0})
+    served.store.add_work(served.project, [work(0, honeypot=True), work(1)], 1)
+    ann, olga = served.client("ann"), served.browser("olga", role="owner")
+    task = ann.post("/api/next").json()["task"]
+    verdicts = dict.fromkeys(task["criteria"], "bad")
+    assert ann.post("/api/judgements", json={"task": task["id"], "verdicts": verdicts}).json()[
+        "missed"
+    ]
+    page = olga.get("/project").text
+    assert "<td>1 of 1</td>" in page and "question 0" in page and "It answers." in page
+    [retire] = re.findall(r"/project/honeypots/\d+/retire", page)
+    assert ann.post(retire).status_code == 403
+    assert "honeypots/" not in olga.post(retire).text
+    assert [each.truth for each in served.store.judgements(served.project)] == [None]
+    assert olga.post(retire).status_code == 400
 
 
 def test_an_expert_makes_a_honeypot_of_a_task(served):
@@ -229,6 +283,35 @@ def test_large_bodies_and_forms_of_other_sites_are_refused(served):
     assert other.status_code == 403
     own = client.post("/signout", headers={"Origin": "http://testserver"}, follow_redirects=False)
     assert own.status_code == 303
+
+
+def test_who_meets_a_lost_connection_is_asked_to_send_it_again(postgres_url):
+    """A request that waits for a pair, and whose connection PostgreSQL ends."""
+    label = {"database": postgres_url, "criteria": ["helpful"]}
+    config = parse_config(LabelConfig, {"label": label}, "test")
+    store = Store(Database(config.label.url))
+    try:
+        project = store.make_project("assistant", ["helpful"])
+        store.add_work(project, [work(0)], 1)
+        token = store.invite(project, "ann")
+        client = TestClient(labelling_app(config), headers={"Authorization": f"Bearer {token}"})
+        with ThreadPoolExecutor() as pool, store.database.writing() as db:
+            db.exec_driver_sql("SELECT * FROM demand FOR UPDATE")
+            asked = pool.submit(client.post, "/api/next")
+            waiting = "FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+            while not db.exec_driver_sql(f"SELECT count(*) {waiting}").scalar():
+                assert not asked.done()
+                db.exec_driver_sql("SELECT pg_stat_clear_snapshot(), pg_sleep(0.01)")
+            db.exec_driver_sql(f"SELECT pg_terminate_backend(pid) {waiting}")
+            answer = asked.result(30)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
+        assert answer.json() == {"error": "the database is busy; send it again"}
+        assert client.post("/api/next").json()["task"]
+    finally:
+        with store.database.writing() as db:
+            db.exec_driver_sql("DROP SCHEMA public CASCADE")
+            db.exec_driver_sql("CREATE SCHEMA public")
+        store.database.close()
 
 
 def test_one_project_alone_can_be_served(served):

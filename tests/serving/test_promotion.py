@@ -270,7 +270,7 @@ class Engines:
 def engines(served, monkeypatch):
     found = Engines(served)
     monkeypatch.setattr(chat_server, "run_application", found.run)
-    monkeypatch.setattr(chat_server, "_engine", lambda _, model: model)
+    monkeypatch.setattr(chat_server, "_engine", lambda _config, _judges, model: model)
     monkeypatch.setattr(chat_server, "_ingress", lambda *_: SimpleNamespace(bind=lambda: None))
     return found
 
