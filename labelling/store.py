@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, TypeVar
 
-from sqlalchemy import Connection, and_, case, delete, func, insert, select, update
+from sqlalchemy import Connection, and_, case, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from labelling.database import Database
@@ -23,12 +23,10 @@ from labelling.records import Answer, Honeypot, Judgement, Kind, Work
 from labelling.rows import (
     Put,
     hold,
-    is_honeypot,
     place,
     put_judged,
     put_work,
     record,
-    set_honeypot,
     take,
 )
 from labelling.tables import (
@@ -321,85 +319,6 @@ class Store:
                 reasons = sorted(set(which.values()))
                 record(db, of, actor, "doubt", {"judgements": changed, "reasons": reasons})
         return changed
-
-    def make_honeypot(self, author: Assessor, task: str, explanation: str) -> None:
-        """An expert's overall verdict on a task of theirs becomes the known one: from now on it
-        tests those who have not seen the pair.
-
-        Raises:
-            DataError: they are no expert, have not judged it, explain nothing, or it is one.
-        """
-        if author.role == "assessor":
-            raise DataError(f"{author.name} is no expert: honeypots are written by experts")
-        if not explanation.strip():
-            raise DataError("a honeypot without an explanation teaches nobody: write one")
-        with self.database.writing() as db:
-            row = db.execute(
-                select(assignment.c.pair_id, judgement.c.verdicts)
-                .join_from(assignment, judgement)
-                .where(assignment.c.id == task, assignment.c.assessor_id == author.id)
-            ).one_or_none()
-            if row is None:
-                raise DataError(f"{author.name} has judged no task {task[:24]!r}")
-            if is_honeypot(db, row.pair_id):
-                raise DataError("this is a honeypot already")
-            hold(db, [row.pair_id])
-            known = Honeypot(row.verdicts[OVERALL], explanation.strip())
-            set_honeypot(db, author.project, row.pair_id, known, author.name, author.id)
-
-    def honeypots(self, of: Project, at_most: int = 100) -> list[dict[str, Any]]:
-        """The honeypots that people missed most, with how many judged them and how many of those
-        missed them; what is in doubt does not count."""
-        verdict = judgement.c.verdicts[OVERALL].as_string()
-        told = (
-            select(
-                assignment.c.pair_id,
-                func.count().label("judged"),
-                func.sum(case((verdict != honeypot.c.verdict, 1), else_=0)).label("missed"),
-            )
-            .join_from(assignment, judgement)
-            .join(assessor, assessor.c.id == assignment.c.assessor_id)
-            .join(honeypot, honeypot.c.pair_id == assignment.c.pair_id)
-            .where(assignment.c.project_id == of.id, assignment.c.task == "honeypot")
-            .where(assessor.c.kind == "person", judgement.c.doubt == "")
-            .group_by(assignment.c.pair_id)
-            .subquery()
-        )
-        better = case((honeypot.c.verdict == "a", pair.c.a_id), else_=pair.c.b_id)
-        judged, missed = (func.coalesce(told.c[name], 0) for name in ("judged", "missed"))
-        query = (
-            select(honeypot.c.pair_id, honeypot.c.verdict, honeypot.c.explanation)
-            .add_columns(prompt.c.messages, answer.c.text)
-            .add_columns(judged.label("judged"), missed.label("missed"))
-            .join_from(honeypot, pair)
-            .join(prompt, prompt.c.id == pair.c.prompt_id)
-            .join(answer, answer.c.id == better)
-            .outerjoin(told, told.c.pair_id == pair.c.id)
-            .where(pair.c.project_id == of.id)
-            .order_by(missed.desc(), judged.desc(), pair.c.id)
-            .limit(at_most)
-        )
-        with self.database.reading() as db:
-            return [dict(row._mapping) for row in db.execute(query)]
-
-    def retire_honeypot(self, of: Project, pair_id: int, actor: str) -> None:
-        """A honeypot tests nobody any more, and was no test to those who have judged it: what they
-        said is a verdict like any other.
-
-        Raises:
-            DataError: there is no such honeypot.
-        """
-        with self.database.writing() as db:
-            known = db.execute(
-                select(pair.c.key, honeypot.c.verdict, honeypot.c.explanation)
-                .join_from(honeypot, pair)
-                .where(pair.c.project_id == of.id, pair.c.id == pair_id)
-            ).one_or_none()
-            if known is None:
-                raise DataError(f"project {of.name} has no such honeypot")
-            db.execute(delete(honeypot).where(honeypot.c.pair_id == pair_id))
-            details = {"pair": known.key, "old": known.verdict, "new": None}
-            record(db, of, actor, "honeypot", {**details, "explanation": known.explanation})
 
     def tired(self, who: Assessor, now: float | None = None) -> bool:
         """Whether fatigue was found in what they judged lately: a break is due."""

@@ -33,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from labelling.database import Database
+from labelling.honeypots import honeypots, make_honeypot, retire_honeypot
 from labelling.queue import SHOWN, Queue, Receipt, Shown, Task
 from labelling.report import assessor_figures, report
 from labelling.review import Reviewer, let_go_on, review
@@ -196,7 +197,7 @@ class _Service:
                 who=who,
                 found=found,
                 everybody={each.id: each for each in self.store.assessors(who.project)},
-                honeypots=self.store.honeypots(who.project),
+                honeypots=honeypots(self.store.database, who.project),
             )
 
         @app.post("/project/assessors/{key}/{action}")
@@ -208,7 +209,7 @@ class _Service:
         @app.post("/project/honeypots/{pair}/retire")
         def retire(request: Request, pair: int, who: Assessor = signed_in) -> Response:
             _owner(who)
-            self.store.retire_honeypot(who.project, pair, who.name)
+            retire_honeypot(self.store.database, who.project, pair, who.name)
             return _to(request, "project")
 
         @app.post("/api/next")
@@ -405,7 +406,7 @@ class _Service:
                 comment=given.get("comment", ""),
             )
             if explanation and self.queue.unknown(who, name):
-                self.store.make_honeypot(who, name, explanation)
+                make_honeypot(self.store.database, who, name, explanation)
         except DataError as error:
             if state != "open":
                 raise

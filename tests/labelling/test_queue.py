@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 from sqlalchemy.exc import DBAPIError
 
+from labelling.honeypots import honeypots, make_honeypot, retire_honeypot
 from labelling.queue import Queue
 from labelling.records import Answer, Honeypot, Judgement, Verdict, Work
 from labelling.store import PAUSED, Assessor, Project, Store
@@ -393,22 +394,22 @@ def test_a_honeypot_that_people_miss_is_seen_and_retired(store):
             # Everybody says what is known of 0, and the contrary of 1: "yes" is better.
             desk.judge(who, task.id, said("first" if task.first.startswith("yes") else "second"))
     store.doubt(made, {j.id: PAUSED for j in store.judgements(made) if j.assessor == "person 0"})
-    wrong, right = store.honeypots(made)
+    wrong, right = honeypots(store.database, made)
     assert (wrong["judged"], wrong["missed"]) == (3, 3)
     assert (right["judged"], right["missed"]) == (3, 0)
     assert wrong["messages"][-1]["content"] == "question 1"
     assert wrong["text"] == "no, and for a reason 1" and wrong["explanation"] == "Because."
     other = store.make_project("other", [])
     with pytest.raises(DataError, match="project other has no such honeypot"):
-        store.retire_honeypot(other, wrong["pair_id"], "owner")
-    store.retire_honeypot(made, wrong["pair_id"], "olga")
-    assert [each["pair_id"] for each in store.honeypots(made)] == [right["pair_id"]]
+        retire_honeypot(store.database, other, wrong["pair_id"], "owner")
+    retire_honeypot(store.database, made, wrong["pair_id"], "olga")
+    assert [each["pair_id"] for each in honeypots(store.database, made)] == [right["pair_id"]]
     assert all(j.truth is None or j.verdicts["overall"] == j.truth for j in store.judgements(made))
     last = store.audit(made)[-1]
     assert (last["actor"], last["action"], last["details"]["new"]) == ("olga", "honeypot", None)
     assert last["details"]["old"] in ("a", "b") and last["details"]["explanation"] == "Because."
     with pytest.raises(DataError, match="no such honeypot"):
-        store.retire_honeypot(made, wrong["pair_id"], "olga")
+        retire_honeypot(store.database, made, wrong["pair_id"], "olga")
 
 
 def test_a_honeypot_that_is_retired_while_somebody_judges_it_is_missed_by_nobody(store):
@@ -416,7 +417,7 @@ def test_a_honeypot_that_is_retired_while_somebody_judges_it_is_missed_by_nobody
     attention = AttentionSection(honeypot_share=0.99, repeat_share=0.0)
     desk, [who] = queue(store, attention=attention), people(store, made, 1)
     task = desk.next(who)
-    store.retire_honeypot(made, store.honeypots(made)[0]["pair_id"], "owner")
+    retire_honeypot(store.database, made, honeypots(store.database, made)[0]["pair_id"], "owner")
     assert desk.judge(who, task.id, said("first")).missed is None
     assert [each.truth for each in store.judgements(made)] == [None]
 
@@ -506,16 +507,16 @@ def test_an_expert_makes_a_honeypot_that_others_are_tested_by(store):
     task = desk.next(expert)
     desk.judge(expert, task.id, said("first"))
     with pytest.raises(DataError, match="no expert"):
-        store.make_honeypot(plain, task.id, "Mine.")
+        make_honeypot(store.database, plain, task.id, "Mine.")
     with pytest.raises(DataError, match="explanation"):
-        store.make_honeypot(expert, task.id, " ")
-    store.make_honeypot(expert, task.id, "It answers what was asked.")
+        make_honeypot(store.database, expert, task.id, " ")
+    make_honeypot(store.database, expert, task.id, "It answers what was asked.")
     assert store.counts(made)["pairs"] == 1
     [found] = store.judgements(made)
     # It tests others; the one who wrote it has passed no test.
     assert found.truth is None
     with pytest.raises(DataError, match="already"):
-        store.make_honeypot(expert, task.id, "Once more.")
+        make_honeypot(store.database, expert, task.id, "Once more.")
     tested = queue(store, attention=AttentionSection(honeypot_share=0.99, repeat_share=0))
     tested.judge(plain, tested.next(plain).id, said("bad"))
     assert [each.truth for each in store.judgements(made)][1] == found.verdicts["overall"]
