@@ -301,6 +301,9 @@ def _reason(error: Any) -> PavlovError:
             "the learner's workers could not be placed in time: set cluster.learner.cpus and gpus "
             "to what is free, or wait with a larger cluster.start_timeout_s"
         )
+    # Ray says so of an actor that died, and of nothing else.
+    if type(getattr(error, "controller_failure", None)).__name__ == "WorkerGroupStartupFailedError":
+        return ActorLostError("a worker died while it started")
     causes = [find_cause(failure) for failure in getattr(error, "worker_failures", {}).values()]
     for cause in causes:
         if isinstance(cause, PavlovError):

@@ -133,13 +133,19 @@ def test_what_the_policy_cannot_read_is_refused_and_a_baseline_that_it_cannot_le
 
 def test_a_dead_worker_is_a_loss_whatever_those_say_that_waited_for_it() -> None:
     from ray.exceptions import ActorDiedError
-    from ray.train import WorkerGroupError
-    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+    from ray.train import ControllerError, WorkerGroupError
+    from ray.train.v2._internal.exceptions import (
+        WorkerGroupStartupFailedError,
+        WorkerHealthCheckFailedError,
+    )
 
     died = WorkerHealthCheckFailedError("no answer", ActorDiedError())
     waited = RuntimeError("Connection closed by peer")
     found = _reason(WorkerGroupError("both", {0: waited, 1: died}))
     assert isinstance(found, ActorLostError)
+    starting = ControllerError(WorkerGroupStartupFailedError("failed to initialize"))
+    assert isinstance(_reason(starting), ActorLostError)
+    assert not isinstance(_reason(ControllerError(ValueError("odd"))), ActorLostError)
     found = _reason(WorkerGroupError("one", {0: waited}))
     assert not isinstance(found, ActorLostError) and "Connection closed by peer" in str(found)
     own = _reason(WorkerGroupError("both", {0: died, 1: DataError("row 7 is empty")}))
