@@ -50,9 +50,7 @@ def examine() -> dict[str, Any]:
             f"{free_gib:.1f} GiB of memory are free; the demo wants {_LEAST_MEMORY_GIB:g}"
         )
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        problems.append(
-            f"the cache {cache} cannot be written; set PAVLOV_CACHE to a folder that can"
-        )
+        problems.append(f"the cache {cache} cannot be written; set PAVLOV_CACHE to one that can")
     if disk_gib < _LEAST_DISK_GIB:
         problems.append(f"{disk_gib:.1f} GiB of disk are free; {_LEAST_DISK_GIB:g} are wanted")
     if not shared.is_dir() or shutil.disk_usage(shared).free < _GIB:

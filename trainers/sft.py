@@ -312,6 +312,6 @@ def _reason(error: Any) -> PavlovError:
     for cause in causes:
         if isinstance(died := getattr(cause, "health_check_failure", None), RayActorError):
             return ActorLostError(f"a worker died: {first_line(died)}")
-    for cause in causes:
-        return RunError(f"a worker failed: {type(cause).__name__}: {first_line(cause)}")
+    if causes:
+        return RunError(f"a worker failed: {type(causes[0]).__name__}: {first_line(causes[0])}")
     return RunError(f"training failed: {first_line(error)}")

@@ -26,6 +26,7 @@ Gpus = Annotated[float, Field(ge=0), AfterValidator(_whole_or_fraction)]
 
 
 Port = Annotated[int, Field(ge=0, le=65535)]
+"""Of TCP; 0: one that the system hands out."""
 
 
 class Section(BaseModel):

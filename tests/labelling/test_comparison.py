@@ -1,7 +1,6 @@
 import gzip
 import json
 import math
-import time
 from collections import Counter, defaultdict
 from itertools import permutations
 from pathlib import Path
@@ -116,13 +115,6 @@ def test_what_a_verdict_would_tell_is_the_same_by_whole_numbers(count):
         assert chance_better(Record(wins, losses)) == pytest.approx(better(wins, losses))
         told = expected_information(Record(wins, losses))
         assert told == pytest.approx(max(0.0, doubt(wins, losses) - later), abs=1e-11)
-
-
-def test_who_is_to_be_asked_next_is_found_at_once_among_many_verdicts():
-    started = time.process_time()
-    for wins in range(1000):
-        expected_information(Record(1_500 + wins, 1_500))
-    assert time.process_time() - started < 3
 
 
 def test_the_next_comparison_is_where_a_verdict_tells_most():
