@@ -46,7 +46,7 @@ def training_batch(
         return empty
     shaped_PG = shaped_rewards(scored, settings)
     terms_PGT = [_token_terms(group, settings) for group in scored]
-    credit = algorithm_of(settings.algorithm).credit(_with_terms(shaped_PG, terms_PGT))
+    credit = algorithm_of(settings.algorithm).credit(shaped_PG, _sums(terms_PGT))
     by_token = isinstance(settings.algorithm, PPOSection)
     trained_PG = credit.trained_PG | _loss_has_a_term_beside(settings)
     sequences = [
@@ -108,8 +108,11 @@ def step_metrics(
 ) -> dict[str, float | int | None]:
     """One line of ``metrics.jsonl``. `learner_version` is the version that was trained on.
 
-    Means are over completions; `kl/mean` is in nats per completion, `entropy/mean` in nats per
-    token, times in seconds. A mean over nothing is None, never a number.
+    Means are over completions; `kl/mean` is in nats per completion, entropies in nats per token,
+    times in seconds. A mean over nothing is None, never a number.
+
+    `entropy/mean` is the learner's, exact, over the tokens that it trained on; `entropy/sampled`
+    that of whoever sampled, over all tokens, by minus their logprobs.
     """
     scored = [group for group in groups if isinstance(group, ScoredGroup)]
     completions = [c for group in scored for c in group.rollout.completions]
@@ -134,6 +137,7 @@ def step_metrics(
         "kl/mean": _mean([value for group in scored for value in group.kl_G]),
         "kl/coefficient": settings.kl.coefficient,
         "entropy/mean": report.metrics.get("entropy/mean"),
+        "entropy/sampled": _mean([-x for c in completions for x in c.rollout_logprobs_T]),
         "entropy/coefficient": settings.entropy.coefficient,
         "staleness/mean": _mean(staleness),
         "staleness/max": max(staleness, default=None),
@@ -152,12 +156,13 @@ def step_metrics(
 def _penalised(scored: Sequence[ScoredGroup], settings: RLSection) -> Tensor:
     """Shaped rewards with all that is added by the token; shape (P, G)."""
     terms_PGT = [_token_terms(group, settings) for group in scored]
-    return _with_terms(shaped_rewards(scored, settings), terms_PGT)
+    return shaped_rewards(scored, settings) + _sums(terms_PGT)
 
 
-def _with_terms(shaped_PG: Tensor, terms_PGT: Sequence[Sequence[Sequence[float]]]) -> Tensor:
+def _sums(terms_PGT: Sequence[Sequence[Sequence[float]]]) -> Tensor:
+    """What the tokens of each completion add together, float64, shape (P, G)."""
     sums = [[sum(terms_T) for terms_T in terms_GT] for terms_GT in terms_PGT]
-    return shaped_PG + torch.tensor(sums, dtype=shaped_PG.dtype)
+    return torch.tensor(sums, dtype=torch.float64)
 
 
 def _token_terms(group: ScoredGroup, settings: RLSection) -> list[list[float]]:
@@ -186,10 +191,10 @@ def _token_terms(group: ScoredGroup, settings: RLSection) -> list[list[float]]:
 
 
 def _without_signal(scored: Sequence[ScoredGroup], settings: RLSection) -> int:
-    """Groups of several completions whose rewards are all equal."""
+    """Groups of several completions whose rewards are all equal, before what their tokens add."""
     if not scored or settings.completions_per_prompt == 1:
         return 0
-    rewards_PG = _penalised(scored, settings)
+    rewards_PG = shaped_rewards(scored, settings)
     return int((rewards_PG == rewards_PG[:, :1]).all(dim=1).sum())
 
 

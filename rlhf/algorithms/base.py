@@ -39,8 +39,10 @@ class Share:
 class Algorithm(Protocol):
     """How rewards become a gradient."""
 
-    def credit(self, rewards_PG: Tensor) -> Credit:
-        """Credit for a step's completions, from rewards that hold all penalties."""
+    def credit(self, rewards_PG: Tensor, terms_PG: Tensor) -> Credit:
+        """Credit for a step's completions. `terms_PG` is what their tokens add to the rewards: less
+        the KL penalty, plus the entropy. Their sum is what is climbed; they come apart for those
+        that divide by the deviation of the rewards."""
         ...
 
     def loss(self, share: Share) -> PolicyLoss:
@@ -70,8 +72,8 @@ class ClippedRatio:
 
 
 def within_groups(values_PG: Tensor, rewards_PG: Tensor) -> Credit:
-    """Credit of completions that are compared within their group: a group of equal rewards says
-    nothing, and is left out."""
+    """Credit of completions that are compared within their group: a group of equal rewards, with
+    what its tokens add, says nothing, and is left out."""
     differs_P1 = (rewards_PG != rewards_PG[:, :1]).any(dim=1, keepdim=True)
     return Credit(values_PG, differs_P1.expand(rewards_PG.shape))
 

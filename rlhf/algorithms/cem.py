@@ -25,8 +25,9 @@ class CrossEntropyMethod:
 
     settings: CEMSection
 
-    def credit(self, rewards_PG: Tensor) -> Credit:
+    def credit(self, rewards_PG: Tensor, terms_PG: Tensor) -> Credit:
         """1 for the elite; the others, and groups of equal rewards, are not trained on."""
+        rewards_PG = rewards_PG + terms_PG
         if self.settings.elite_of == "batch":
             # One group of all completions.
             flat_1N = rewards_PG.reshape(1, -1)

@@ -24,9 +24,9 @@ class GSPO:
 
     settings: GSPOSection
 
-    def credit(self, rewards_PG: Tensor) -> Credit:
+    def credit(self, rewards_PG: Tensor, terms_PG: Tensor) -> Credit:
         """As GRPO."""
-        return compared_with_its_group(rewards_PG, self.settings.divide_by_deviation)
+        return compared_with_its_group(rewards_PG, terms_PG, self.settings.divide_by_deviation)
 
     def loss(self, share: Share) -> PolicyLoss:
         """The clipped surrogate over completions, their mean over the batch."""

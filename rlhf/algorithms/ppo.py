@@ -29,7 +29,7 @@ class PPO(ClippedRatio):
 
     settings: PPOSection
 
-    def credit(self, rewards_PG: Tensor) -> Credit:
+    def credit(self, rewards_PG: Tensor, terms_PG: Tensor) -> Credit:
         """All are trained on; their credit waits for the critic (`advantages`)."""
         return Credit(torch.zeros_like(rewards_PG), torch.ones_like(rewards_PG, dtype=torch.bool))
 

@@ -3,6 +3,10 @@
 Hu (2025), REINFORCE++: A Simple and Efficient Approach for Aligning Large Language Models, section
 3.3 (global advantage normalisation). A prompt whose answers are all alike is not without signal
 here: they may all be better than the batch.
+
+Two things differ from the paper, where a token is charged the KL from itself on and credit is
+normalised over tokens: here a completion's KL counts for all of its tokens, and completions are
+what is normalised over. What a token cannot change any more adds variance, not bias.
 """
 
 from __future__ import annotations
@@ -24,8 +28,9 @@ class ReinforcePP(ClippedRatio):
 
     settings: ReinforcePPSection
 
-    def credit(self, rewards_PG: Tensor) -> Credit:
+    def credit(self, rewards_PG: Tensor, terms_PG: Tensor) -> Credit:
         """Reward minus the batch's mean, over the batch's standard deviation."""
+        rewards_PG = rewards_PG + terms_PG
         centred_PG = rewards_PG - rewards_PG.mean()
         values_PG = centred_PG / (rewards_PG.std(correction=0) + _EPSILON)
         differs = bool((rewards_PG != rewards_PG.flatten()[0]).any())

@@ -23,8 +23,9 @@ class RLOO(ClippedRatio):
 
     settings: RLOOSection
 
-    def credit(self, rewards_PG: Tensor) -> Credit:
+    def credit(self, rewards_PG: Tensor, terms_PG: Tensor) -> Credit:
         """Reward minus the mean of the others."""
+        rewards_PG = rewards_PG + terms_PG
         return within_groups(leave_one_out(rewards_PG), rewards_PG)
 
     def loss(self, share: Share) -> PolicyLoss:

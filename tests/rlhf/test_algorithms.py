@@ -54,8 +54,13 @@ PLUS_PLUS = ReinforcePPSection(type="reinforce_pp")
 COMPARED_IN_GROUPS = [GRPO, RLOO, GSPO, CEM]
 
 
+def credit_of(settings, values):
+    """Where tokens add nothing."""
+    return algorithm_of(settings).credit(values, torch.zeros_like(values))
+
+
 def credit(settings, *rows: list[float]):
-    return algorithm_of(settings).credit(rewards(*rows))
+    return credit_of(settings, rewards(*rows))
 
 
 @pytest.mark.parametrize("settings", COMPARED_IN_GROUPS, ids=lambda s: s.type)
@@ -76,6 +81,24 @@ def test_groups_of_equal_rewards_are_not_trained_on(settings, value):
         torch.testing.assert_close(found.values_PG[0], rewards([0.0] * 7)[0], rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("settings", COMPARED_IN_GROUPS, ids=lambda s: s.type)
+def test_a_group_that_only_its_tokens_tell_apart_is_trained_on(settings):
+    found = algorithm_of(settings).credit(rewards([1, 1, 1]), rewards([0, 0, -0.1]))
+    assert found.trained_PG.any()
+    assert found.values_PG[0, 2] <= found.values_PG[0, :2].min()
+
+
+@pytest.mark.parametrize("settings", [GRPO, GSPO], ids=lambda s: s.type)
+@pytest.mark.parametrize("coefficient", [0.002, 0.02, 0.2])
+def test_what_tokens_add_is_centred_and_not_divided(settings, coefficient):
+    # KL of 4 6 8 12 nats: their mean is 7.5. In the second group the rewards differ as well.
+    penalties = -coefficient * rewards([4, 6, 8, 12], [4, 6, 8, 12])
+    found = algorithm_of(settings).credit(rewards([1, 1, 1, 1], [0, 0, 0, 4]), penalties)
+    alone = coefficient * rewards([3.5, 1.5, -0.5, -4.5])
+    torch.testing.assert_close(found.values_PG[:1], alone)
+    torch.testing.assert_close(found.values_PG[1:], group_relative(rewards([0, 0, 0, 4])) + alone)
+
+
 def test_the_algorithms_are_chosen_by_their_settings():
     values = rewards([1, 2, 6])
     centred = GRPOSection(divide_by_deviation=False)
@@ -85,7 +108,7 @@ def test_the_algorithms_are_chosen_by_their_settings():
         (centred, group_relative(values, divide_by_deviation=False)),
         (RLOO, leave_one_out(values)),
     ):
-        assert torch.equal(algorithm_of(settings).credit(values).values_PG, expected)
+        assert torch.equal(credit_of(settings, values).values_PG, expected)
 
 
 def test_reinforce_pp_compares_with_the_whole_batch_by_hand():
@@ -233,7 +256,7 @@ def test_rewards_that_are_no_groups_are_refused_by_shape(function, shape):
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 def test_advantages_agree_with_trl(trl, case, settings, dtype, atol):
     values = torch.tensor(trl["inputs"]["rewards"], dtype=dtype)
-    result = algorithm_of(settings).credit(values).values_PG
+    result = credit_of(settings, values).values_PG
     expected = torch.tensor(trl["cases"][case]["advantages"], dtype=dtype)
     torch.testing.assert_close(result.flatten(), expected, rtol=0, atol=atol)
 

@@ -50,7 +50,8 @@ def expected_update(
     logits: Tensor,
     settings: object,
     group_size: int,
-    penalised: Tensor = REWARDS,
+    rewards: Tensor = REWARDS,
+    terms: Tensor | None = None,
 ) -> Tensor:
     """Mean over all groups, with their probabilities, of minus the loss's gradient."""
     algorithm = algorithm_of(settings)  # type: ignore[arg-type]
@@ -59,7 +60,8 @@ def expected_update(
     total = torch.zeros_like(logits)
     for drawn in product(range(len(COMPLETIONS)), repeat=group_size):
         chosen = torch.tensor(drawn)
-        credit = algorithm.credit(penalised[chosen].unsqueeze(0))
+        added = torch.zeros_like(rewards) if terms is None else terms
+        credit = algorithm.credit(rewards[chosen].unsqueeze(0), added[chosen].unsqueeze(0))
         live = credit.trained_PG[0]
         if not live.any():
             continue
@@ -80,6 +82,17 @@ def penalties(logits: Tensor, coefficient: float) -> Tensor:
         for own, held in zip(policy.tolist(), reference.tolist(), strict=True)
     ]
     return torch.tensor(rows, dtype=torch.float64) * mask
+
+
+def share_of_wins(logits: Tensor, rewards: Tensor) -> Tensor:
+    """Gradient of the mean sign of a completion's reward less a sibling's, over sqrt(2)."""
+    held = probabilities(logits).detach()
+    wins = torch.sign(rewards.unsqueeze(1) - rewards.unsqueeze(0))
+    return gradient((probabilities(logits) * (wins @ held)).sum() / 2**0.5, logits)
+
+
+def kl_gradient(logits: Tensor) -> Tensor:
+    return gradient(kl_to_the_reference(logits), logits)
 
 
 # A group of equal rewards is left out; its credit would be zero, so the sum is the same. The
@@ -106,19 +119,25 @@ def test_grpo_with_two_completions_climbs_the_share_of_wins(logits):
     # of the difference (but for the epsilon): the chance to win, not the reward.
     settings = GRPOSection(**CONSTANT)
     found = TOKENS * expected_update(logits, settings, 2, 1e6 * REWARDS)
-    held = probabilities(logits).detach()
-    wins = torch.tensor([[float(torch.sign(a - b)) for b in REWARDS] for a in REWARDS]).double()
-    wanted = gradient((probabilities(logits) * (wins @ held)).sum() / 2**0.5, logits)
-    exactly(found, wanted)
+    exactly(found, share_of_wins(logits, REWARDS))
 
 
 @pytest.mark.parametrize("coefficient", [0.1, 1.0])
 def test_k1_in_the_reward_climbs_reward_minus_kl(logits, coefficient):
-    penalised = REWARDS - penalties(logits, coefficient).sum(dim=1)
+    terms = -penalties(logits, coefficient).sum(dim=1)
     settings = RLOOSection(type="rloo", **CONSTANT)
-    found = TOKENS * expected_update(logits, settings, 2, penalised)
+    found = TOKENS * expected_update(logits, settings, 2, terms=terms)
     wanted = mean_reward(logits) - coefficient * kl_to_the_reference(logits)
     exactly(found, gradient(wanted, logits))
+
+
+@pytest.mark.parametrize("coefficient", [0.1, 1.0])
+@pytest.mark.parametrize("rewards", [1e6 * REWARDS, torch.zeros_like(REWARDS)])
+def test_grpo_divides_the_reward_and_not_the_kl(logits, coefficient, rewards):
+    terms = -penalties(logits, coefficient).sum(dim=1)
+    settings = GRPOSection(**CONSTANT)
+    found = TOKENS * expected_update(logits, settings, 2, rewards, terms)
+    exactly(found, share_of_wins(logits, rewards) - coefficient / 2 * kl_gradient(logits))
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
@@ -307,7 +326,9 @@ def expected_stale_update(
     total = torch.zeros_like(logits)
     for drawn in product(range(3), repeat=2):
         rows = list(drawn)
-        values = algorithm.credit(REWARDS[rows].unsqueeze(0)).values_PG[0].unsqueeze(1)
+        drawn_1G = REWARDS[rows].unsqueeze(0)
+        credit_1G = algorithm.credit(drawn_1G, torch.zeros_like(drawn_1G))
+        values = credit_1G.values_PG[0].unsqueeze(1)
         weights = importance_weights(padded[rows], sampled[rows], mask[rows], off_policy)
         size = BatchSize(2, int(mask[rows].sum()), TOKENS)
         credit = values.expand(2, TOKENS) * weights.weights_BT

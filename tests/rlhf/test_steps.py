@@ -113,9 +113,13 @@ def test_groups_without_signal_are_counted(make, failed):
     assert (row["groups/failed"], row["groups/without_signal"]) == (1, 2)
 
 
-def test_a_difference_in_kl_alone_is_a_signal(make):
-    batch = training_batch([make.scored((2.0, 2.0), kl_G=(2.0, 0.0))], settings(0.5))
+@pytest.mark.parametrize("algorithm", [CENTRED, GRPOSection()])
+def test_a_difference_in_kl_alone_is_trained_on_and_counted_as_no_signal(make, algorithm):
+    group, rl = make.scored((2.0, 2.0), kl_G=(2.0, 0.0)), settings(0.5, algorithm=algorithm)
+    batch = training_batch([group], rl)
     assert advantages_of(batch) == pytest.approx([-0.5, 0.5])
+    row = step_metrics(0, 0, [group], batch, StepReport(), rl, TIMES)
+    assert row["groups/without_signal"] == 1
 
 
 def test_a_step_of_nothing_but_failures_is_empty(failed):
@@ -211,6 +215,20 @@ def test_the_metrics_of_a_step_by_hand(row):
     assert {key: row[key] for key in expected} == pytest.approx(expected)
 
 
+def test_the_entropy_of_whoever_sampled_counts_every_token(make):
+    group = make.scored(
+        (1.0, 1.0),
+        (
+            make.completion(token_ids=(5, 6, 4), rollout_logprobs_T=(-1.0, -2.0, -3.0)),
+            make.completion(token_ids=(4,), rollout_logprobs_T=(-6.0,)),
+        ),
+    )
+    # Equal rewards: nothing is trained on, and the learner has no entropy to report.
+    batch = training_batch([group], settings())
+    row = step_metrics(0, 0, [group], batch, StepReport(), settings(), TIMES)
+    assert (batch.num_sequences, row["entropy/mean"], row["entropy/sampled"]) == (0, None, 3.0)
+
+
 def test_staleness_counts_from_the_oldest_version_in_a_completion(row):
     # 7 - 7, 7 - 4, 7 - 6, 7 - 6.
     assert row["staleness/mean"] == pytest.approx(1.25)
@@ -240,6 +258,7 @@ def test_a_mean_over_nothing_is_none_never_a_number(failed):
         "ensemble/flagged_share",
         "kl/mean",
         "entropy/mean",
+        "entropy/sampled",
         "staleness/mean",
         "staleness/max",
         "completion/length_mean",
