@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
@@ -20,6 +20,7 @@ from sqlalchemy.exc import (
     ArgumentError,
     DatabaseError,
     DBAPIError,
+    IntegrityError,
     InterfaceError,
     NoSuchModuleError,
     OperationalError,
@@ -37,6 +38,8 @@ connections, transactions rolled back (deadlocks too), too little room, an opera
 _DAMAGED = ("58", "XX", "42P01", "42501")
 """The same of a broken disk, damaged pages, a table that is gone, and rights that are."""
 _MIGRATIONS = Path(__file__).parent / "migrations"
+_TRIES = 8
+Made = TypeVar("Made")
 
 
 class Database:
@@ -109,6 +112,19 @@ class Database:
             connection.execution_options(writes=True)
             with connection.begin():
                 yield connection
+
+    def change(self, make: Callable[[Connection], Made]) -> Made:
+        """What `make` returns of a transaction that writes; begun anew where another was first with
+        a row that both need: now that row is found.
+
+        Raises:
+            IntegrityError: that was so each time, or the row is no other's.
+        """
+        for _ in range(_TRIES - 1):
+            with contextlib.suppress(IntegrityError), self.writing() as db:
+                return make(db)
+        with self.writing() as db:
+            return make(db)
 
     @contextlib.contextmanager
     def _answering(self, *, opening: bool = False) -> Iterator[None]:
