@@ -204,6 +204,7 @@ def compare(
 
 @app.command(epilog="Example: pavlov promote runs/rl_hh_cpu --project release-2")
 def promote(
+    context: typer.Context,
     run: Annotated[str | None, typer.Argument(help="run or model folder", metavar="[RUN]")] = None,
     overrides: Overrides = None,
     project: Annotated[
@@ -229,6 +230,10 @@ def promote(
 
     if rollback == (run is not None):
         raise ConfigError("give RUN to promote it, or --rollback alone to undo the last promotion")
+    if rollback:
+        _refuse_unread(context, "with --rollback", "project", "kind", "labels", "without_evidence")
+    if project is None:
+        _refuse_unread(context, "without --project", "kind", "labels")
     if overrides and project is None:
         raise ConfigError(
             f"{overrides[0]} sets the configuration of the labels, which only --project reads"
@@ -257,6 +262,7 @@ _EXAMPLE, _OF = "Example: pavlov label", "configs/label.toml --project x"
 
 @label.command("import", epilog=f"{_EXAMPLE} import {_OF} --pairs p.jsonl")
 def label_import(
+    context: typer.Context,
     config: Config,
     project: ProjectName,
     overrides: Overrides = None,
@@ -282,15 +288,19 @@ def label_import(
     if sum(given is not None for given in (pairs, flagged, judgements)) != 1:
         raise ConfigError("give --pairs FILE, --flagged RUN, or --judgements FILE and --format")
     if flagged is not None:
+        _refuse_unread(context, "with --flagged", "honeypots", "form")
         import_flagged(settings, project, flagged, limit, _console())
     if pairs is not None:
+        _refuse_unread(context, "with --pairs", "limit", "form")
         import_work(settings, project, pairs, _console(), honeypots=honeypots)
     if judgements is not None:
+        _refuse_unread(context, "with --judgements", "honeypots", "limit")
         import_judgements(settings, project, judgements, form, _console())
 
 
 @label.command("invite", epilog=f"{_EXAMPLE} invite {_OF} --name ann")
 def label_invite(
+    context: typer.Context,
     config: Config,
     project: ProjectName,
     name: Annotated[str, typer.Option(help="the assessor's name in the project")],
@@ -308,6 +318,8 @@ def label_invite(
     settings = _label_config(config, overrides)
     from serving.label_commands import invite
 
+    if again:
+        _refuse_unread(context, "with --again", "role", "kind")
     print(invite(settings, project, name, kind, role, again=again))
 
 
@@ -331,6 +343,7 @@ def label_serve(
     epilog=f"{_EXAMPLE} judge {_OF} simulated.assessors=3",
 )
 def label_judge(
+    context: typer.Context,
     config: Config,
     project: ProjectName,
     overrides: Overrides = None,
@@ -346,6 +359,8 @@ def label_judge(
     settings = _label_config(config, overrides)
     from serving.label_commands import judge
 
+    if reward is not None:
+        _refuse_unread(context, "with --reward", "truth")
     judge(settings, project, url, _console(), reward=reward, truth=truth or [])
 
 
@@ -354,6 +369,7 @@ def label_judge(
     epilog=f"{_EXAMPLE} export {_OF} --out pairs.parquet",
 )
 def label_export(
+    context: typer.Context,
     config: Config,
     project: ProjectName,
     out: Annotated[Path, typer.Option(help="*.parquet; judgements also *.jsonl, *.json")],
@@ -372,6 +388,8 @@ def label_export(
     settings = _label_config(config, overrides)
     from serving.label_commands import export
 
+    if judgements:
+        _refuse_unread(context, "with --judgements", "kind", "criterion", "method")
     export(
         settings,
         project,
@@ -408,6 +426,16 @@ def _label_config(config: Path, overrides: list[str] | None) -> LabelConfig:
     from rlhf.config import LabelConfig, load_config
 
     return load_config(LabelConfig, config, overrides or [])
+
+
+def _refuse_unread(context: typer.Context, when: str, *names: str) -> None:
+    """Refuse options (by their parameters' names) that were given and change nothing `when`."""
+    from rlhf.errors import ConfigError
+
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if option.name in names and source is not None and source.name == "COMMANDLINE":
+            raise ConfigError(f"{option.opts[0]} changes nothing {when}: leave it out")
 
 
 def _console(*, to_stderr: bool = False) -> Console:

@@ -9,27 +9,31 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
-from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy import Connection, Engine, NullPool, create_engine, event, inspect, make_url
 from sqlalchemy.exc import (
     ArgumentError,
     DatabaseError,
     DBAPIError,
+    IntegrityError,
     InterfaceError,
     NoSuchModuleError,
     OperationalError,
+    SAWarning,
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from labelling.tables import metadata
 from rlhf.errors import DataError, ResourceError
 
 _BUSY_MS = 30_000
-_TABLES = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT GLOB 'sqlite_*'"
+_WRITES = "BEGIN IMMEDIATE"
 _SAY_TABLES = 3
 _PASSING = ("08", "40", "53", "57")
 """Classes of SQLSTATE after which the same may succeed (PostgreSQL's manual, appendix A): lost
@@ -37,6 +41,8 @@ connections, transactions rolled back (deadlocks too), too little room, an opera
 _DAMAGED = ("58", "XX", "42P01", "42501")
 """The same of a broken disk, damaged pages, a table that is gone, and rights that are."""
 _MIGRATIONS = Path(__file__).parent / "migrations"
+_TRIES = 8
+Made = TypeVar("Made")
 
 
 class Database:
@@ -84,6 +90,14 @@ class Database:
         self._turn = threading.Lock() if self.sqlite else contextlib.nullcontext()
         with self._answering(opening=True):
             _migrate(self._engine)
+            if self.sqlite:
+                # Not before: another program's file is left as it is. It stays so once it is done,
+                # and of those that do it at once all but one are told that it is locked.
+                with (
+                    self._engine.connect().execution_options(begin="") as connection,
+                    contextlib.suppress(OperationalError),
+                ):
+                    connection.exec_driver_sql("PRAGMA journal_mode=WAL")
 
     @property
     def name(self) -> str:
@@ -106,9 +120,22 @@ class Database:
     def writing(self) -> Iterator[Connection]:
         """A transaction; durable when the block has ended, undone when it ended by an error."""
         with self._turn, self._answering(), self._engine.connect() as connection:
-            connection.execution_options(writes=True)
+            connection.execution_options(begin=_WRITES)
             with connection.begin():
                 yield connection
+
+    def change(self, make: Callable[[Connection], Made]) -> Made:
+        """What `make` returns of a transaction that writes; begun anew where another was first with
+        a row that both need: now that row is found.
+
+        Raises:
+            IntegrityError: that was so each time, or the row is no other's.
+        """
+        for _ in range(_TRIES - 1):
+            with contextlib.suppress(IntegrityError), self.writing() as db:
+                return make(db)
+        with self.writing() as db:
+            return make(db)
 
     @contextlib.contextmanager
     def _answering(self, *, opening: bool = False) -> Iterator[None]:
@@ -158,18 +185,10 @@ def _engine(url: str, *, sqlite: bool) -> Engine:
 
     @event.listens_for(engine, "connect")
     def _connected(connection: Any, _: Any) -> None:
-        tables = {name for (name,) in connection.execute(_TABLES)}
-        if tables and "alembic_version" not in tables:
-            # Not even its journal is to change.
-            raise DataError(
-                f"{engine.url.database} is another program's database, with the tables "
-                f"{', '.join(sorted(tables)[:_SAY_TABLES])}; name another file"
-            )
         # Python's driver would begin transactions at a time of its own.
         connection.isolation_level = None
         for pragma in (
             f"busy_timeout={_BUSY_MS}",
-            "journal_mode=WAL",
             "synchronous=FULL",
             "foreign_keys=ON",
             # A row that is replaced is one that is deleted: triggers are to see it.
@@ -179,31 +198,80 @@ def _engine(url: str, *, sqlite: bool) -> Engine:
 
     @event.listens_for(engine, "begin")
     def _begun(connection: Connection) -> None:
-        writes = connection.get_execution_options().get("writes", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+        if begin := connection.get_execution_options().get("begin", "BEGIN"):
+            connection.exec_driver_sql(begin)
 
     return engine
 
 
 def _migrate(engine: Engine) -> None:
-    from alembic import command
-    from alembic.config import Config
     from alembic.util.exc import CommandError
 
-    config = Config()
-    config.set_main_option("script_location", str(_MIGRATIONS))
-    with engine.connect() as connection, connection.execution_options(writes=True).begin():
+    name = engine.url.render_as_string()
+    with engine.connect() as connection, connection.execution_options(begin=_WRITES).begin():
         if engine.dialect.name == "postgresql":
             # Two servers that start at once: the second waits, and finds it done.
             connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7368616)")
-        config.attributes["connection"] = connection
         try:
-            command.upgrade(config, "head")
+            _refuse_another_programs(connection, name)
+            _upgrade(connection, "head")
         except CommandError as error:
             raise DataError(
-                f"{engine.url.render_as_string()} has a schema that this Pavlov does not know: "
-                f"{error}"
+                f"{name} has a schema that this Pavlov does not know: {error}"
             ) from None
+
+
+def _upgrade(connection: Connection, to: str) -> None:
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS))
+    config.attributes["connection"] = connection
+    command.upgrade(config, to)
+
+
+def _refuse_another_programs(connection: Connection, name: str) -> None:
+    """Do nothing where there are no tables, or those of the recorded revision.
+
+    Raises:
+        DataError: it is another program's database.
+        CommandError: the revision is not known.
+    """
+    from alembic.migration import MigrationContext
+
+    found = _columns(connection)
+    recorded: tuple[str, ...] = ()
+    if "version_num" in found.pop("alembic_version", ()):
+        recorded = MigrationContext.configure(connection).get_current_heads()
+    if not found:
+        return
+    if not recorded or found.keys().isdisjoint(metadata.tables):
+        raise DataError(
+            f"{name} is another program's database, with the tables "
+            f"{', '.join(sorted(found)[:_SAY_TABLES])}; name another"
+        )
+    with create_engine("sqlite://", poolclass=NullPool).begin() as empty:
+        for revision in recorded:
+            _upgrade(empty, revision)
+        ours = _columns(empty)
+    del ours["alembic_version"]
+    wanted = {f"{table}.{column}" for table, columns in ours.items() for column in columns}
+    there = {f"{table}.{column}" for table, columns in found.items() for column in columns}
+    if lacks := sorted(wanted - there):
+        raise DataError(
+            f"{name} is another program's database, or a damaged one: it lacks "
+            f"{', '.join(lacks[:_SAY_TABLES])}; name another"
+        )
+
+
+def _columns(connection: Connection) -> dict[str, set[str]]:
+    """The names of all tables' columns."""
+    with warnings.catch_warnings():
+        # Another program's types need not be known.
+        warnings.simplefilter("ignore", SAWarning)
+        found = inspect(connection).get_multi_columns()
+    return {name: {each["name"] for each in columns} for (_, name), columns in found.items()}
 
 
 def _hidden(url: str) -> str:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sqlalchemy import Connection, and_, func, insert, select, update
-from sqlalchemy.exc import IntegrityError
 
 from labelling.queue import SHOWN, Shown
 from labelling.records import Answer, Judgement, Kind, Verdict, Work, flipped
@@ -34,8 +33,6 @@ CONSENT = (
     "this assistant, read by people, and used to train and compare assistants."
 )
 """What is agreed to; shown before it is asked. Another wording is another `CONSENT_VERSION`."""
-
-_TRIES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,16 +103,7 @@ def put_feedback(store: Store, into: Project, given: Feedback) -> Kept:
     Raises:
         DataError: the owner has revoked them.
     """
-    tries = _TRIES
-    while True:
-        try:
-            with store.database.writing() as db:
-                return _put(db, into, given)
-        except IntegrityError:
-            # Another request was first with a row that both need: now it is found.
-            tries -= 1
-            if not tries:
-                raise
+    return store.database.change(lambda db: _put(db, into, given))
 
 
 def _put(db: Connection, into: Project, given: Feedback) -> Kept:

@@ -44,7 +44,6 @@ Shown = Literal["first", "second", "tie", "bad"]
 
 SHOWN: tuple[Shown, ...] = ("first", "second", "tie", "bad")
 COMMENT_LIMIT = 4000
-_TRIES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,18 +87,19 @@ class Queue:
         """
         if who.state != "active":
             raise DataError(f"{who.name} is {who.state}: {who.reason}")
-        for _ in range(_TRIES):
-            try:
-                # For itself: it takes several demands, and who waits for one below is to hold none.
-                with self._store.database.writing() as db:
-                    self._expire(db, who)
-                with self._store.database.writing() as db:
-                    found = self._open(db, who) or self._draw_task(db, who)
-                    return None if found is None else _task(db, found)
-            except IntegrityError:
-                # Another request of theirs was first: it has made their task.
-                continue
-        raise DataError(f"{who.name} asks from too many places at once")
+        # For itself: it takes several demands, and who waits for one below is to hold none.
+        with self._store.database.writing() as db:
+            self._expire(db, who)
+
+        def draw(db: Connection) -> Task | None:
+            found = self._open(db, who) or self._draw_task(db, who)
+            return None if found is None else _task(db, found)
+
+        try:
+            # Another request of theirs may be first: then it has made their task.
+            return self._store.database.change(draw)
+        except IntegrityError:
+            raise DataError(f"{who.name} asks from too many places at once") from None
 
     def judge(
         self,

@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Literal, TypeVar
 
@@ -121,7 +122,8 @@ class Store:
         """
         if not _NAME.fullmatch(name):
             raise DataError(f"{name!r} is no name for a project: letters, digits and . @ + - _")
-        with self.database.writing() as db:
+
+        def make(db: Connection) -> Project:
             if found := _project(db, name):
                 missing = set(criteria) - set(found.criteria)
                 if missing or not (at_least or set(found.criteria) == set(criteria)):
@@ -136,7 +138,9 @@ class Store:
             assert key is not None
             made = Project(key[0], name, tuple(criteria))
             record(db, made, "owner", "project", {"criteria": list(criteria)})
-        return made
+            return made
+
+        return self.database.change(make)
 
     def project(self, name: str) -> Project:
         """The project of this name.
@@ -178,13 +182,10 @@ class Store:
 
         Assessors who are not known are made, without a way to sign in.
         """
-        people: dict[tuple[str, Kind], int] = {}
 
         def put(db: Connection, given: Judgement, at: Put) -> bool:
-            who = (given.assessor, given.kind)
-            if who not in people:
-                people[who] = assessor_elsewhere(db, into, *who)
-            return put_judged(db, into, given, at, people[who], actor)
+            who = assessor_elsewhere(db, into, given.assessor, given.kind)
+            return put_judged(db, into, given, at, who, actor)
 
         return self._in_parts(into, judgements, put, actor, "import judgements")
 
@@ -197,18 +198,17 @@ class Store:
         action: str,
     ) -> tuple[int, int]:
         """Put items, a few hundred at a time, so that assessors need not wait for all of them; an
-        import that was interrupted may be repeated."""
-        counts = [0, 0]
+        import that was interrupted may be repeated. Imports into a project take turns: what one has
+        put there is found by the next, and nobody waits in a circle."""
+        new = known = 0
         left = iter(items)
         while part := list(islice(left, _PART)):
-            with self.database.writing() as db:
-                places = [place(db, into, item) for item in part]
-                hold(db, {at.id for at in places})
-                for item, at in zip(part, places, strict=True):
-                    counts[put(db, item, at)] += 1
+            found = self.database.change(partial(_put_part, into=into, part=part, put=put))
+            known += sum(found)
+            new += len(found) - sum(found)
         with self.database.writing() as db:
-            record(db, into, actor, action, {"new": counts[0], "known": counts[1]})
-        return counts[0], counts[1]
+            record(db, into, actor, action, {"new": new, "known": known})
+        return new, known
 
     # Assessors
 
@@ -379,6 +379,21 @@ class Store:
                 ).where(demand.c.project_id == of.id, demand.c.kind == kind, demand.c.wanted > 0)
             ).one()
         return {key: int(value) for key, value in row._mapping.items()}
+
+
+def _put_part(
+    db: Connection,
+    into: Project,
+    part: Sequence[Item],
+    put: Callable[[Connection, Item, Put], bool],
+) -> list[bool]:
+    """Put items; of each, whether it was there already."""
+    # The imports' turn: whoever else puts rows of this project there need not wait for it.
+    mine = select(project.c.id).where(project.c.id == into.id)
+    db.execute(mine.with_for_update(key_share=True)).one()
+    places = [place(db, into, item) for item in part]
+    hold(db, {at.id for at in places})
+    return [put(db, item, at) for item, at in zip(part, places, strict=True)]
 
 
 def token_hash(token: str) -> str:

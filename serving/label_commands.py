@@ -186,7 +186,7 @@ def judge(
         decides[name] = partial(as_reward_model, folder, settings.ties_below)
     else:
         kind = "simulated"
-        truths = _truths(truth)
+        truths = _truths(truth, console)
         for number in range(settings.assessors):
             person = SimulatedPerson(
                 f"simulated-{number}",
@@ -293,10 +293,12 @@ def _found(file: Path) -> Path:
     return file if file.is_file() else data_path(str(file))
 
 
-def _truths(files: list[Path]) -> dict[frozenset[str], Truth]:
+def _truths(files: list[Path], console: Console) -> dict[frozenset[str], Truth]:
     known, tests = list[Work](), list[Work]()
     for file in map(_found, files):
-        known += read_work(file, honeypots=True)[0]
+        found, read = read_work(file, honeypots=True)
+        _tell(read, console, "pairs whose better answer is known", len(truths_of(found, ())))
+        known += found
         tests += [work for work in read_work(file)[0] if work.honeypot is not None]
     return truths_of(known, tests)
 

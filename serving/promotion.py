@@ -180,14 +180,13 @@ class Served:
         Raises:
             PromotionError: nothing is served under this name, or the record is damaged.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.current():
+            raise PromotionError(
+                f"nothing is served under the name {self.name}: start `pavlov serve` first, or "
+                "give the server's serve.name with --name"
+            )
         with FileLock(self.folder / ".promotions.lock"):
-            if not (before := self.current()):
-                raise PromotionError(
-                    f"nothing is served under the name {self.name}: start `pavlov serve` first, or "
-                    "give the server's serve.name with --name"
-                )
-            found = decide(before)
+            found = decide(self.current())
             lines = self._lines.read_text().rstrip("\n") if self._lines.is_file() else ""
             lines += "\n" * bool(lines) + json.dumps(asdict(found)) + "\n"
             write_atomically(self._lines, lines)
@@ -238,10 +237,11 @@ def promote(
         if labels is not None and project is not None:
             found = _evidence(labels, project, by, version, before, kind)
             told = {"project": project, **asdict(found), "sentence": found.sentence}
-        served.keep(version, folder)
         live = served.live()
+        # First what may not be there any more: of what is refused nothing is kept.
         if live is not None and live.version == before:
             served.keep(before, Path(live.model))
+        served.keep(version, folder)
         return Promotion(
             version, before, str(folder), "promote", _who(), time.time(), told, override, recorded
         )

@@ -330,6 +330,65 @@ def test_settings_that_a_promotion_would_not_read_are_refused(refused):
     assert said.startswith("label.redundancy=2 sets the configuration of the labels")
 
 
+IMPORT = ("import", "--pairs", "x.jsonl")
+FLAGGED, JUDGEMENTS = ("import", "--flagged", "x"), ("import", "--judgements", "x.jsonl")
+EXPORT = ("export", "--out", "x.jsonl", "--judgements")
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "when"),
+    [
+        (IMPORT, ("--limit", "3"), "with --pairs"),
+        (IMPORT, ("--format", "pavlov"), "with --pairs"),
+        (FLAGGED, ("--honeypots",), "with --flagged"),
+        (FLAGGED, ("--format", "mt-bench"), "with --flagged"),
+        (JUDGEMENTS, ("--honeypots",), "with --judgements"),
+        (JUDGEMENTS, ("--limit", "3"), "with --judgements"),
+        (EXPORT, ("--kind", "person"), "with --judgements"),
+        (EXPORT, ("--criterion", "overall"), "with --judgements"),
+        (EXPORT, ("--method", "majority"), "with --judgements"),
+        (("invite", "--name", "ann", "--again"), ("--role", "owner"), "with --again"),
+        (("invite", "--name", "ann", "--again"), ("--kind", "model"), "with --again"),
+        (("judge", "--reward", "x"), ("--truth", "x.jsonl"), "with --reward"),
+    ],
+)
+def test_an_option_of_labelling_that_would_change_nothing_is_refused(
+    refused, command, option, when
+):
+    name, *further = command
+    config = ROOT / "configs/label.toml"
+    said = refused("label", name, config, "--project", "x", *further, *option)
+    assert said == f"{option[0]} changes nothing {when}: leave it out"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--rollback", "--project", "x"), "--project changes nothing with --rollback"),
+        (("--rollback", "--kind", "model"), "--kind changes nothing with --rollback"),
+        (("--rollback", "--labels", "x.toml"), "--labels changes nothing with --rollback"),
+        (("--rollback", "--without-evidence", "a test"), "--without-evidence changes nothing with"),
+        (
+            ("x", "--without-evidence", "a test", "--kind", "model"),
+            "--kind changes nothing without",
+        ),
+        (
+            ("x", "--without-evidence", "a test", "--labels", "y"),
+            "--labels changes nothing without",
+        ),
+    ],
+)
+def test_an_option_of_a_promotion_that_would_change_nothing_is_refused(refused, arguments, says):
+    assert refused("promote", *arguments).startswith(says)
+
+
+def test_a_promotion_that_is_refused_leaves_nothing(place, refused, tiny_model):
+    assert "nothing is served" in refused("promote", "--rollback")
+    place.runs.mkdir()
+    said = refused("promote", tiny_model, "--without-evidence", "tried by hand")
+    assert said.startswith("nothing is served under the name pavlov")
+
+
 @pytest.fixture(scope="module")
 def helped() -> dict[str, str]:
     """The help of every command, in this process."""

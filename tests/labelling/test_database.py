@@ -1,9 +1,10 @@
 import sqlite3
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, exc
+from sqlalchemy import create_engine, exc, inspect
 
 from labelling.database import Database
 from labelling.store import Store
@@ -202,6 +203,69 @@ def test_another_programs_file_is_refused_and_left_as_it_is(tmp_path):
     with pytest.raises(DataError, match="another program's database, with the tables songs"):
         Database(f"sqlite:///{file}")
     assert file.read_bytes() == before
+
+
+FOREIGN = {
+    "songs": ["CREATE TABLE songs (name TEXT)"],
+    # Names of ours, with other columns.
+    "project, prompt": ["CREATE TABLE project (id INT)", "CREATE TABLE prompt (id INT)"],
+    "alembic of its own": [
+        "CREATE TABLE songs (name TEXT)",
+        "CREATE TABLE alembic_version (version_num TEXT)",
+        "INSERT INTO alembic_version VALUES ('a1b2c3')",
+    ],
+    "a revision called as ours": [
+        "CREATE TABLE project (id INT)",
+        "CREATE TABLE alembic_version (version_num TEXT)",
+        "INSERT INTO alembic_version VALUES ('0001')",
+    ],
+    "a version of something else": [
+        "CREATE TABLE songs (name TEXT)",
+        "CREATE TABLE alembic_version (number INT)",
+    ],
+}
+
+
+@pytest.mark.parametrize("statements", FOREIGN.values(), ids=FOREIGN.keys())
+def test_another_programs_database_is_refused_and_nothing_made_in_it(labels_url, statements):
+    url = database_url(labels_url)
+    other = create_engine(url)
+
+    def schema() -> object:
+        with other.connect() as db:
+            tables = inspect(db).get_multi_columns()
+            return {name: [each["name"] for each in columns] for name, columns in tables.items()}
+
+    with other.begin() as db:
+        for statement in statements:
+            db.exec_driver_sql(statement)
+    before = schema()
+    file = other.url.database if other.dialect.name == "sqlite" else None
+    content = file and Path(file).read_bytes()
+    with pytest.raises(DataError, match="is another program's database, ") as told:
+        Database(url)
+    assert "\n" not in str(told.value)
+    assert schema() == before
+    assert not file or Path(file).read_bytes() == content
+    with other.begin() as db:
+        for _, table in before:
+            db.exec_driver_sql(f"DROP TABLE {table}")
+    other.dispose()
+
+
+def test_our_database_may_have_tables_of_others_beside_and_none_of_ours_less(labels_url):
+    url = database_url(labels_url)
+    database = Database(url)
+    with database.writing() as db:
+        db.exec_driver_sql("CREATE TABLE songs (name TEXT)")
+    Database(url).close()
+    with database.writing() as db:
+        db.exec_driver_sql("ALTER TABLE feedback RENAME TO before")
+    with pytest.raises(DataError, match=r"or a damaged one: it lacks feedback\.assignment_id"):
+        Database(url)
+    with database.writing() as db:
+        db.exec_driver_sql("ALTER TABLE before RENAME TO feedback")
+    database.close()
 
 
 def test_a_database_is_made_only_where_one_is_wanted(tmp_path):

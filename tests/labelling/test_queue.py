@@ -1,15 +1,19 @@
 import random
 import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sqlalchemy.exc import DBAPIError
 
+from labelling.database import Database
 from labelling.honeypots import honeypots, make_honeypot, retire_honeypot
 from labelling.queue import Queue
 from labelling.records import Answer, Honeypot, Judgement, Verdict, Work
+from labelling.rows import place
 from labelling.store import PAUSED, Assessor, Project, Store
-from rlhf.config.label import AttentionSection, LabelSection
+from rlhf.config.label import AttentionSection, LabelSection, database_url
 from rlhf.errors import DataError
 from rlhf.records import Message
 
@@ -440,6 +444,69 @@ def test_imports_of_the_same_pairs_in_opposite_order_do_not_stop_each_other(stor
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_new_pairs_that_several_import_at_once_are_new_to_one_of_them(labels_url, order):
+    works = [work(n, "a" if n % 3 == 0 else None) for n in range(250)]
+    given = [
+        Judgement("p", f"judge {n % 7}", {"overall": "a"}, work=each)
+        for n, each in enumerate(works)
+        if n % 3
+    ]
+    counts, failures = list[tuple[tuple[int, int], ...]](), list[Exception]()
+    together = threading.Barrier(4, timeout=60)
+
+    def put(order: int) -> None:
+        try:
+            together.wait()
+            store = Store(Database(database_url(labels_url)))
+            together.wait()
+            made = store.make_project("assistant", ["helpful"])
+            together.wait()
+            counts.append(
+                (
+                    store.add_work(made, works[::order], 3),
+                    store.add_judgements(made, given[::order]),
+                )
+            )
+            store.database.close()
+        except Exception as error:
+            failures.append(error)
+            together.abort()
+
+    threads = [threading.Thread(target=put, args=(each,)) for each in (1, order, 1, order)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert [tuple(map(sum, zip(*each, strict=True))) for each in zip(*counts, strict=True)] == [
+        (250, 750),
+        (len(given), 3 * len(given)),
+    ]
+    store = Store(Database(database_url(labels_url)))
+    made = store.project("assistant")
+    # 84 are honeypots, and 166 have had a judge.
+    assert store.counts(made) == {"pairs": 166, "wanted": 498, "taken": 166}
+    actions = [(each["action"], each["details"]) for each in store.audit(made)]
+    assert sum(action == "honeypot" for action, _ in actions) == 84
+    told = [details["new"] for action, details in actions if action.startswith("import")]
+    assert len(told) == 8 and sum(told) == 250 + len(given)
+    store.database.close()
+
+
+def test_an_import_that_meets_feedback_on_the_same_answers_finds_them(store):
+    made = store.make_project("assistant", ["helpful"])
+    texts = work(0)
+    with ThreadPoolExecutor() as pool:
+        with store.database.writing() as db:
+            place(db, made, texts)
+            done = pool.submit(store.add_work, made, [work(1), texts], 3)
+            time.sleep(0.3)
+            assert not done.done()
+        assert done.result(timeout=30) == (1, 1)
+    assert store.counts(made)["pairs"] == 2
 
 
 def test_verdicts_from_elsewhere_take_their_place_in_the_queue(store):

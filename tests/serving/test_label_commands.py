@@ -268,6 +268,19 @@ def test_a_file_without_work_is_refused_and_makes_no_project(config, tmp_path, r
         open_store(config).project("chat")
 
 
+@pytest.mark.parametrize(
+    "rows", ["", "not json\n", '{"prompt": "q", "answer_a": "x", "answer_b": "y"}\n']
+)
+def test_a_file_without_truths_is_refused_before_anybody_is_invited(config, tmp_path, rows):
+    import_work(config, "chat", pairs(tmp_path / "p.jsonl", 1), Console(quiet=True))
+    file = tmp_path / "truths.jsonl"
+    file.write_text(rows)
+    with pytest.raises(DataError, match="no usable pairs whose better answer is known"):
+        judge(config, "chat", "http://127.0.0.1:9", Console(quiet=True), reward=None, truth=[file])
+    store = open_store(config)
+    assert store.assessors(store.project("chat")) == []
+
+
 def test_one_row_of_an_assessor_who_is_another_kind_is_left_out_alone(config, tmp_path):
     invite(config, "chat", "bob", "person", "assessor")
     rows = [

@@ -113,6 +113,7 @@ def test_what_was_trained_anew_under_its_name_is_not_kept_as_the_version_before(
     served.say_live(Live(weights_fingerprint(tiny_model), str(policy)))
     with pytest.raises(ModelError, match=r"policy holds version \w+ now, not"):
         promote(str(second_model), "pavlov", labels, None, override=WHY)
+    assert not list(served.folder.glob("versions/*"))
     shutil.rmtree(policy)
     with pytest.raises(ModelError, match="not a model folder"):
         served.keep(weights_fingerprint(tiny_model), policy)
@@ -190,7 +191,11 @@ def test_what_cannot_be_served_is_refused(served, labels, foreign_model, tmp_pat
         promote("nowhere", "pavlov", labels, None, override=WHY)
     with pytest.raises(PromotionError, match="nothing is served under the name other"):
         promote(str(foreign_model), "other", labels, None, override=WHY)
+    with pytest.raises(PromotionError, match="nothing is served under the name other"):
+        roll_back("other")
+    assert not Served("other").folder.exists()
     assert served.promotions() == []
+    assert not (served.folder / "versions").exists()
 
 
 def test_a_version_that_the_server_could_not_take_is_not_what_is_served(
