@@ -11,18 +11,21 @@ import asyncio
 import functools
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from cluster.layout import CpuLayout, actor_environment, share_of_cores
 from rlhf import errors
 from rlhf.config import RolePlacement
-from rlhf.errors import ActorLostError, PavlovError, ResourceError, RunError
+from rlhf.errors import ActorLostError, PavlovError, ResourceError, RunError, UserError
 
 Result = TypeVar("Result")
+Failure = TypeVar("Failure", bound=BaseException)
 
 _SAY_EVERY_S = 30.0
+_GRACE_S = 30.0
+"""Ray tells of a process's death within a second or two, of a node's within some twenty."""
 _CALLS_AT_ONCE = 10_000
 """Of an asynchronous actor: a call that waits for its completions must not keep out a pause."""
 
@@ -258,6 +261,49 @@ async def call(reference: Awaitable[Result], name: str, timeout_s: float) -> Res
         raise RunError(f"Ray failed under {name}: {first_line(error)}") from None
     except TimeoutError:
         raise RunError(f"{name} did not answer within {timeout_s:.0f} s") from None
+
+
+async def together(calls: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """Results of calls to several actors at once, in the order of the calls.
+
+    Who loses a peer in the middle of a collective fails at once or waits for it for ever, while
+    Ray tells of the death a little later. So where one call fails, the others have some seconds to
+    fail too before they are given up, and what is raised is the cause and not its consequence.
+
+    Raises:
+        PavlovError: the `first_cause` of what had failed by then.
+    """
+    tasks = [asyncio.ensure_future(each) for each in calls]
+    loop = asyncio.get_running_loop()
+    pending, deadline = set(tasks), None
+    try:
+        while pending:
+            left_s = None if deadline is None else max(0.0, deadline - loop.time())
+            done, pending = await asyncio.wait(
+                pending, timeout=left_s, return_when=asyncio.FIRST_EXCEPTION
+            )
+            failed = [error for each in done if (error := each.exception()) is not None]
+            if not done or any(isinstance(error, ActorLostError | UserError) for error in failed):
+                break
+            if failed and deadline is None:
+                deadline = loop.time() + _GRACE_S
+        errors = [each.exception() for each in tasks if each.done()]
+        if failures := [error for error in errors if error is not None]:
+            raise first_cause(failures)
+        return [each.result() for each in tasks]
+    finally:
+        for each in tasks:
+            each.cancel()
+
+
+def first_cause(errors: Sequence[Failure]) -> Failure:
+    """Of what failed at once, in any order, that which the others follow from: what the user gave,
+    which another attempt would meet again; a lost actor, whom others miss; any error of ours."""
+    for kind in (UserError, ActorLostError, PavlovError):
+        for error in errors:
+            if isinstance(error, kind):
+                return error
+    return errors[0]
 
 
 def find_cause(error: BaseException) -> BaseException:

@@ -18,7 +18,7 @@ from actors.reference import ReferenceActor
 from actors.reward import RewardActor
 from actors.rollout import GroupRequest, RolloutActor
 from cluster.layout import CpuLayout, Turns, choose_layout
-from cluster.spawn import Role, call, spawn_in_thread, until_alive
+from cluster.spawn import Role, call, spawn_in_thread, together, until_alive
 from cluster.weights import WeightManifest, choose_transport
 from cluster.weights.probe import Probe
 from rlhf.config import RLConfig
@@ -137,6 +137,7 @@ class Fleet:
         self._outstanding = [0] * len(self._rollouts)
         self._recovering = [asyncio.Lock() for _ in self._rollouts]
         self._published: tuple[WeightManifest, Probe] | None = None
+        self._gaps: dict[int, tuple[int, float]] = {}
         self.shift_threshold: float | None = None
         """Of the shift score, on the start policy's completions; None: the reward model's own."""
         on_cpu = config.cluster.learner.gpus == 0
@@ -170,7 +171,7 @@ class Fleet:
         if config.policy.lora is not None:
             say("weights: the adapter alone is sent; engines merge it (vLLM's LoRA is not used)")
         fleet = cls(handles, config)
-        master = await fleet._call(fleet._learners[0].address.remote(), "learner-0")
+        master = await fleet._ask_learner(0, "address")
         await fleet._on_learners("start", master)
         if config.cluster.weight_transport == "nccl":
             await fleet._on_learners("connect", fleet._rollouts, config.rollout.tensor_parallel)
@@ -257,7 +258,7 @@ class Fleet:
             if self.turns.enabled:
                 scores, logprobs = await scoring, await references
             else:
-                scores, logprobs = await asyncio.gather(scoring, references)
+                scores, logprobs = await together([scoring, references])
         return [
             ScoredGroup(group, self._flagged(group, score), reference)
             if isinstance(score, GroupScores)
@@ -285,14 +286,14 @@ class Fleet:
             for index, (handle, share) in enumerate(zip(handles, shares, strict=True))
             if share
         ]
-        parts = await asyncio.gather(*calls)
+        parts = await together(calls)
         return [parts[index % len(handles)][index // len(handles)] for index in range(len(groups))]
 
     async def _retried(self, handle: Any, name: str, method: str, *arguments: Any) -> Any:
         """Call a stateless actor; one that died is started again by Ray and asked once more. A
         learner is not: its state is gone."""
         if handle in self._learners:
-            return await self._call(getattr(handle, method).remote(*arguments), name)
+            return await self._ask_learner(self._learners.index(handle), method, *arguments)
         with contextlib.suppress(ActorLostError):
             return await self._call(getattr(handle, method).remote(*arguments), name)
         await self._until_alive(handle, name)
@@ -320,8 +321,9 @@ class Fleet:
             reports = await self._on_learners("step", batch, step)
         return reports[0]  # type: ignore[no-any-return]
 
-    async def publish(self, version: int) -> float:
-        """Bring the learner's weights to every engine as `version`; returns the largest probe gap.
+    async def publish(self, version: int) -> float | None:
+        """Bring the learner's weights to every engine as `version`; returns the largest probe gap,
+        None where no engine could be asked.
 
         Raises:
             WeightUpdateError: an engine refused it.
@@ -331,22 +333,31 @@ class Fleet:
             probe = (await self._on_learners("probe"))[0]
         self._published = (manifest, probe)
         # Outside the turn: the probe needs the engines to run.
-        transmit = self._learners[0].transmit_weights.remote()
+        transmit = self._ask_learner(0, "transmit_weights")
         updates = [self._update(index) for index in range(len(self._rollouts))]
-        gaps = await asyncio.gather(*updates, self._call(transmit, "learner-0"))
-        return float(max(gaps[: len(self._rollouts)]))
+        gaps = (await together([*updates, transmit]))[: len(self._rollouts)]
+        return max((gap for gap in gaps if gap is not None), default=None)
 
-    async def _update(self, index: int) -> float:
+    async def _update(self, index: int) -> float | None:
         assert self._published is not None
-        update = self._rollouts[index].update_weights.remote(*self._published)
+        manifest, probe = self._published
         try:
-            return await self._call(update, f"rollout-{index}")
+            return await self._updated(index, manifest, probe)
         except ActorLostError:
-            await self._recover(index)
-            return 0.0
+            # The broadcast fails with it: who waited for the replacement would be told that.
+            if manifest.transport == "nccl":
+                raise
+            return await self._recover(index)
 
-    async def _recover(self, index: int) -> None:
-        """Bring an engine that was started again to the current version before it serves.
+    async def _updated(self, index: int, manifest: WeightManifest, probe: Probe) -> float:
+        update = self._rollouts[index].update_weights.remote(manifest, probe)
+        gap = await self._call(update, f"rollout-{index}")
+        self._gaps[index] = (manifest.version, gap)
+        return float(gap)
+
+    async def _recover(self, index: int) -> float | None:
+        """Bring an engine that was started again to the current version before it serves; returns
+        the gap of that version's probe, None where none was measured.
 
         The learner may publish meanwhile: what is current is read after every wait.
 
@@ -356,25 +367,29 @@ class Fleet:
         patience_s = 2 * self._config.cluster.start_timeout_s
         try:
             async with self._recovering[index], asyncio.timeout(patience_s):
-                await self._bring_up_to_date(self._rollouts[index], f"rollout-{index}")
+                version = await self._bring_up_to_date(index)
         except TimeoutError:
             raise ActorLostError(
                 f"rollout-{index} did not come back within {patience_s:.0f} s"
             ) from None
+        measured, gap = self._gaps.get(index, (None, None))
+        return gap if measured == version else None
 
-    async def _bring_up_to_date(self, rollout: Any, name: str) -> None:
+    async def _bring_up_to_date(self, index: int) -> int:
+        """Returns the version that the engine serves then."""
+        rollout, name = self._rollouts[index], f"rollout-{index}"
         while True:
             version = await self._until_alive(rollout, name)
             assert self._published is not None
             manifest, probe = self._published
             if version == manifest.version:
-                return
+                return manifest.version
             if manifest.transport == "nccl":
                 raise ActorLostError(
                     f"{name} was replaced, and a new process cannot join a running NCCL group"
                 )
             try:
-                await self._call(rollout.update_weights.remote(manifest, probe), name)
+                await self._updated(index, manifest, probe)
             except ActorLostError:
                 continue
             except WeightUpdateError as error:
@@ -430,11 +445,12 @@ class Fleet:
                 raise result
 
     async def _on_learners(self, method: str, *arguments: Any) -> list[Any]:
-        calls = [
-            self._call(getattr(learner, method).remote(*arguments), f"learner-{rank}")
-            for rank, learner in enumerate(self._learners)
-        ]
-        return list(await asyncio.gather(*calls))
+        ranks = range(len(self._learners))
+        return await together(self._ask_learner(rank, method, *arguments) for rank in ranks)
+
+    async def _ask_learner(self, rank: int, method: str, *arguments: Any) -> Any:
+        reference = getattr(self._learners[rank], method).remote(*arguments)
+        return await self._call(reference, f"learner-{rank}")
 
     async def _call(self, reference: Awaitable[Result], name: str) -> Result:
         return await call(reference, name, self._timeout_s)

@@ -15,6 +15,7 @@ from cluster.files import RunFolder, resolve_run_folder
 from cluster.layout import usable_cores
 from cluster.progress import Progressing
 from cluster.session import ray_session, shared_memory_folder
+from cluster.spawn import first_cause
 from models.chat import ChatTokenizer
 from models.reward_model import RewardModel
 from models.sources import (
@@ -24,7 +25,7 @@ from models.sources import (
     resolve_reward_model,
 )
 from rlhf.config import PPOSection, RLConfig, data_path
-from rlhf.errors import CheckpointError, ModelError, PavlovError, RunError
+from rlhf.errors import CheckpointError, ModelError, RunError
 from rlhf.prompts import PromptCursor
 from rlhf.records import FailedGroup, Prompt, ScoredGroup
 from rlhf.reward_functions import RewardFunctions
@@ -203,7 +204,7 @@ def _summary(metrics: dict[str, Any]) -> str:
 
 
 def _first_cause(group: BaseException) -> BaseException:
-    """The first error of ours in a group of concurrent failures, else the first of all."""
+    """The `first_cause` of a group of concurrent failures; a wait in vain is an error of ours."""
     leaves: list[BaseException] = []
     queue = [group]
     while queue:
@@ -212,9 +213,5 @@ def _first_cause(group: BaseException) -> BaseException:
             queue += error.exceptions
         else:
             leaves.append(error)
-    own = [leaf for leaf in leaves if isinstance(leaf, PavlovError)]
-    if own:
-        return own[0]
-    if isinstance(leaves[0], TimeoutError):
-        return RunError(str(leaves[0]))
-    return leaves[0]
+    cause = first_cause(leaves)
+    return RunError(str(cause)) if isinstance(cause, TimeoutError) else cause

@@ -37,7 +37,7 @@ from cluster.layout import (
 )
 from cluster.progress import Progressing
 from cluster.session import ray_session, shared_memory_folder
-from cluster.spawn import Role, find_cause, first_line, require_room, spawn
+from cluster.spawn import Role, find_cause, first_cause, first_line, require_room, spawn
 from cluster.weights import choose_transport
 from models.sources import resolve_model
 from rlhf.config import SFTConfig
@@ -294,8 +294,6 @@ def fit(job: SFTJob, data: Path, concurrent: int = 1) -> None:
 
 
 def _reason(error: Any) -> PavlovError:
-    from ray.exceptions import RayActorError
-
     if "WorkerGroupStartupTimeout" in repr(error) + str(error):
         return ResourceError(
             "the learner's workers could not be placed in time: set cluster.learner.cpus and gpus "
@@ -304,14 +302,18 @@ def _reason(error: Any) -> PavlovError:
     # Ray says so of an actor that died, and of nothing else.
     if type(getattr(error, "controller_failure", None)).__name__ == "WorkerGroupStartupFailedError":
         return ActorLostError("a worker died while it started")
-    causes = [find_cause(failure) for failure in getattr(error, "worker_failures", {}).values()]
-    for cause in causes:
-        if isinstance(cause, PavlovError):
-            return cause
-    # Before what the others say, whom it left waiting.
-    for cause in causes:
-        if isinstance(died := getattr(cause, "health_check_failure", None), RayActorError):
-            return ActorLostError(f"a worker died: {first_line(died)}")
-    if causes:
-        return RunError(f"a worker failed: {type(causes[0]).__name__}: {first_line(causes[0])}")
+    failures = getattr(error, "worker_failures", {}).values()
+    if failures:
+        # The workers that one left waiting fail too.
+        return first_cause([_worker_error(find_cause(failure)) for failure in failures])
     return RunError(f"training failed: {first_line(error)}")
+
+
+def _worker_error(cause: BaseException) -> PavlovError:
+    from ray.exceptions import RayActorError
+
+    if isinstance(cause, PavlovError):
+        return cause
+    if isinstance(died := getattr(cause, "health_check_failure", None), RayActorError):
+        return ActorLostError(f"a worker died: {first_line(died)}")
+    return RunError(f"a worker failed: {type(cause).__name__}: {first_line(cause)}")

@@ -13,12 +13,15 @@ from cluster.spawn import (
     _missing,
     _start_error,
     find_cause,
+    first_cause,
     first_line,
     spawn_in_thread,
+    together,
     wanted_resources,
 )
 from rlhf.config import RolePlacement
 from rlhf.errors import (
+    ActorLostError,
     ConfigError,
     ModelError,
     PavlovError,
@@ -162,3 +165,54 @@ def test_who_stops_waiting_for_actors_goes_on_only_when_the_thread_has_ended(mon
     with pytest.raises((SystemExit, asyncio.CancelledError)):
         asyncio.run(run())
     assert told == ["starts", "ends", "goes on"]
+
+
+# Calls to several actors at once
+
+
+async def answers(after_s: float, answer: object) -> object:
+    await asyncio.sleep(after_s)
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+CLOSED, DIED = RunError("Connection closed by peer"), ActorLostError("learner-1 died")
+
+
+def test_calls_at_once_are_answered_in_the_order_of_the_calls():
+    assert asyncio.run(together([answers(0.05, "slow"), answers(0, "fast")])) == ["slow", "fast"]
+    assert asyncio.run(together([])) == []
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_lost_actor_is_told_before_those_that_miss_it(first):
+    calls = [answers(0, CLOSED), answers(0.1, DIED)]
+    with pytest.raises(ActorLostError, match="learner-1 died"):
+        asyncio.run(together([calls[first], calls[1 - first]]))
+
+
+def test_who_hangs_without_its_peer_is_given_up(monkeypatch):
+    given_up = []
+
+    async def hangs() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            given_up.append(True)
+
+    # At once, where the loss is known; a little later, where it is not.
+    with pytest.raises(ActorLostError):
+        asyncio.run(together([hangs(), answers(0, DIED)]))
+    monkeypatch.setattr("cluster.spawn._GRACE_S", 0.05)
+    with pytest.raises(RunError, match="Connection closed by peer"):
+        asyncio.run(together([hangs(), answers(0, CLOSED), answers(0.02, RunError("too"))]))
+    assert len(given_up) == 2
+
+
+def test_of_failures_at_once_what_the_others_follow_from_is_the_cause():
+    wrong = ModelError("no weights")
+    assert first_cause([CLOSED, DIED]) is DIED
+    assert first_cause([ValueError("x"), CLOSED]) is CLOSED
+    # Another attempt would meet it again.
+    assert first_cause([DIED, wrong]) is wrong

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,15 @@ from rlhf.errors import (
     StaleWeightsError,
     WeightUpdateError,
 )
-from rlhf.records import Completion, GroupScores, Message, Prompt, RolloutGroup
+from rlhf.records import (
+    Completion,
+    GroupScores,
+    Message,
+    Prompt,
+    RolloutGroup,
+    StepReport,
+    TrainingBatch,
+)
 from trainers.fleet import Fleet, Models
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
@@ -65,6 +73,8 @@ class Engine:
     dies: int = 0
     asked: list[str] = field(default_factory=list)
     refuses: Callable[[WeightManifest], None] = lambda manifest: None
+    dies_updating: int = 0
+    gap: float = 1e-5
 
     def __getattr__(self, name: str) -> Method:
         return Method(getattr(self, f"on_{name}"))
@@ -87,11 +97,39 @@ class Engine:
     def on_update_weights(self, manifest: WeightManifest, probe: Probe) -> float:
         self.asked.append(f"update {manifest.version}")
         self.refuses(manifest)
+        if self.dies_updating:
+            self.dies_updating, self.holds = self.dies_updating - 1, None
+            raise ray.exceptions.ActorDiedError()
         self.holds = manifest.version
-        return 0.0
+        return self.gap
 
 
-def fleet(engine: Engine, published: WeightManifest, **cluster: Any) -> Fleet:
+@dataclass
+class Rank:
+    """A rank of the learner; `step` as told."""
+
+    step_once: Callable[[], Any] = lambda: StepReport()
+    exported: WeightManifest = field(default_factory=lambda: manifest(4))
+
+    def __getattr__(self, name: str) -> Method:
+        return Method(getattr(self, f"on_{name}"))
+
+    def on_step(self, batch: Any, step: int) -> Any:
+        return self.step_once()
+
+    def on_export_weights(self, version: int) -> WeightManifest:
+        return self.exported
+
+    def on_probe(self) -> Probe:
+        return PROBE
+
+    def on_transmit_weights(self) -> None:
+        pass
+
+
+def fleet(
+    engine: Engine, published: WeightManifest, learners: Sequence[Rank] = (), **cluster: Any
+) -> Fleet:
     config = parse_config(
         RLConfig,
         {
@@ -101,7 +139,8 @@ def fleet(engine: Engine, published: WeightManifest, **cluster: Any) -> Fleet:
         },
         "test",
     )
-    made = Fleet({"rollout": [engine], "reward": [], "reference": [], "learner": []}, config)
+    handles: dict[str, list[Any]] = {"rollout": [engine], "learner": list(learners)}
+    made = Fleet({"reward": [], "reference": [], **handles}, config)
     made._published = (published, PROBE)
     return made
 
@@ -179,6 +218,56 @@ def test_a_timeout_inside_an_actor_is_told_as_its_own() -> None:
     engine.on_generate = fails  # type: ignore[method-assign]
     with pytest.raises(RunError, match="rollout-0 failed: TimeoutError: the group did not meet"):
         generate(fleet(engine, manifest(0)))
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_lost_rank_is_told_as_lost_though_the_others_fail_before(dead: int) -> None:
+    """Under gloo a survivor fails at once, before Ray has told of the death."""
+
+    async def dies() -> None:
+        await asyncio.sleep(0.1)
+        raise ray.exceptions.ActorDiedError()
+
+    def closed() -> None:
+        raise ray.exceptions.RayTaskError(
+            "step", "", RuntimeError("Connection closed by peer")
+        ).as_instanceof_cause()
+
+    ranks = [Rank(dies if rank == dead else closed) for rank in range(2)]
+    made = fleet(Engine(), manifest(3), ranks, cpu_layout="threads")
+    with pytest.raises(ActorLostError, match=f"learner-{dead} died"):
+        asyncio.run(made.learn(TrainingBatch((), 4, 1.0), 0))
+
+
+def test_the_gap_of_an_engine_that_was_lost_in_the_update_is_its_probes_after_it() -> None:
+    made = fleet(Engine(dies_updating=1, gap=3e-5), manifest(3), [Rank()], cpu_layout="threads")
+    assert asyncio.run(made.publish(4)) == 3e-5
+
+
+def test_who_recovered_the_engine_meanwhile_has_measured_the_gap() -> None:
+    engine = Engine(dies_updating=1, gap=3e-5)
+    made = fleet(engine, manifest(3), [Rank()], cpu_layout="threads")
+
+    async def both() -> float | None:
+        made._published = (manifest(4), PROBE)
+        engine.holds = None
+        _, gap = await asyncio.gather(made._recover(0), made._update(0))
+        return gap
+
+    assert asyncio.run(both()) == 3e-5
+
+
+def test_without_a_probe_there_is_no_gap() -> None:
+    """The engine died after the probe, whose answer was lost with the call."""
+    engine = Engine()
+    made = fleet(engine, manifest(3), [Rank()], cpu_layout="threads")
+
+    def dies(announced: WeightManifest, probe: Probe) -> float:
+        engine.holds = announced.version
+        raise ray.exceptions.ActorDiedError()
+
+    engine.on_update_weights = dies  # type: ignore[method-assign]
+    assert asyncio.run(made.publish(4)) is None
 
 
 def scores(shift_G: tuple[float, ...]) -> GroupScores:

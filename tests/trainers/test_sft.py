@@ -15,7 +15,7 @@ from rich.console import Console
 from cluster.spawn import Role
 from models.chat import ChatTokenizer
 from rlhf.config import SFTConfig, parse_config
-from rlhf.errors import ActorLostError, DataError, ModelError
+from rlhf.errors import ActorLostError, DataError, ModelError, RunError
 from rlhf.records import Message, Prompt
 from trainers.prompts import reasons_of
 from trainers.sft import _reason, layout_of, start_job, threads_of
@@ -148,6 +148,8 @@ def test_a_dead_worker_is_a_loss_whatever_those_say_that_waited_for_it() -> None
     assert not isinstance(_reason(ControllerError(ValueError("odd"))), ActorLostError)
     found = _reason(WorkerGroupError("one", {0: waited}))
     assert not isinstance(found, ActorLostError) and "Connection closed by peer" in str(found)
+    found = _reason(WorkerGroupError("both", {0: RunError("no answer from learner-1"), 1: died}))
+    assert isinstance(found, ActorLostError)
     own = _reason(WorkerGroupError("both", {0: died, 1: DataError("row 7 is empty")}))
     assert isinstance(own, DataError)
 
