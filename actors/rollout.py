@@ -6,7 +6,7 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from actors.gauges import Gauges, in_ray_actor
 from actors.vllm_engine import start_engine
 from cluster.guard import Guard
 from cluster.session import hold_shared_memory
+from cluster.spawn import first_line
 from cluster.weights.base import WeightManifest, fetch
 from cluster.weights.probe import PROBE_TEXT, Probe, check_probe
 from models.chat import ChatTokenizer
@@ -25,6 +26,8 @@ from rlhf.errors import GenerationError, ModelError, StaleWeightsError, WeightUp
 from rlhf.records import Completion, Prompt, RolloutGroup
 
 _LOOK_EVERY_S = 0.5
+_UNFINISHED = ("abort", "error")
+"""Why vLLM ends a completion that is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,15 @@ class GroupRequest:
     max_tokens: int
     temperature: float
     top_p: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A group that the engine works on: vLLM's collectors by the names of their requests."""
+
+    request: GroupRequest
+    prompt_ids: tuple[int, ...]
+    collectors: dict[str, Any]
 
 
 class RolloutActor:
@@ -116,7 +128,8 @@ class RolloutActor:
     async def generate(
         self, requests: Sequence[GroupRequest], version: int, *, together: bool = False
     ) -> list[RolloutGroup | GenerationError]:
-        """Sample every group; a group that cannot be sampled comes back as its error.
+        """Sample every group; a group that cannot be sampled, whether the engine refuses a request
+        of it or fails at one, comes back as its error.
 
         Args:
             version: the oldest weight version that may serve.
@@ -157,7 +170,7 @@ class RolloutActor:
             await self.update_weights(manifest, probe)
             return await self.generate(requests, manifest.version, together=True)
 
-    async def _admit(self, request: GroupRequest) -> Any:
+    async def _admit(self, request: GroupRequest) -> Admitted | GenerationError:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -171,43 +184,75 @@ class RolloutActor:
                 f"{self._max_prompt_tokens}"
             )
         salt = f"version {self._weight_version}" if self._settings.keep_cache else None
-        collectors = []
-        for seed in request.seeds:
-            parameters = SamplingParams(
-                temperature=request.temperature,
-                top_p=request.top_p,
-                max_tokens=request.max_tokens,
-                seed=seed,
-                logprobs=0,
-                stop_token_ids=[self._tokenizer.end_id],
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
-            self._requests += 1
-            engine_prompt: dict[str, Any] = {"prompt_token_ids": list(prompt_ids)}
-            if salt is not None:
-                engine_prompt["cache_salt"] = salt
-            collectors.append(
-                await self._engine.add_request(f"r{self._requests}", engine_prompt, parameters)
-            )
+        collectors: dict[str, Any] = {}
+        try:
+            for seed in request.seeds:
+                parameters = SamplingParams(
+                    temperature=request.temperature,
+                    top_p=request.top_p,
+                    max_tokens=request.max_tokens,
+                    seed=seed,
+                    logprobs=0,
+                    stop_token_ids=[self._tokenizer.end_id],
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                )
+                self._requests += 1
+                name = f"r{self._requests}"
+                engine_prompt: dict[str, Any] = {"prompt_token_ids": list(prompt_ids)}
+                if salt is not None:
+                    engine_prompt["cache_salt"] = salt
+                collectors[name] = await self._engine.add_request(name, engine_prompt, parameters)
+        except Exception as error:
+            return await self._given_up(request, collectors, error)
         self._waiting += len(collectors)
-        return request, prompt_ids, collectors
+        return Admitted(request, prompt_ids, collectors)
 
-    async def _collect(self, admitted: Any) -> RolloutGroup | GenerationError:
+    async def _collect(
+        self, admitted: Admitted | GenerationError
+    ) -> RolloutGroup | GenerationError:
         if isinstance(admitted, GenerationError):
             return admitted
-        request, prompt_ids, collectors = admitted
+        request, collectors = admitted.request, admitted.collectors
+        outputs = [asyncio.ensure_future(collector.get()) for collector in collectors.values()]
         try:
-            outputs = await asyncio.gather(*(collector.get() for collector in collectors))
+            completions = tuple(
+                self._completion(output, seed)
+                for output, seed in zip(await asyncio.gather(*outputs), request.seeds, strict=True)
+            )
+        except Exception as error:
+            return await self._given_up(request, collectors, error)
         finally:
             self._waiting -= len(collectors)
-        completions = tuple(
-            self._completion(output.outputs[0], seed)
-            for output, seed in zip(outputs, request.seeds, strict=True)
-        )
+            for output in outputs:
+                output.cancel()
         self._report(sum(completion.length for completion in completions))
-        return RolloutGroup(request.prompt, request.epoch, prompt_ids, completions)
+        return RolloutGroup(request.prompt, request.epoch, admitted.prompt_ids, completions)
 
-    def _completion(self, output: Any, seed: int) -> Completion:
+    async def _given_up(
+        self, request: GroupRequest, names: Iterable[str], error: Exception
+    ) -> GenerationError:
+        """What is recorded of a group of which one request failed; the others are stopped.
+
+        Raises:
+            Exception: `error`, where the engine died of it: then the prompt did nothing wrong.
+        """
+        if self._engine.errored:
+            raise error
+        await self._engine.abort(list(names))
+        own = isinstance(error, GenerationError)
+        reason = str(error) if own else f"{type(error).__name__}: {first_line(error)}"
+        return GenerationError(f"prompt {request.prompt.id}: {reason}")
+
+    def _completion(self, sampled: Any, seed: int) -> Completion:
+        """The completion of a request.
+
+        Raises:
+            GenerationError: the engine gave none.
+        """
+        output = sampled.outputs[0] if sampled.outputs else None
+        if output is None or not output.token_ids or output.finish_reason in _UNFINISHED:
+            reason = None if output is None else output.finish_reason
+            raise GenerationError(f"the engine ended a completion without an answer ({reason})")
         token_ids = tuple(output.token_ids)
         spans = tuple((int(span.version), span.end - span.start) for span in output.weight_versions)
         versions = [version for version, _ in spans]

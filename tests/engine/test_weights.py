@@ -206,6 +206,25 @@ def test_a_prompt_that_is_too_long_is_an_error_of_its_group_only(bench: Bench) -
     assert len(good.completions) == 1
 
 
+def test_a_request_that_the_engine_refuses_is_an_error_of_its_group_only(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.publish()
+    engine = bench.engine._engine
+    add = engine.add_request
+
+    async def spoilt(name: str, prompt: Any, parameters: Any) -> Any:
+        beyond = {"prompt_token_ids": [10**6]}
+        return await add(name, beyond if parameters.seed == 2 else prompt, parameters)
+
+    monkeypatch.setattr(engine, "add_request", spoilt)
+    bad, good = generate(bench, request(1, 2), request(3), together=True)
+    assert isinstance(bad, GenerationError)
+    assert "out of vocabulary" in str(bad)
+    assert len(good.completions) == 1
+    assert not engine.output_processor.has_unfinished_requests()
+
+
 def test_requests_in_flight_go_on_with_the_new_weights_and_say_so(bench: Bench) -> None:
     bench.publish()
     # On a fast machine all is written before the update comes: then it comes sooner.
