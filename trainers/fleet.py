@@ -25,6 +25,7 @@ from rlhf.config import RLConfig
 from rlhf.errors import (
     ActorLostError,
     GenerationError,
+    PavlovError,
     StaleWeightsError,
     WeightUpdateError,
 )
@@ -138,6 +139,8 @@ class Fleet:
         self._recovering = [asyncio.Lock() for _ in self._rollouts]
         self._published: tuple[WeightManifest, Probe] | None = None
         self._gaps: dict[int, tuple[int, float]] = {}
+        self.learner_is_sound = True
+        """Whether no call to a rank has failed."""
         self.shift_threshold: float | None = None
         """Of the shift score, on the start policy's completions; None: the reward model's own."""
         on_cpu = config.cluster.learner.gpus == 0
@@ -404,9 +407,13 @@ class Fleet:
         cluster = self._config.cluster
         return await until_alive(handle, name, cluster.call_timeout_s, cluster.start_timeout_s)
 
-    async def save_checkpoint(self, folder: Path) -> None:
-        """Every rank writes its part into `folder`."""
-        async with self.turns.take():
+    async def save_checkpoint(self, folder: Path, *, in_turn: bool = True) -> None:
+        """Every rank writes its part into `folder`.
+
+        Args:
+            in_turn: else whoever else computes is not waited for, as where the run is over.
+        """
+        async with self.turns.take() if in_turn else contextlib.nullcontext():
             await self._on_learners("save_checkpoint", str(folder))
 
     async def load_checkpoint(self, folder: Path) -> None:
@@ -448,9 +455,16 @@ class Fleet:
         ranks = range(len(self._learners))
         return await together(self._ask_learner(rank, method, *arguments) for rank in ranks)
 
-    async def _ask_learner(self, rank: int, method: str, *arguments: Any) -> Any:
-        reference = getattr(self._learners[rank], method).remote(*arguments)
-        return await self._call(reference, f"learner-{rank}")
+    def _ask_learner(self, rank: int, method: str, *arguments: Any) -> Coroutine[Any, Any, Any]:
+        """Asked at once, and not when it is awaited: what one rank is asked all are."""
+        return self._answer(getattr(self._learners[rank], method).remote(*arguments), rank)
+
+    async def _answer(self, reference: Awaitable[Any], rank: int) -> Any:
+        try:
+            return await self._call(reference, f"learner-{rank}")
+        except PavlovError:
+            self.learner_is_sound = False
+            raise
 
     async def _call(self, reference: Awaitable[Result], name: str) -> Result:
         return await call(reference, name, self._timeout_s)

@@ -98,6 +98,9 @@ class Loop:
         self._steps = range(first_step, config.rl.num_steps)
         self._version = first_step
         self._patience_s = config.patience_s
+        self.begun = first_step
+        """Steps that the learner has begun; as many are recorded, but for the one under way."""
+        self._stepping: asyncio.Task[None] | None = None
         self._buffer: RolloutBuffer[Produced] = RolloutBuffer(
             config.rl.prompts_per_step, config.rl.max_staleness
         )
@@ -109,6 +112,15 @@ class Loop:
             admission = tasks.create_task(self._admit(tasks))
             await self._learn()
             await admission
+
+    async def settle(self, timeout_s: float) -> None:
+        """After `run` has failed: let the step that the learner has begun come to its end and be
+        recorded; what is not over by then is dropped."""
+        if self._stepping is not None:
+            try:
+                await asyncio.wait([self._stepping], timeout=timeout_s)
+            finally:
+                self._stepping.cancel()
 
     async def _admit(self, tasks: asyncio.TaskGroup) -> None:
         """Waits for a step's worth of free slots; unblocked by a release in `_learn`."""
@@ -160,25 +172,38 @@ class Loop:
             if rewards_ask_the_learner(settings):
                 groups = await self._actors.evaluated(groups)
             batch = training_batch(groups, settings, mask_shifted=masked)
-            learning = time.monotonic()
-            report = await self._actors.learn(batch, step)
-            publishing = time.monotonic()
-            gap = await self._actors.publish(self._version + 1)
-            published = time.monotonic()
-            times_s = {
-                "rollout": max(produced.rollout_s for produced in taken),
-                "score": max(produced.score_s for produced in taken),
-                "learn": publishing - learning,
-                "weights": published - publishing,
-                "step": published - started,
-            }
-            metrics = step_metrics(step, self._version, groups, batch, report, settings, times_s)
-            metrics |= {"weights/probe_gap": gap, "buffer/depth": self._buffer.depth}
-            self._version += 1
-            self._rl = steered(settings, metrics)
-            # Recorded before the slots are free: what follows in a step sees this one on disk.
-            await self._record(step, metrics, groups)
+            # What ends the run meanwhile leaves the learner between two steps: see `settle`.
+            self._stepping = asyncio.create_task(self._step(step, started, taken, groups, batch))
+            await asyncio.shield(self._stepping)
             await self._buffer.release()
+
+    async def _step(
+        self,
+        step: int,
+        started: float,
+        taken: Sequence[Produced],
+        groups: Sequence[Group],
+        batch: TrainingBatch,
+    ) -> None:
+        settings, learning = self._rl, time.monotonic()
+        self.begun = step + 1
+        report = await self._actors.learn(batch, step)
+        publishing = time.monotonic()
+        gap = await self._actors.publish(self._version + 1)
+        published = time.monotonic()
+        times_s = {
+            "rollout": max(produced.rollout_s for produced in taken),
+            "score": max(produced.score_s for produced in taken),
+            "learn": publishing - learning,
+            "weights": published - publishing,
+            "step": published - started,
+        }
+        metrics = step_metrics(step, self._version, groups, batch, report, settings, times_s)
+        metrics |= {"weights/probe_gap": gap, "buffer/depth": self._buffer.depth}
+        self._version += 1
+        self._rl = steered(settings, metrics)
+        # Recorded before the slots are free: what follows in a step sees this one on disk.
+        await self._record(step, metrics, groups)
 
     def _request(self, prompt: Prompt, epoch: int) -> GroupRequest:
         rl = self._config.rl

@@ -30,6 +30,7 @@ from rlhf.prompts import PromptCursor
 from rlhf.records import FailedGroup, Prompt, ScoredGroup
 from rlhf.reward_functions import RewardFunctions
 from trainers.attempts import until_done
+from trainers.checkpoints import Checkpoints, cancelled_by_sigterm
 from trainers.domain_shift import shift_threshold
 from trainers.fleet import Fleet, Models
 from trainers.loop import Loop
@@ -161,10 +162,10 @@ async def _steps(
     namespace: str,
     first_step: int,
 ) -> None:
-    total = config.rl.num_steps
     recorder = Recorder(folder.path, first_step)
     gauges = Gauges(namespace, "driver")
-    progress = Progressing(console, "rl", total, first_step)
+    progress = Progressing(console, "rl", config.rl.num_steps, first_step)
+    checkpoints = Checkpoints(config, folder, fleet, cursor.fingerprint, first_step, console.print)
 
     async def record(
         step: int, metrics: dict[str, Any], groups: Sequence[ScoredGroup | FailedGroup]
@@ -172,18 +173,19 @@ async def _steps(
         recorder.record(metrics, groups)
         gauges.set(metrics)
         progress.advance(note=_summary(metrics))
-        done = step + 1
-        if done % config.run.checkpoint_every == 0 or done == total:
-            state = {"prompts": cursor.fingerprint, "weight_version": metrics["weight_version"]}
-            with folder.new_checkpoint(done, state, config.run.keep_checkpoints) as beside:
-                await fleet.save_checkpoint(beside)
+        await checkpoints.recorded(step, metrics)
         if metrics["groups/failed"] == len(groups):
             failed = [group for group in groups if isinstance(group, FailedGroup)]
             raise RunError(f"every group of step {step} failed: {failed[0].reason}")
 
+    loop = Loop(config, cursor, fleet, record, first_step, recorder.last)
     try:
-        with progress:
-            await Loop(config, cursor, fleet, record, first_step, recorder.last).run()
+        with progress, cancelled_by_sigterm():
+            try:
+                await loop.run()
+            except BaseException as error:
+                await checkpoints.at_early_end(loop, error, _first_cause(error))
+                raise
     finally:
         recorder.close()
 

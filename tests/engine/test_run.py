@@ -191,6 +191,25 @@ def test_an_interrupted_run_ends_cleanly(runs: Runs, unbroken: str) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_that_is_stopped_keeps_its_steps_and_resumes_token_for_token(
+    runs: Runs, unbroken: str
+) -> None:
+    """Between the checkpoints that are due, of which there would be none before the last step."""
+    process = runs.start("stopped", "run.checkpoint_every=99")
+    runs.until_step("stopped", process, 2)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=90)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    steps = len(runs.metrics("stopped"))
+    assert f"kept: all {steps} steps" in output
+    resumed = runs.start("stopped", "run.checkpoint_every=99", "--resume")
+    output, errors = resumed.communicate(timeout=400)
+    assert resumed.returncode == 0, errors
+    assert f"after step {steps} (step-{steps:06d})" in output
+    assert_same_run(runs, unbroken, "stopped")
+
+
+@pytest.mark.slow
 def test_a_critic_and_a_reward_of_ones_own_in_a_run_that_is_not_waited_for(runs: Runs) -> None:
     """PPO on stale completions, with weights and so the learner's own KL in the reward."""
     (runs.folder / "own_rewards.py").write_text(

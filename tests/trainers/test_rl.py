@@ -17,7 +17,9 @@ from trainers import rl
 
 
 class FakeFleet(FakeActors):
-    async def save_checkpoint(self, folder: Path) -> None:
+    learner_is_sound = True
+
+    async def save_checkpoint(self, folder: Path, *, in_turn: bool = True) -> None:
         (folder / "weights").write_text("w")
 
 
