@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,15 +25,14 @@ from rlhf.records import Message
 TokenRow = tuple[TokenIds, TokenIds]
 """Prompt and reply."""
 
-Pooling = Literal["last", "mean"]
-POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+Pooling = Literal["last", "mean", "max"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Family:
-    """How a reply becomes a vector: the state after `layers` layers, of its last token or the mean
-    over its tokens. A finished reply ends with the end-of-turn token, so the last token's state
-    knows whether the reply was cut off.
+    """How a reply becomes a vector: the state after `layers` layers, of its last token, or the mean
+    or the maximum of each value over its tokens. A finished reply ends with the end-of-turn token,
+    so the last token's state knows whether the reply was cut off.
 
     With `own` (the name of trained layers) the frozen layers end at `layers` and the named ones go
     on from there.
@@ -71,8 +70,11 @@ def pool(hidden_BLH: Tensor, batch: PackedBatch, pooling: Pooling) -> Tensor:
     if pooling == "last":
         last_N1 = batch.columns_NT.gather(1, (lengths_N - 1).unsqueeze(1))
         return hidden_RH[last_N1.squeeze(1)].float()
-    hidden_NTH = hidden_RH[batch.columns_NT].float() * batch.reply_mask_NT.unsqueeze(-1)
-    return hidden_NTH.sum(dim=1) / lengths_N.unsqueeze(1)
+    hidden_NTH = hidden_RH[batch.columns_NT].float()
+    mask_NT1 = batch.reply_mask_NT.unsqueeze(-1)
+    if pooling == "max":
+        return hidden_NTH.masked_fill(mask_NT1 == 0, float("-inf")).amax(dim=1)
+    return (hidden_NTH * mask_NT1).sum(dim=1) / lengths_N.unsqueeze(1)
 
 
 class Trunk:

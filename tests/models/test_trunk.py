@@ -136,7 +136,7 @@ def test_a_reply_has_the_same_states_in_either_layout(tiny_model):
                 position_ids=batch.position_ids_BL,
             ).last_hidden_state[:, -batch.kept_columns :]
         pooled.append(
-            torch.stack([pool(hidden_BLH, batch, "last"), pool(hidden_BLH, batch, "mean")])
+            torch.stack([pool(hidden_BLH, batch, pooling) for pooling in ("last", "mean", "max")])
         )
     torch.testing.assert_close(pooled[0], pooled[1], atol=1e-5, rtol=1e-5)
 
@@ -150,6 +150,8 @@ def test_pooling_by_hand():
     found_N1 = pool(hidden_BL1, batch, "mean")
     assert found_N1.flatten().tolist() == [4.0, 6.0, 8.5]
     assert found_N1.dtype == torch.float32
+    assert pool(-hidden_BL1, batch, "max").flatten().tolist() == [-3.0, -6.0, -8.0]
+    assert pool(hidden_BL1, batch, "max").flatten().tolist() == [5.0, 6.0, 9.0]
 
 
 def test_a_stream_brings_every_row_once_in_passes_within_the_budget(make_trunk):
