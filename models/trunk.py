@@ -21,6 +21,7 @@ from models.sources import weights_fingerprint
 from models.top_layers import TopLayers, keep_layers, tap_states
 from rlhf.errors import ModelError
 from rlhf.records import Message
+from rlhf.rows import prompt_room, reply_room
 
 TokenRow = tuple[TokenIds, TokenIds]
 """Prompt and reply."""
@@ -133,11 +134,28 @@ class Trunk:
         Raises:
             ModelError: the reply has no token, or the chat template refuses the conversation.
         """
+        prompt_ids, reply_ids = self._whole(messages, reply, finished)
+        return (
+            prompt_ids[-prompt_room(self._max_tokens) :],
+            reply_ids[: reply_room(self._max_tokens, len(prompt_ids))],
+        )
+
+    def reads_to_its_end(
+        self, messages: Sequence[Message], reply: str, *, finished: bool = True
+    ) -> bool:
+        """Whether `tokenise` leaves the reply whole.
+
+        Raises:
+            ModelError: as `tokenise`.
+        """
+        prompt_ids, reply_ids = self._whole(messages, reply, finished)
+        return len(reply_ids) <= reply_room(self._max_tokens, len(prompt_ids))
+
+    def _whole(self, messages: Sequence[Message], reply: str, finished: bool) -> TokenRow:
         reply_ids = self.tokenizer.reply_ids(reply, finished=finished)
         if len(reply_ids) == int(finished):
             raise ModelError("an empty reply cannot be scored")
-        prompt_ids = self.tokenizer.prompt_ids(messages)[-(self._max_tokens // 3) :]
-        return prompt_ids, reply_ids[: self._max_tokens - len(prompt_ids)]
+        return self.tokenizer.prompt_ids(messages), reply_ids
 
     def features(
         self, rows: Sequence[TokenRow], progress: Callable[[int], None] = lambda count: None

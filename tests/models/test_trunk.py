@@ -230,6 +230,21 @@ def test_a_prompt_keeps_its_last_third_of_the_tokens_and_a_reply_gets_what_it_le
     assert 0 < len(prompt) <= 32
 
 
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("question", [QUESTION, (Message("user", "rice " * 100),)])
+def test_a_reply_is_read_to_its_end_where_nothing_is_cut_off_it(make_trunk, question, finished):
+    trunk, whole = make_trunk(max_tokens=96), make_trunk(max_tokens=10_000)
+    known = set()
+    for count in range(1, 100):
+        reply = "water " * count
+        cut = trunk.tokenise(question, reply, finished=finished)[1]
+        uncut = whole.tokenise(question, reply, finished=finished)[1]
+        read = trunk.reads_to_its_end(question, reply, finished=finished)
+        assert read == (cut == uncut)
+        known.add(read)
+    assert known == {True, False}
+
+
 def test_replies_to_one_prompt_share_it_however_long_they_are(make_trunk):
     trunk = make_trunk(max_tokens=64)
     question = (Message("user", "rice " * 100),)
