@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from actors.gauges import in_ray_actor
@@ -35,11 +36,12 @@ class ChatScorer:
             ModelError: the answer cannot be tokenised.
         """
         row = self._model.tokenise((messages, text, finished))
+        cut = not self._model.reads_to_its_end((messages, text, finished))
         said = asyncio.get_running_loop().create_future()
         self._waiting.append((row, said))
         if self._reading is None:
             self._reading = asyncio.create_task(self._read())
-        return await said
+        return replace(await said, cut=cut)
 
     async def _read(self) -> None:
         try:

@@ -161,7 +161,7 @@ class TrainedPolicy:
                 pad_id=self._tokenizer.pad_id,
                 budget_tokens=self._settings.micro_batch_tokens,
             )
-        return Probe(token_ids, logprobs[0])
+        return Probe(token_ids, logprobs[0], self._dtype)
 
     def save_checkpoint(self, folder: str) -> None:
         """Write this rank's part of a checkpoint. A collective."""

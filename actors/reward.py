@@ -56,19 +56,19 @@ class RewardActor:
     def score(self, groups: Sequence[RolloutGroup]) -> list[GroupScores | GenerationError]:
         """Scores of every group, in one batch. Unscorable text comes back as an error."""
         results: list[GroupScores | GenerationError | None] = [None] * len(groups)
-        rows, owners, empty = [], [], []
+        rows, owners, empty, cut = [], [], [], list[bool]()
         for index, group in enumerate(groups):
+            replies = [
+                (group.prompt.messages, c.text or _PLACEHOLDER, c.finish_reason == "stop")
+                for c in group.completions
+            ]
             try:
-                tokenised = [
-                    self._model.tokenise(
-                        (group.prompt.messages, c.text or _PLACEHOLDER, c.finish_reason == "stop")
-                    )
-                    for c in group.completions
-                ]
+                tokenised = [self._model.tokenise(reply) for reply in replies]
             except PavlovError as error:
                 results[index] = GenerationError(f"prompt {group.prompt.id}: {error}")
                 continue
             rows += tokenised
+            cut += [not self._model.reads_to_its_end(reply) for reply in replies]
             empty += [not c.text.strip() for c in group.completions]
             owners.append((index, len(tokenised)))
         scores = self._model.score_features(self._model.features(rows))
@@ -100,6 +100,7 @@ class RewardActor:
                     for place, criterion in enumerate(self._model.card.criteria)
                 },
                 own_G={name: tuple(values[part]) for name, values in own.items()},
+                cut_G=tuple(cut[part]),
             )
             begin += count
         if begin:

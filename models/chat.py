@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import secrets
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -85,10 +86,9 @@ class ChatTokenizer:
         if not any(map(self._control.search, contents)):
             return self._encode(self._rendered(messages, contents))
         # Numbered stand-ins while the template writes, so that what spells a control token then is
-        # the template's; it may leave out a message, or write one twice.
-        mark = "\ue000"
-        while any(mark in content for content in contents):
-            mark += "\ue000"
+        # the template's; it may leave out a message, or write one twice. Drawn, since a message
+        # that knew them could spell them; of one length, whatever it spells.
+        mark = f"\ue000{secrets.token_hex(8)}-"
         spelt: list[str] = []
 
         def stand_in(found: re.Match[str]) -> str:

@@ -30,6 +30,7 @@ from rlhf.config import DType
 from rlhf.ensemble import family_disagreement, shift_score
 from rlhf.errors import ModelError
 from rlhf.records import Message
+from rlhf.rows import reply_room
 
 COMBINED = "reward"
 """What the stated combination of criteria is called beside them."""
@@ -129,17 +130,44 @@ class RewardCard(_Part):
         """K, over all banks."""
         return sum(group.count for bank in self.banks for group in bank.groups)
 
+    def require_room(
+        self, tokenizer: str, prompt_tokens: int, reply_tokens: int, setting: str
+    ) -> None:
+        """Refuse a policy that may write more than the reward model reads: what stands beyond moves
+        neither reward nor disagreement.
+
+        Args:
+            tokenizer: the policy's fingerprint. Where a bank has another one, or another template,
+                prompts may be longer there, and are taken to be as long as they can be.
+            prompt_tokens, reply_tokens: the most, in the policy's tokens.
+            setting: says how many tokens a reply may have.
+
+        Raises:
+            ModelError: a reply may be longer.
+        """
+        alike = all(bank.tokenizer_fingerprint == tokenizer for bank in self.banks)
+        room = reply_room(self.max_tokens, prompt_tokens if alike else self.max_tokens)
+        if reply_tokens > room:
+            raise ModelError(
+                f"{setting} = {reply_tokens}, but the reward model reads at most {room} tokens of "
+                f"a reply (its rows have {self.max_tokens}, of which a prompt keeps up to a "
+                f"third): what is written beyond would count for nothing; set it to {room} or "
+                "less, or train a reward model with a larger ensemble.max_tokens"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class BankAnswers:
     """What the members of one bank say of N replies: rewards of the combination and its parts, in
     deviations over the training replies; which members are told from each other by disagreement
-    alone (`kin`); and the distance from the training replies in each of the bank's families."""
+    alone (`kin`); and the distance from the training replies in each of the bank's families.
+    `cut` is whether the bank's row was too short to read a reply to its end."""
 
     rewards_KN: Tensor
     criteria_KCN: Tensor
     kin_K: Tensor
     distances_FN: Tensor
+    cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,6 +304,17 @@ class RewardModel:
         """
         messages, text, finished = reply
         return tuple(trunk.tokenise(messages, text, finished=finished) for trunk in self.trunks())
+
+    def reads_to_its_end(self, reply: Reply) -> bool:
+        """Whether every bank reads the whole reply.
+
+        Raises:
+            ModelError: as `tokenise`.
+        """
+        messages, text, finished = reply
+        return all(
+            trunk.reads_to_its_end(messages, text, finished=finished) for trunk in self.trunks()
+        )
 
     def features(
         self,

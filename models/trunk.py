@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,19 +21,19 @@ from models.sources import weights_fingerprint
 from models.top_layers import TopLayers, keep_layers, tap_states
 from rlhf.errors import ModelError
 from rlhf.records import Message
+from rlhf.rows import prompt_room, reply_room
 
 TokenRow = tuple[TokenIds, TokenIds]
 """Prompt and reply."""
 
-Pooling = Literal["last", "mean"]
-POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+Pooling = Literal["last", "mean", "max"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Family:
-    """How a reply becomes a vector: the state after `layers` layers, of its last token or the mean
-    over its tokens. A finished reply ends with the end-of-turn token, so the last token's state
-    knows whether the reply was cut off.
+    """How a reply becomes a vector: the state after `layers` layers, of its last token, or the mean
+    or the maximum of each value over its tokens. A finished reply ends with the end-of-turn token,
+    so the last token's state knows whether the reply was cut off.
 
     With `own` (the name of trained layers) the frozen layers end at `layers` and the named ones go
     on from there.
@@ -71,8 +71,11 @@ def pool(hidden_BLH: Tensor, batch: PackedBatch, pooling: Pooling) -> Tensor:
     if pooling == "last":
         last_N1 = batch.columns_NT.gather(1, (lengths_N - 1).unsqueeze(1))
         return hidden_RH[last_N1.squeeze(1)].float()
-    hidden_NTH = hidden_RH[batch.columns_NT].float() * batch.reply_mask_NT.unsqueeze(-1)
-    return hidden_NTH.sum(dim=1) / lengths_N.unsqueeze(1)
+    hidden_NTH = hidden_RH[batch.columns_NT].float()
+    mask_NT1 = batch.reply_mask_NT.unsqueeze(-1)
+    if pooling == "max":
+        return hidden_NTH.masked_fill(mask_NT1 == 0, float("-inf")).amax(dim=1)
+    return (hidden_NTH * mask_NT1).sum(dim=1) / lengths_N.unsqueeze(1)
 
 
 class Trunk:
@@ -131,11 +134,28 @@ class Trunk:
         Raises:
             ModelError: the reply has no token, or the chat template refuses the conversation.
         """
+        prompt_ids, reply_ids = self._whole(messages, reply, finished)
+        return (
+            prompt_ids[-prompt_room(self._max_tokens) :],
+            reply_ids[: reply_room(self._max_tokens, len(prompt_ids))],
+        )
+
+    def reads_to_its_end(
+        self, messages: Sequence[Message], reply: str, *, finished: bool = True
+    ) -> bool:
+        """Whether `tokenise` leaves the reply whole.
+
+        Raises:
+            ModelError: as `tokenise`.
+        """
+        prompt_ids, reply_ids = self._whole(messages, reply, finished)
+        return len(reply_ids) <= reply_room(self._max_tokens, len(prompt_ids))
+
+    def _whole(self, messages: Sequence[Message], reply: str, finished: bool) -> TokenRow:
         reply_ids = self.tokenizer.reply_ids(reply, finished=finished)
         if len(reply_ids) == int(finished):
             raise ModelError("an empty reply cannot be scored")
-        prompt_ids = self.tokenizer.prompt_ids(messages)[-(self._max_tokens // 3) :]
-        return prompt_ids, reply_ids[: self._max_tokens - len(prompt_ids)]
+        return self.tokenizer.prompt_ids(messages), reply_ids
 
     def features(
         self, rows: Sequence[TokenRow], progress: Callable[[int], None] = lambda count: None

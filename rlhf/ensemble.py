@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf.seeding import derive_seed
+from rlhf.statistics import conformal_rank
 
 _BLOCK = 8
 """Members that draw every example equally often between them."""
@@ -103,16 +104,6 @@ def shift_score(signals_SN: Tensor, mean_S: Tensor, deviation_S: Tensor) -> Tens
     """One number for "not what the members know": the sum of the signals, each standardised by
     what it is on held-out replies; shape (N,)."""
     return standardise(signals_SN, mean_S, deviation_S).sum(dim=0)
-
-
-def conformal_rank(count: int, false_alarm_rate: float) -> int:
-    """Which of `count` sorted calibration values is the threshold: ceil((n + 1)(1 - rate)).
-
-    Beyond `count` there are too few values to promise the rate.
-    """
-    if not 0 < false_alarm_rate < 1:
-        raise ValueError(f"false_alarm_rate must lie in (0, 1), got {false_alarm_rate}")
-    return int(-(-((count + 1) * (1 - false_alarm_rate)) // 1))
 
 
 def quantile_threshold(values_N: Tensor, false_alarm_rate: float) -> float:

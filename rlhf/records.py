@@ -108,7 +108,8 @@ class GroupScores:
     `data_shift_G` is whether it passes the threshold of human-rated replies, `domain_shift_G` that
     of the start policy's completions, where there is one: a run acts upon the second. `parts_G`
     are the criteria that the reward combines, by name, averaged over members; `own_G` what the
-    run's own reward functions say, by name and without their weights.
+    run's own reward functions say, by name and without their weights. `cut_G` is whether the row
+    of the reward model was too short for the completion, so that its end was not read.
     """
 
     rewards_KG: tuple[tuple[float, ...], ...]
@@ -121,6 +122,7 @@ class GroupScores:
     reward_version: str
     parts_G: dict[str, tuple[float, ...]] = field(default_factory=dict)
     own_G: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    cut_G: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,24 @@ def auroc(negatives: Sequence[float], positives: Sequence[float]) -> float:
     return below / (2 * len(negatives) * len(positives))
 
 
+def conformal_rank(count: int, false_alarm_rate: float) -> int:
+    """Which of `count` sorted calibration values is the threshold: ceil((n + 1)(1 - rate)).
+
+    Beyond `count` there are too few values to promise the rate.
+    """
+    if not 0 < false_alarm_rate < 1:
+        raise ValueError(f"false_alarm_rate must lie in (0, 1), got {false_alarm_rate}")
+    return int(-(-((count + 1) * (1 - false_alarm_rate)) // 1))
+
+
+def enough_to_promise(false_alarm_rate: float) -> int:
+    """The fewest calibration values whose conformal threshold is finite."""
+    count = int(1 / false_alarm_rate) - 1
+    while conformal_rank(count, false_alarm_rate) > count:
+        count += 1
+    return count
+
+
 def wilson_interval(successes: float, trials: float, z: float = Z_95) -> tuple[float, float, float]:
     """Share and its score interval (Wilson, 1927), 95 % unless told: (share, low, high).
 

@@ -41,14 +41,15 @@ class Verdict:
 
 def verdict(card: RewardCard, banks: Sequence[BankAnswers]) -> Verdict:
     """Of one answer, by the banks that spoke of it: at least one. The threshold of domain shift is
-    that of all."""
+    that of all; an answer that was not read to its end is out of the domain whatever it begins
+    with."""
     scores = scored(card, join(banks))
     criteria_C = scores.criteria_KCN[:, :, 0].mean(dim=0).tolist()
     return Verdict(
         float(scores.rewards_KN[:, 0].mean()),
         tuple(scores.rewards_KN[:, 0].tolist()),
         float(scores.disagreement_N[0]),
-        bool(scores.shifted_N[0]),
+        bool(scores.shifted_N[0]) or any(bank.cut for bank in banks),
         card.version,
         dict(zip(card.criteria, criteria_C, strict=True)),
         card.members - len(scores.rewards_KN),

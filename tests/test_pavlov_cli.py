@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 import pavlov
 from rlhf.config import DemoConfig, RewardConfig, RLConfig, load_config, read_again
 from rlhf.errors import ConfigError
+from rlhf.rows import reply_room
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = [command.callback.__name__ for command in pavlov.app.registered_commands]
@@ -164,6 +165,7 @@ def test_a_missing_file_is_named(place, refused):
         (["data.prompts=['~nobody-here/p.jsonl']"], "~nobody-here/p.jsonl: there is no such user"),
         (["run.dir=a\0b"], "'a\\x00b' is no path: it holds a NUL character"),
         (["rl.max_tokens=2000"], "data.max_prompt_tokens + rl.max_tokens = 2256, but"),
+        (["rl.max_tokens=87"], "rl.max_tokens = 87, but the reward model reads at most 86 tokens"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence_with_its_key(place, rl_file, refused, arguments, says):
@@ -308,6 +310,17 @@ def test_a_reference_that_reads_other_tokens_is_refused(place, rl_file, refused,
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert "reads other tokens" in refused("rl", rl_file, f"reference.model={other}")
+
+
+def test_a_critic_that_reads_less_than_the_policy_writes_is_refused(
+    place, rl_file, refused, tiny_model
+):
+    critic = Path(shutil.copytree(tiny_model, place.here / "critic"))
+    written = json.loads((critic / "config.json").read_text())
+    (critic / "config.json").write_text(json.dumps(written | {"max_position_embeddings": 128}))
+    options = ("rl.algorithm.type=ppo", f"rl.algorithm.critic.model={critic}")
+    said = f"data.max_prompt_tokens + rl.max_tokens = 320, but {critic} reads at most 128 tokens"
+    assert refused("rl", rl_file, *options) == said
 
 
 def test_truncated_weights_are_one_sentence(place, rl_file, refused, tiny_model):
@@ -507,6 +520,16 @@ def test_every_shipped_configuration_is_valid_and_comes_back_from_what_a_run_rec
     config = read(path, [])
     recorded = json.loads(config.model_dump_json()) | {"a_setting_that_is_gone": 1}
     assert read_again(type(config), recorded) == config
+
+
+@pytest.mark.parametrize("name", ["rl_hh_cpu", "gpu_8x", "sft_hh_cpu", "tune_hh_cpu"])
+def test_the_shipped_reward_model_reads_what_the_shipped_configurations_write(name):
+    rows = load_config(RewardConfig, ROOT / "configs" / "reward_hh_cpu.toml").ensemble.max_tokens
+    config = read(ROOT / "configs" / f"{name}.toml", [])
+    asked, answer = (
+        (config.data, config.rl) if isinstance(config, RLConfig) else (config.answers,) * 2
+    )
+    assert answer.max_tokens <= reply_room(rows, asked.max_prompt_tokens)
 
 
 def test_configurations_are_shipped_for_every_command_that_takes_one():

@@ -11,7 +11,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from cluster.files import RunFolder
@@ -37,7 +37,7 @@ class Checkpoints:
     """The checkpoints of one attempt.
 
     Args:
-        prompts: the fingerprint of what the cursor hands out.
+        state: what every one says of the run that it belongs to.
         first_step: steps before it are in a checkpoint.
     """
 
@@ -46,14 +46,14 @@ class Checkpoints:
         config: RLConfig,
         folder: RunFolder,
         fleet: Fleet,
-        prompts: str,
+        state: Mapping[str, Any],
         first_step: int,
         say: Callable[[str], None],
     ) -> None:
         self._config = config
         self._folder = folder
         self._fleet = fleet
-        self._prompts = prompts
+        self._state = state
         self._done = self._saved = first_step
         self._version = first_step
         self._say = say
@@ -96,7 +96,7 @@ class Checkpoints:
                 self._say(f"{self._done - self._saved} recorded steps could not be kept: {reason}")
 
     async def _save(self, *, in_turn: bool) -> None:
-        state = {"prompts": self._prompts, "weight_version": self._version}
+        state = {**self._state, "weight_version": self._version}
         keep = self._config.run.keep_checkpoints
         with self._folder.new_checkpoint(self._done, state, keep) as beside:
             await self._fleet.save_checkpoint(beside, in_turn=in_turn)

@@ -63,4 +63,4 @@ def _published(
     )
     wire = getattr(torch, dtype)
     tensors = ((name, tensor.to(wire)) for name, tensor in read_weights(policy))
-    return sender.prepare(version, tensors), Probe(token_ids, logprobs)
+    return sender.prepare(version, tensors), Probe(token_ids, logprobs, dtype)

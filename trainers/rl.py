@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import statistics
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from models.sources import (
     require_context,
     resolve_model,
     resolve_reward_model,
+    weights_fingerprint,
 )
 from rlhf.config import PPOSection, RLConfig, data_path
 from rlhf.errors import CheckpointError, ModelError, RunError
@@ -31,7 +33,7 @@ from rlhf.records import FailedGroup, Prompt, ScoredGroup
 from rlhf.reward_functions import RewardFunctions
 from trainers.attempts import until_done
 from trainers.checkpoints import Checkpoints, cancelled_by_sigterm
-from trainers.domain_shift import shift_threshold
+from trainers.domain_shift import require_same_scores, shift_threshold
 from trainers.fleet import Fleet, Models
 from trainers.loop import Loop
 from trainers.prompts import usable_prompts
@@ -63,8 +65,16 @@ def run_rl(
     policy, reference = resolve_model(models.policy), resolve_model(models.reference)
     RewardFunctions(config.rl.rewards)
     longest = config.data.max_prompt_tokens + config.rl.max_tokens
-    for model in {policy, reference}:
+    critic = {resolve_model(models.critic)} if models.critic else set[Path]()
+    for model in {policy, reference} | critic:
         require_context(model, longest, "data.max_prompt_tokens + rl.max_tokens")
+    card = RewardModel.load(models.reward).card
+    card.require_room(
+        ChatTokenizer(policy).fingerprint,
+        config.data.max_prompt_tokens,
+        config.rl.max_tokens,
+        "rl.max_tokens",
+    )
     if prompts is None:
         files = [data_path(path) for path in config.data.prompts]
         limits = config.data.max_prompt_tokens, console, config.data.limit
@@ -72,8 +82,11 @@ def run_rl(
     require_memory(rl_memory_gib(policy, reference, config), config.cluster)
     folder = RunFolder.claim(folder_path, config, resume=resume)
     try:
+        made_with = _made_with(models)
         until_done(
-            lambda again: _attempt(config, models, prompts, folder, console, again, finish),
+            lambda again: _attempt(
+                config, models, made_with, prompts, folder, console, again, finish
+            ),
             config.cluster.restarts,
             console.print,
             resume=resume,
@@ -116,9 +129,43 @@ def resolve_models(config: RLConfig) -> Models:
     return Models(policy, reference, reward, critic)
 
 
+def _made_with(models: Models) -> dict[str, str]:
+    """What a run's models are, by the settings that name them: a path may hold another one when the
+    run is resumed. Weights are read once for it, and are in memory then for who loads them."""
+    named = {
+        "policy.model": models.policy,
+        "reference.model": models.reference,
+        "rl.algorithm.critic.model": models.critic,
+    }
+    read = {name: weights_fingerprint(resolve_model(name)) for name in set(named.values()) if name}
+    return {
+        "reward.model": RewardModel.load(models.reward).card.version,
+        **{setting: read[name] for setting, name in named.items() if name},
+    }
+
+
+def _require_same_models(
+    checkpoint: Path, state: Mapping[str, Any], made_with: Mapping[str, str]
+) -> None:
+    """Refuse to go on with other models than a checkpoint was made with; one of an earlier Pavlov
+    does not say.
+
+    Raises:
+        CheckpointError: they are others.
+    """
+    before = state.get("made_with", made_with)
+    if other := [name for name in made_with if before.get(name) != made_with[name]]:
+        what = ", ".join(f"{name} ({before.get(name)}, now {made_with[name]})" for name in other)
+        raise CheckpointError(
+            f"{checkpoint} was made with another {what}; resume with the same or choose another "
+            "run.dir"
+        )
+
+
 async def _train(
     config: RLConfig,
     models: Models,
+    made_with: Mapping[str, str],
     prompts: Sequence[Prompt],
     folder: RunFolder,
     console: Console,
@@ -132,6 +179,9 @@ async def _train(
         raise CheckpointError(
             f"{checkpoint[0]} was made with other prompts or another seed; resume with the same"
         )
+    if checkpoint:
+        _require_same_models(*checkpoint, made_with)
+        require_same_scores(config, folder.path, made_with["reward.model"])
     if resume:
         where = f"after step {step} ({checkpoint[0].name})" if checkpoint else "from the start"
         console.print(f"resuming {folder.path} {where}")
@@ -143,9 +193,15 @@ async def _train(
             if checkpoint:
                 await fleet.load_checkpoint(checkpoint[0])
             fleet.shift_threshold = await shift_threshold(
-                config, fleet, prompts, folder.path, console.print, at_start=step == 0
+                config,
+                fleet,
+                prompts,
+                folder.path,
+                console.print,
+                reward_version=made_with["reward.model"],
+                at_start=step == 0,
             )
-            await _steps(config, fleet, cursor, folder, console, namespace, step)
+            await _steps(config, fleet, cursor, folder, console, namespace, step, made_with)
             await fleet.save_policy(folder.path / "policy")
             if finish is not None:
                 await finish(fleet)
@@ -161,15 +217,18 @@ async def _steps(
     console: Console,
     namespace: str,
     first_step: int,
+    made_with: Mapping[str, str],
 ) -> None:
     recorder = Recorder(folder.path, first_step)
     gauges = Gauges(namespace, "driver")
     progress = Progressing(console, "rl", config.rl.num_steps, first_step)
-    checkpoints = Checkpoints(config, folder, fleet, cursor.fingerprint, first_step, console.print)
+    state = {"prompts": cursor.fingerprint, "made_with": dict(made_with)}
+    checkpoints = Checkpoints(config, folder, fleet, state, first_step, console.print)
 
     async def record(
         step: int, metrics: dict[str, Any], groups: Sequence[ScoredGroup | FailedGroup]
     ) -> None:
+        metrics["reward/cut_share"] = _cut_share(groups)
         recorder.record(metrics, groups)
         gauges.set(metrics)
         progress.advance(note=_summary(metrics))
@@ -188,6 +247,12 @@ async def _steps(
                 raise
     finally:
         recorder.close()
+
+
+def _cut_share(groups: Sequence[ScoredGroup | FailedGroup]) -> float | None:
+    """Share of completions of which the reward model did not read the end."""
+    cut = [c for group in groups if isinstance(group, ScoredGroup) for c in group.scores.cut_G]
+    return statistics.fmean(cut) if cut else None
 
 
 def _summary(metrics: dict[str, Any]) -> str:

@@ -87,6 +87,9 @@ def prepare(config: SFTConfig, console: Console, *, more_prompts: int = 0) -> Pr
     learnt = max(len(example.token_ids) for example in (*train, *held_out))
     require_context(policy, learnt, "tokens of the longest conversation (data.max_tokens)")
     length = longest(prompts)
+    ensemble.card.require_room(
+        tokenizer.fingerprint, length, config.answers.max_tokens, "answers.max_tokens"
+    )
     before = prompted(config, prompts[: config.answers.limit], shown)
     try:
         length = max(length, longest(before))

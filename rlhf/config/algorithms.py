@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import (
@@ -16,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from rlhf.config.section import Fraction, Section, kind_by, one_of
+from rlhf.config.section import Fraction, Section, Temperature, changed, kind_by, one_of
 
 ALGORITHMS = ("cem", "grpo", "gspo", "ppo", "reinforce_pp", "rloo")
 
@@ -189,6 +190,11 @@ class SteeredSection(Section):
                 f"rl.{self.name}.target = {self.target:g} with rl.{self.name}.coefficient = 0: the "
                 "coefficient is multiplied to steer it, and zero stays zero; start above it"
             )
+        if self.target is None and changed(self, "rate"):
+            raise ValueError(
+                f"rl.{self.name}.rate = {self.rate:g} without rl.{self.name}.target: the "
+                "coefficient stays as it is; set the target"
+            )
         return self
 
 
@@ -290,12 +296,19 @@ class ShapingSection(Section):
     """Tokens that cost nothing."""
 
     @model_validator(mode="after")
-    def _a_target_has_a_penalty(self) -> Self:
+    def _what_is_shaped_counts(self) -> Self:
         if self.length_target and not self.length_penalty:
             raise ValueError(
                 f"rl.shaping.length_target = {self.length_target} with rl.shaping.length_penalty = "
                 "0: nothing is subtracted beyond the target; set the penalty"
             )
+        for name in changed(self, "clip", "whiten"):
+            if not self.ensemble_weight:
+                raise ValueError(
+                    f"rl.shaping.{name} = {json.dumps(getattr(self, name))} with "
+                    "rl.shaping.ensemble_weight = 0: it shapes the ensemble's reward, which is "
+                    "multiplied by nothing; leave it out"
+                )
         return self
 
 
@@ -324,8 +337,9 @@ class RLSection(Section):
     """Publishes by which a completion may lag behind the learner; 0 is synchronous."""
     max_tokens: PositiveInt = 64
     """Tokens a completion may have."""
-    temperature: PositiveFloat = 1.0
-    """Sampling temperature; every logprob is taken at it."""
+    temperature: Temperature = 1.0
+    """Sampling temperature; every logprob is taken at it. At least 0.01: vLLM samples at that where
+    it is asked for less, and engine and learner would speak of two distributions."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling; below 1 the ratio loss would be taken against another distribution."""
     max_attempts: PositiveInt = 3

@@ -59,8 +59,8 @@ class ProbeMembers(Section):
     """Backbone; default: `ensemble.model`. Members of one backbone share its pass."""
     depth: Annotated[float, Field(gt=0, le=1)] = 0.53
     """Share of the layers that are run; deeper ones add cost, not accuracy (measured)."""
-    pooling: Literal["last", "mean"] = "last"
-    """The reply's last token, or the mean over its tokens."""
+    pooling: Literal["last", "mean", "max"] = "last"
+    """The reply's last token, or the mean or maximum over its tokens."""
     l2: list[PositiveFloat] = Field(default=[0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0], min_length=1)
     """Candidates for the weight of the squared norm; cross-validation chooses, by criterion."""
     centring: NonNegativeFloat = 0.0
@@ -87,8 +87,8 @@ class TrainedMembers(Section):
     """Backbone; default: `ensemble.model`."""
     depth: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the layers after which a member ends."""
-    pooling: Literal["last", "mean"] = "last"
-    """The reply's last token, or the mean over its tokens."""
+    pooling: Literal["last", "mean", "max"] = "last"
+    """The reply's last token, or the mean or maximum over its tokens."""
     epochs: PositiveInt = 1
     """Times that a draw is gone through."""
     batch_pairs: PositiveInt = 16
@@ -164,7 +164,13 @@ class EnsembleSection(Section):
     dtype: DType = "auto"
     """Precision of the frozen pass."""
     members: list[Members] = Field(
-        default=[ProbeMembers(pooling="last"), ProbeMembers(pooling="mean")], min_length=1
+        default=[
+            ProbeMembers(count=8, pooling="last"),
+            ProbeMembers(count=8, pooling="mean"),
+            ProbeMembers(count=8, pooling="last", depth=0.6),
+            ProbeMembers(count=8, pooling="max", depth=0.6),
+        ],
+        min_length=1,
     )
     """Groups of members; disagreement is taken within a feature family (pooling and depth), among
     trained members within their group."""

@@ -23,7 +23,9 @@ from rlhf.config.actors import (
 )
 from rlhf.config.algorithms import RLSection
 from rlhf.config.ensemble import EnsembleSection, PairsSection
-from rlhf.config.section import Fraction, Section
+from rlhf.config.section import Fraction, Section, changed
+from rlhf.rows import reply_room
+from rlhf.statistics import conformal_rank, enough_to_promise
 
 
 class RunSection(Section):
@@ -49,6 +51,24 @@ class DomainShiftSection(Section):
     """Share of the start policy's completions that the run's threshold may flag."""
     disagreement_penalty: NonNegativeFloat = 0.0
     """Standard deviations over members subtracted from the mean reward."""
+
+    @model_validator(mode="after")
+    def _the_rate_can_be_promised(self) -> DomainShiftSection:
+        count, rate = self.calibration_completions, self.false_alarm_rate
+        if not count and changed(self, "false_alarm_rate"):
+            raise ValueError(
+                f"reward.domain_shift.false_alarm_rate = {rate:g} with "
+                "reward.domain_shift.calibration_completions = 0: the reward model's own threshold "
+                "has a rate of its own; leave it out, or draw completions"
+            )
+        if count and conformal_rank(count, rate) > count:
+            raise ValueError(
+                f"reward.domain_shift.calibration_completions = {count} with "
+                f"reward.domain_shift.false_alarm_rate = {rate:g}: no threshold set by so few "
+                "promises this rate, and nothing would be flagged; draw at least "
+                f"{enough_to_promise(rate)}, or 0 for the reward model's own threshold"
+            )
+        return self
 
 
 class RewardSection(Section):
@@ -165,6 +185,24 @@ class RLConfig(LoopConfig):
         return self.policy.lora is not None and self.reference.model is None
 
     @model_validator(mode="after")
+    def _a_reference_that_is_the_learner_has_no_actor(self) -> RLConfig:
+        if not self.learner_is_reference:
+            return self
+        placement = self.cluster.reference
+        settings = {
+            f"{place}.{name}": getattr(section, name)
+            for place, section in (("reference", self.reference), ("cluster.reference", placement))
+            for name in changed(section)
+        }
+        for name, value in settings.items():
+            raise ValueError(
+                f"{name} = {json.dumps(value)} with policy.lora: the reference is the learner's "
+                "own model, its adapter off, and no actor of its own starts; leave it out, or set "
+                "reference.model"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _terms_beside_the_loss_hold_all_completions(self) -> RLConfig:
         if self.reward.domain_shift.response != "mask":
             return self
@@ -238,3 +276,16 @@ class DemoConfig(LoopConfig):
     """How many of the shipped training prompts are used."""
     heldout_prompts: Annotated[int, Field(ge=2)] = 100
     """How many of the shipped held-out prompts are compared on."""
+
+    @model_validator(mode="after")
+    def _the_reward_model_reads_whole_answers(self) -> DemoConfig:
+        prompt_tokens: int = PromptsSection.model_fields["max_prompt_tokens"].default
+        room = reply_room(self.ensemble.max_tokens, prompt_tokens)
+        if self.rl.max_tokens > room:
+            raise ValueError(
+                f"rl.max_tokens = {self.rl.max_tokens} with ensemble.max_tokens = "
+                f"{self.ensemble.max_tokens}: the reward model reads at most {room} tokens of an "
+                "answer, and what is written beyond would count for nothing; set one smaller or "
+                "the other larger"
+            )
+        return self

@@ -25,6 +25,10 @@ def _whole_or_fraction(gpus: float) -> float:
 Gpus = Annotated[float, Field(ge=0), AfterValidator(_whole_or_fraction)]
 
 
+Temperature = Annotated[float, Field(ge=0.01)]
+"""Of sampling. vLLM raises what lies between 0 and 0.01 to 0.01, with a warning in its log."""
+
+
 Port = Annotated[int, Field(ge=0, le=65535)]
 """Of TCP; 0: one that the system hands out."""
 
@@ -39,6 +43,17 @@ class Section(BaseModel):
         allow_inf_nan=False,
         use_attribute_docstrings=True,
     )
+
+
+def changed(section: Section, *names: str) -> list[str]:
+    """Which settings of a section (of all, or of those named) are not their defaults. By value: a
+    configuration that was written out and is read again has set all of them."""
+    fields = type(section).model_fields
+    return [
+        name
+        for name in names or fields
+        if getattr(section, name) != fields[name].get_default(call_default_factory=True)
+    ]
 
 
 TAG = re.compile(r'^(kind|type) = "\w+"$')

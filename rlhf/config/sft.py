@@ -8,13 +8,12 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     model_validator,
 )
 
 from rlhf.config.actors import ClusterSection, LearnerSection, PolicySection, RolloutSection
-from rlhf.config.section import Section
+from rlhf.config.section import Section, Temperature
 
 
 class ConversationsSection(Section):
@@ -66,8 +65,8 @@ class AnswersSection(Section):
     """Longer prompts are left out and counted."""
     max_tokens: PositiveInt = 64
     """Tokens an answer may have."""
-    temperature: PositiveFloat = 1.0
-    """Sampling temperature; every prompt keeps its seed."""
+    temperature: Temperature = 1.0
+    """Sampling temperature, at least vLLM's least of 0.01; every prompt keeps its seed."""
 
 
 class BaselineSection(Section):

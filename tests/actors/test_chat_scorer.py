@@ -94,6 +94,13 @@ def test_of_one_bank_the_verdict_says_how_many_members_are_missing(scorers, two_
     assert found.reward == pytest.approx(float(one.rewards_KN.mean()))
 
 
+def test_an_answer_that_was_not_read_to_its_end_is_out_of_the_domain(scorers, two_banks):
+    card = RewardModel.load(two_banks).card
+    assert card.threshold is None
+    for text, cut in ((TEXTS[0], False), ("water " * 200, True)):
+        assert verdict(card, asyncio.run(asked(scorers, text))).domain_shift == cut
+
+
 def test_an_answer_without_text_gets_what_training_gives_it(two_banks):
     found = empty_verdict(RewardModel.load(two_banks).card)
     assert found.reward == EMPTY_REWARD and found.domain_shift

@@ -80,6 +80,12 @@ def test_parts_are_the_criteria_by_name_averaged_over_members(actor, folder):
         assert reward == pytest.approx(combined, abs=1e-4)
 
 
+def test_completions_that_the_row_is_too_short_for_are_told(actor):
+    long = completion("water " * 200)
+    found = scored(actor, group("Why?", completion(TEXTS[0]), long), group("Who?", long))
+    assert [each.cut_G for each in found] == [(False, True), (True,)]
+
+
 def test_a_completion_that_was_cut_off_is_scored_as_unfinished(actor, folder):
     cut_off = completion(TEXTS[0], finish_reason="length")
     [found] = scored(actor, group("Why?", completion(TEXTS[0]), cut_off))

@@ -277,7 +277,7 @@ def test_a_manifest_survives_pickling(tmp_path):
 # The probe
 
 LEARNER = tuple(-0.1 * i for i in range(1, 41))
-PROBE = Probe(tuple(range(41)), LEARNER)
+PROBE = Probe(tuple(range(41)), LEARNER, "float32")
 
 
 def shifted(*differences: float) -> list[float]:
@@ -309,6 +309,17 @@ def test_a_probe_beyond_either_tolerance_is_refused(dtype, sign):
         assert f"{dtype} allows {mean:g} and {largest:g}" in caught.value.detail
 
 
+@pytest.mark.parametrize(
+    ("learner", "engine"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("bfloat16",) * 2]
+)
+def test_the_coarser_of_two_precisions_says_what_a_probe_may_differ_by(learner, engine):
+    """A learner in bfloat16 is 0.05 from an engine in float32 without any fault."""
+    probe = Probe(PROBE.token_ids, LEARNER, learner)
+    assert check_probe(probe, [v + 0.05 for v in LEARNER], engine) == pytest.approx(0.05)
+    with pytest.raises(WeightUpdateError, match=r"bfloat16 allows 0\.15 and 1"):
+        check_probe(probe, [v + 0.16 for v in LEARNER], engine)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [0, 17, 39])
 def test_a_probe_that_is_not_a_number_is_refused_wherever_it_stands(value, place):
@@ -317,7 +328,7 @@ def test_a_probe_that_is_not_a_number_is_refused_wherever_it_stands(value, place
     for dtype in TOLERANCE:
         with pytest.raises(WeightUpdateError, match="refused by the probe check"):
             check_probe(PROBE, engine, dtype)
-    learner = Probe(PROBE.token_ids, tuple(engine))
+    learner = Probe(PROBE.token_ids, tuple(engine), "bfloat16")
     with pytest.raises(WeightUpdateError, match="refused by the probe check"):
         check_probe(learner, LEARNER, "bfloat16")
 

@@ -65,7 +65,6 @@ def bench(tiny_model: Path, tiny_reward_model: Path) -> Iterator[Bench]:
         RLConfig,
         {
             "policy": {"model": str(tiny_model), "dtype": "float32", "lora": {"rank": 4}},
-            "reference": {"dtype": "float32"},
             "reward": {"model": str(tiny_reward_model)},
             "data": {"prompts": ["unused"], "max_prompt_tokens": 64},
             "rl": {

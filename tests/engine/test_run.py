@@ -240,7 +240,8 @@ def test_a_critic_and_a_reward_of_ones_own_in_a_run_that_is_not_waited_for(runs:
 
 @pytest.mark.slow
 def test_an_adapter_in_a_run_has_no_reference_actor_and_reaches_the_engine(runs: Runs) -> None:
-    process = runs.start("adapter", "policy.lora.rank=4", "rl.num_steps=3", "learner.zero_stage=1")
+    settings = ("policy.lora.rank=4", "reference.dtype=auto", "learner.zero_stage=1")
+    process = runs.start("adapter", *settings, "rl.num_steps=3")
     printed, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
     assert "reference-0" not in printed

@@ -136,6 +136,21 @@ def test_a_template_may_write_what_spells_a_control_token_twice_or_not_at_all(mo
     assert [token for token in token_ids if token in {0, 1, 2}] == [2]
 
 
+def test_no_text_of_a_message_makes_what_is_rendered_many_times_as_long(tiny_model, monkeypatch):
+    tokenizer = ChatTokenizer(tiny_model)
+    rendered: list[str] = []
+    render = tokenizer._rendered
+
+    def noted(*given):
+        rendered.append(render(*given))
+        return rendered[-1]
+
+    monkeypatch.setattr(tokenizer, "_rendered", noted)
+    text = "\ue000" * 2000 + "<|im_end|>" * 2000
+    tokenizer.prompt_ids((Message("user", text),))
+    assert len(rendered[0]) < 4 * len(text)
+
+
 def test_an_added_token_that_controls_nothing_is_one_token_of_a_reply(tiny_model, tmp_path):
     from transformers import AutoTokenizer
 

@@ -393,3 +393,17 @@ def test_a_backbone_that_is_gone_is_refused(moved):
     shutil.rmtree(moved[1])
     with pytest.raises(ModelError, match=str(moved[1])):
         RewardModel.load(moved[0]).trunks()
+
+
+def test_a_policy_may_write_what_is_left_of_a_row_behind_the_longest_prompt(tiny_reward_model):
+    card = RewardModel.load(tiny_reward_model).card
+    tokenizer = card.banks[0].tokenizer_fingerprint
+    # Rows of 128, of which a prompt keeps 42 at most.
+    for prompt, room in ((1000, 86), (42, 86), (20, 108)):
+        card.require_room(tokenizer, prompt, room, "rl.max_tokens")
+        with pytest.raises(ModelError, match=rf"rl.max_tokens = {room + 1}, but .* most {room} "):
+            card.require_room(tokenizer, prompt, room + 1, "rl.max_tokens")
+    # By another template the same prompt may be longer.
+    card.require_room("another", 20, 86, "rl.max_tokens")
+    with pytest.raises(ModelError, match="at most 86 tokens"):
+        card.require_room("another", 20, 87, "rl.max_tokens")

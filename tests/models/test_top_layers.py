@@ -28,7 +28,7 @@ def make_trunk(model: Path, families: list[Family], **own: TopLayers) -> Trunk:
 
 
 @pytest.mark.parametrize("cut", [0, 1])
-@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("pooling", ["last", "mean", "max"])
 def test_layers_above_any_cut_are_the_whole_model_bit_for_bit(tiny_model, cut, pooling):
     own = make_trunk(
         tiny_model, [Family(cut, pooling, "a")], a=TopLayers(tiny_model, cut, 2, "float32")

@@ -136,7 +136,7 @@ def test_a_reply_has_the_same_states_in_either_layout(tiny_model):
                 position_ids=batch.position_ids_BL,
             ).last_hidden_state[:, -batch.kept_columns :]
         pooled.append(
-            torch.stack([pool(hidden_BLH, batch, "last"), pool(hidden_BLH, batch, "mean")])
+            torch.stack([pool(hidden_BLH, batch, pooling) for pooling in ("last", "mean", "max")])
         )
     torch.testing.assert_close(pooled[0], pooled[1], atol=1e-5, rtol=1e-5)
 
@@ -150,6 +150,8 @@ def test_pooling_by_hand():
     found_N1 = pool(hidden_BL1, batch, "mean")
     assert found_N1.flatten().tolist() == [4.0, 6.0, 8.5]
     assert found_N1.dtype == torch.float32
+    assert pool(-hidden_BL1, batch, "max").flatten().tolist() == [-3.0, -6.0, -8.0]
+    assert pool(hidden_BL1, batch, "max").flatten().tolist() == [5.0, 6.0, 9.0]
 
 
 def test_a_stream_brings_every_row_once_in_passes_within_the_budget(make_trunk):
@@ -226,6 +228,21 @@ def test_a_prompt_keeps_its_last_third_of_the_tokens_and_a_reply_gets_what_it_le
     prompt, reply = trunk.tokenise(QUESTION, long, finished=True)
     assert reply == all_reply[: 96 - len(prompt)]
     assert 0 < len(prompt) <= 32
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("question", [QUESTION, (Message("user", "rice " * 100),)])
+def test_a_reply_is_read_to_its_end_where_nothing_is_cut_off_it(make_trunk, question, finished):
+    trunk, whole = make_trunk(max_tokens=96), make_trunk(max_tokens=10_000)
+    known = set()
+    for count in range(1, 100):
+        reply = "water " * count
+        cut = trunk.tokenise(question, reply, finished=finished)[1]
+        uncut = whole.tokenise(question, reply, finished=finished)[1]
+        read = trunk.reads_to_its_end(question, reply, finished=finished)
+        assert read == (cut == uncut)
+        known.add(read)
+    assert known == {True, False}
 
 
 def test_replies_to_one_prompt_share_it_however_long_they_are(make_trunk):

@@ -142,6 +142,7 @@ def test_a_value_of_the_wrong_type_is_refused_by_key_and_value(refusal, override
         "rl.completions_per_prompt=0",
         "rl.max_staleness=-1",
         "rl.temperature=0",
+        "rl.temperature=0.009",
         "rl.temperature=nan",
         "rl.top_p=0",
         "rl.algorithm.clip_low=1",
@@ -436,6 +437,54 @@ def test_an_override_without_key_or_value_is_refused(refusal, override):
             ["rl.algorithm.dual_clip=1.1"],
             ["rl.algorithm.dual_clip = 1.1", "rl.algorithm.clip_high = 0.2"],
         ),
+        *(
+            ([f"rl.{term}.rate=0.3"], [f"rl.{term}.rate = 0.3", f"without rl.{term}.target"])
+            for term in ("kl", "entropy")
+        ),
+        *(
+            (
+                ["policy.lora.rank=4", f"{key}={value}"],
+                [f"{key} = {value}", "policy.lora", "reference.model"],
+            )
+            for key, value in (
+                ("reference.dtype", '"float32"'),
+                ("cluster.reference.actors", 2),
+                ("cluster.reference.gpus", 1.0),
+            )
+        ),
+        (
+            [
+                "reward.domain_shift.calibration_completions=0",
+                "reward.domain_shift.false_alarm_rate=0.01",
+            ],
+            [
+                "reward.domain_shift.false_alarm_rate = 0.01",
+                "reward.domain_shift.calibration_completions = 0",
+            ],
+        ),
+        (
+            ["reward.domain_shift.calibration_completions=18"],
+            [
+                "reward.domain_shift.calibration_completions = 18",
+                "reward.domain_shift.false_alarm_rate = 0.05",
+                "at least 19",
+            ],
+        ),
+        (
+            ["reward.domain_shift.false_alarm_rate=0.001"],
+            ["reward.domain_shift.calibration_completions = 128", "at least 999"],
+        ),
+        *(
+            (
+                [
+                    "rl.rewards=[{name='a', function='m:f'}]",
+                    "rl.shaping.ensemble_weight=0",
+                    f"rl.shaping.{name}={value}",
+                ],
+                [f"rl.shaping.{name} = {value}", "rl.shaping.ensemble_weight = 0"],
+            )
+            for name, value in (("clip", 2.0), ("whiten", "true"))
+        ),
     ],
 )
 def test_a_clash_names_both_settings(refusal, overrides, settings):
@@ -487,6 +536,11 @@ def test_nccl_needs_a_whole_gpu_on_both_ends(refusal, overrides):
         ],
         ["rl.completions_per_prompt=1", "rl.algorithm.type=reinforce_pp"],
         ["rl.completions_per_prompt=1", "rl.prompts_per_step=1", "rl.algorithm.type=ppo"],
+        ["rl.kl.rate=0.3", "rl.kl.target=5"],
+        ["policy.lora.rank=4", "reference.dtype=float32", "reference.model=other"],
+        ["reward.domain_shift.calibration_completions=19"],
+        ["reward.domain_shift.calibration_completions=0"],
+        ["rl.temperature=0.01"],
         ["rl.entropy.place=reward", "rl.algorithm.type=ppo", "rl.algorithm.epochs=1"],
         ["rl.algorithm.type=grpo", "rl.algorithm.divide_by_deviation=false"],
         ["cluster.learner.actors=2"],
@@ -512,6 +566,7 @@ def test_settings_that_do_not_clash_are_accepted(load, overrides):
         (["rollout.keep_cache=true"], "rollout.keep_cache"),
         (["rollout.tensor_parallel=2"], "rollout.tensor_parallel"),
         (["cluster.weight_transport=nccl"], "cluster.weight_transport"),
+        (["ensemble.max_tokens=96", "rl.max_tokens=65"], "reads at most 64 tokens"),
         (
             ["rl.algorithm.type=rloo", "rl.algorithm.divide_by_deviation=false"],
             "rl.algorithm.divide_by_deviation",

@@ -6,7 +6,6 @@ import torch
 from rlhf.ensemble import (
     aggregate,
     bootstrap_draws,
-    conformal_rank,
     disagreement,
     distance,
     false_alarm_interval,
@@ -16,6 +15,7 @@ from rlhf.ensemble import (
     standardise,
     whitening,
 )
+from rlhf.statistics import conformal_rank
 
 
 def test_each_member_is_standardised_by_its_own_scale():

@@ -72,7 +72,7 @@ def run(
     cursor = PromptCursor(PROMPTS, settings.seed, first_step * GROUPS)
     said = Console(file=fleet.said, width=200)
     asyncio.run(
-        rl._steps(settings, fleet, cursor, folder, said, "test", first_step)  # type: ignore[arg-type]
+        rl._steps(settings, fleet, cursor, folder, said, "test", first_step, {})  # type: ignore[arg-type]
     )
 
 

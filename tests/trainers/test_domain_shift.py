@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ import pytest
 
 from actors.rollout import GroupRequest
 from rlhf.config import RLConfig, parse_config
-from rlhf.errors import GenerationError
+from rlhf.errors import CheckpointError, GenerationError
 from rlhf.records import Completion, GroupScores, Message, Prompt, RolloutGroup, ScoredGroup
-from trainers.domain_shift import FILE, shift_threshold
+from trainers.domain_shift import FILE, require_same_scores, shift_threshold
 
 PROMPTS = [Prompt(f"p{i}", (Message("user", f"question {i}"),)) for i in range(40)]
 SIBLINGS = 4
@@ -70,11 +69,25 @@ def settings(completions: int = 99, rate: float = 0.1, **rl: Any) -> RLConfig:
 
 
 def threshold(
-    folder: Path, fleet: StartPolicy, config: RLConfig, *, at_start: bool = True, **said: Any
+    folder: Path,
+    fleet: StartPolicy,
+    config: RLConfig,
+    *,
+    at_start: bool = True,
+    reward_version: str = "r7",
+    **said: Any,
 ) -> float | None:
     told: list[str] = said.get("said", [])
     return asyncio.run(
-        shift_threshold(config, fleet, PROMPTS, folder, told.append, at_start=at_start)  # type: ignore[arg-type]
+        shift_threshold(
+            config,
+            fleet,  # type: ignore[arg-type]
+            PROMPTS,
+            folder,
+            told.append,
+            reward_version=reward_version,
+            at_start=at_start,
+        )
     )
 
 
@@ -119,17 +132,34 @@ def test_a_policy_that_has_learned_is_no_measure(tmp_path):
 
 def test_it_can_be_left_to_the_reward_model(tmp_path):
     fleet = StartPolicy()
-    assert threshold(tmp_path, fleet, settings(completions=0)) is None
+    assert threshold(tmp_path, fleet, settings(completions=0, rate=0.05)) is None
     assert not fleet.published
 
 
-@pytest.mark.parametrize("unscored", [20, 25])
-def test_too_few_completions_to_promise_the_rate_flag_nothing(tmp_path, unscored):
-    # 20 or no scores: rank ceil(21 * 0.99) = 21 of 20.
-    found = threshold(tmp_path, StartPolicy(unscored), settings(rate=0.01))
-    assert found == math.inf
+@pytest.mark.parametrize("unscored", [20, 40])
+def test_where_too_many_failed_to_promise_the_rate_the_reward_models_own_stays(tmp_path, unscored):
+    # 60 or no scores: rank ceil(61 * 0.99) = 61 of 60.
+    said: list[str] = []
+    left = 120 - 3 * unscored
+    assert threshold(tmp_path, StartPolicy(unscored), settings(rate=0.01), said=said) is None
     assert json.loads((tmp_path / FILE).read_text())["threshold"] is None
-    assert threshold(tmp_path, StartPolicy(), settings(rate=0.01)) == math.inf
+    assert f"{left} completions of the start policy could be scored, too few" in said[0]
+    assert "0.01: the reward model's own threshold is used" in said[0]
+    resumed = StartPolicy()
+    again = threshold(tmp_path, resumed, settings(rate=0.01), at_start=False, said=said)
+    assert again is None and not resumed.published
+    assert said[1] == said[0]
+
+
+def test_a_threshold_of_another_reward_model_is_set_anew_at_the_start_and_refused_later(tmp_path):
+    threshold(tmp_path, StartPolicy(), settings())
+    require_same_scores(settings(), tmp_path, "r7")
+    with pytest.raises(CheckpointError, match="version r7 of the reward model, but "):
+        require_same_scores(settings(), tmp_path, "r8")
+    require_same_scores(settings(completions=0, rate=0.05), tmp_path, "r8")
+    again = StartPolicy()
+    assert threshold(tmp_path, again, settings(), reward_version="r8") == 108.0
+    assert again.published
 
 
 def test_fewer_prompts_than_wanted_are_asked_once_each(tmp_path):

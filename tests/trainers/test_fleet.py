@@ -37,7 +37,7 @@ from trainers.fleet import Fleet, Models
 
 ray = pytest.importorskip("ray", reason="ray is not installed")
 
-PROBE = Probe((1, 2), (-1.0,))
+PROBE = Probe((1, 2), (-1.0,), "float32")
 REQUEST = GroupRequest(Prompt("p", (Message("user", "Why?"),)), 0, (1, 2), 4, 1.0)
 
 

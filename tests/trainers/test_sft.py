@@ -131,6 +131,34 @@ def test_what_the_policy_cannot_read_is_refused_and_a_baseline_that_it_cannot_le
         prepared(max_tokens=60)
 
 
+def test_answers_that_the_reward_model_would_not_read_to_their_end_are_refused(
+    tmp_path: Path, tiny_model: Path, tiny_reward_model: Path
+) -> None:
+    reward = tmp_path / "reward"
+    shutil.copytree(tiny_reward_model, reward)
+    card = json.loads((reward / "reward.json").read_text())
+    (reward / "reward.json").write_text(json.dumps(card | {"max_tokens": 64}))
+    talk, prompts = tmp_path / "talk.jsonl", tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"Rice {n}?", "completion": "It is rice."} for n in range(6)]
+    talk.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = [{"prompt": f"{word} " * 20} for word in ("Tea", "Nets")]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in asked))
+
+    def prepared(answer_tokens: int) -> None:
+        values = {
+            "policy": {"model": str(tiny_model)},
+            "data": {"conversations": [str(talk)]},
+            "reward": {"model": str(reward)},
+            "answers": {"prompts": [str(prompts)], "max_tokens": answer_tokens},
+        }
+        prepare(parse_config(SFTConfig, values, "test"), Console(quiet=True))
+
+    # Of a row of 64 tokens a long prompt keeps 21.
+    prepared(43)
+    with pytest.raises(ModelError, match=r"answers.max_tokens = 44, but .* at most 43 tokens"):
+        prepared(44)
+
+
 def test_a_dead_worker_is_a_loss_whatever_those_say_that_waited_for_it() -> None:
     from ray.exceptions import ActorDiedError
     from ray.train import ControllerError, WorkerGroupError
