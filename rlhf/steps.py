@@ -129,6 +129,7 @@ def step_metrics(
         "ensemble/shift": _mean([s for g in scored for s in g.scores.shift_G]),
         "ensemble/flagged_share": _mean(shifted),
         "ensemble/flagged_share_data": _mean([s for g in scored for s in g.scores.data_shift_G]),
+        "reward/cut_share": _mean([c for group in scored for c in group.scores.cut_G]),
         "reward/trained_mean": float(_penalised(scored, settings).mean()) if scored else None,
         **_penalties(completions, settings),
         **_means("criterion", [group.scores.parts_G for group in scored]),

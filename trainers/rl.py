@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import statistics
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -228,7 +227,6 @@ async def _steps(
     async def record(
         step: int, metrics: dict[str, Any], groups: Sequence[ScoredGroup | FailedGroup]
     ) -> None:
-        metrics["reward/cut_share"] = _cut_share(groups)
         recorder.record(metrics, groups)
         gauges.set(metrics)
         progress.advance(note=_summary(metrics))
@@ -247,12 +245,6 @@ async def _steps(
                 raise
     finally:
         recorder.close()
-
-
-def _cut_share(groups: Sequence[ScoredGroup | FailedGroup]) -> float | None:
-    """Share of completions of which the reward model did not read the end."""
-    cut = [c for group in groups if isinstance(group, ScoredGroup) for c in group.scores.cut_G]
-    return statistics.fmean(cut) if cut else None
 
 
 def _summary(metrics: dict[str, Any]) -> str:
