@@ -164,13 +164,7 @@ class EnsembleSection(Section):
     dtype: DType = "auto"
     """Precision of the frozen pass."""
     members: list[Members] = Field(
-        default=[
-            ProbeMembers(count=8, pooling="last"),
-            ProbeMembers(count=8, pooling="mean"),
-            ProbeMembers(count=8, pooling="last", depth=0.6),
-            ProbeMembers(count=8, pooling="max", depth=0.6),
-        ],
-        min_length=1,
+        default=[ProbeMembers(pooling="last"), ProbeMembers(pooling="mean")], min_length=1
     )
     """Groups of members; disagreement is taken within a feature family (pooling and depth), among
     trained members within their group."""
