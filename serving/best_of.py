@@ -73,7 +73,8 @@ class BestOf:
 
     async def _judge_evenly(self, plan: Plan, drawn: Sequence[Candidate]) -> None:
         """Candidates that not the same members have judged are not comparable: judge them again."""
-        if len({each.verdict and each.verdict.members_missing for each in drawn}) > 1:
+        verdicts = [each.verdict for each in drawn]
+        if len({each and (each.members_missing, each.banks_missing) for each in verdicts}) > 1:
             await asyncio.gather(*(self.judge(plan, each) for each in drawn))
 
     async def _write_together(

@@ -64,6 +64,7 @@ from serving.openai_form import ChatRequest, RefusedError, as_refused, install_e
 from serving.openapi_document import STREAM, document, errors
 from serving.pages import path_of
 from serving.strict_json import StrictRoute
+from serving.this_machine import is_asked_from_here
 
 Chunks = AsyncGenerator[ChatChunk, None]
 _ALIVE_S = 10.0
@@ -167,6 +168,9 @@ class _Chat:
         name = re.sub(r":\d*$", "", host).strip("[]").lower()
         if host and not self.settings.keys and name not in (*LOOPBACK, self.settings.host):
             raise RefusedError(403, f"without keys this server is not called {name[:80]!r}")
+        asker = request.client.host if request.client else None
+        if not self.settings.keys and not is_asked_from_here(asker, request.headers):
+            raise RefusedError(403, "without serve.keys only programs of this machine are let in")
 
     def _admit(self, request: Request) -> None:
         """Who may ask, and how often."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +20,7 @@ from actors.chat_scorer import ChatScorer
 from cluster.layout import actor_environment, choose_layout, share_of_cores, usable_cores
 from cluster.session import node_address, ray_session
 from cluster.spawn import find_cause
+from models.chat import ChatTokenizer
 from models.reward_model import BankAnswers, RewardCard, RewardModel
 from models.sources import (
     portable_name,
@@ -29,7 +31,7 @@ from models.sources import (
 )
 from rlhf.config import RolePlacement, parse_config
 from rlhf.config.serve import ReplicasSection, ServeConfig, ServeSection
-from rlhf.errors import ModelError, RunError
+from rlhf.errors import ConfigError, ModelError, RunError
 from rlhf.records import Message
 from serving.application import (
     READY_S,
@@ -42,6 +44,7 @@ from serving.ensemble import Ensemble
 from serving.feedback import Feedback
 from serving.promotion import Live, Promotion, Served
 
+_log = logging.getLogger(__name__)
 _LOOK_EVERY_S = 0.5
 _SETTLE_S = 3.0
 _STARTS = 2
@@ -56,10 +59,17 @@ def serve_chat(config: ServeConfig, console: Console) -> None:
     Raises:
         ModelError: policy or reward model cannot be used, or the policy's context is too short.
         DataError, ResourceError: `serve.feedback` cannot be used.
+        ResourceError: another process serves under this name.
     """
+    _try_feedback(config.serve)
+    served = Served(config.serve.name)
+    # This process ends the applications and says so: as long as it lives they are its own.
+    with served.held():
+        _serve(config, served, console)
+
+
+def _serve(config: ServeConfig, served: Served, console: Console) -> None:
     settings = config.serve
-    _try_feedback(settings)
-    served = Served(settings.name)
     if newest := served.newest():
         live = _promoted(config, served, newest)
         console.print(
@@ -74,6 +84,8 @@ def serve_chat(config: ServeConfig, console: Console) -> None:
         live = Live(weights_fingerprint(model), str(model))
     judges = _Judges.of(config)
     _checked_length(config, live.model)
+    if unread := _unread(settings, live.model, judges):
+        console.print(f"warning: {unread}")
     port = choose_port(settings.host, settings.port)
     if newest is None:
         live = _kept(config, served, live)
@@ -122,16 +134,30 @@ class Assistant:
         self._judges, self._live = judges, live
         self._name = config.serve.name
         self._started = 0
+        self._deployed: list[str] = []
+        self._ran: set[str] = set()
+        self._said: Live | None = None
         self._stopping = threading.Event()
         self._following = threading.Thread(target=self._follow, daemon=True)
+
+    def left_behind(self, there: Collection[str]) -> bool:
+        """See `Applications`."""
+        live = self._served.live()
+        if live is None or live.stopped or live.engine not in there:
+            return False
+        # Its engine may be of another version, and ends with this server.
+        self._deployed.append(live.engine)
+        return True
 
     def start(self) -> None:
         """See `Applications`."""
         try:
             self._live = self._start_engine(self._live)
         except RunError as error:
+            if self._stopping.is_set():
+                raise
             self._live = self._start_engine(self._before(error))
-        self._served.say_live(self._live)
+        self._say(self._live)
         served = self._served
         ingress = _ingress(
             self._config,
@@ -140,7 +166,7 @@ class Assistant:
             lambda: _live(served).engine,
         )
         bound = ingress.bind(*_scorers(self._config, self._judges))
-        run_application(bound, self._name, "/", READY_S)
+        self._run(bound, self._name, "/")
 
     def ready(self, address: str) -> str:
         """See `Applications`."""
@@ -153,25 +179,34 @@ class Assistant:
         if self._following.is_alive():
             # An engine that is only starting is not waited for.
             self._following.join(_SETTLE_S)
-        self._end(self._name)
-        self._end(self._live.engine)
-        self._served.say_live(replace(self._live, stopped=True))
+        # The ingress first: what it has accepted asks the engines.
+        self._end([name for name in self._deployed if name == self._name])
+        self._end([name for name in self._deployed if name != self._name])
+        if self._said is not None:
+            self._say(replace(self._said, stopped=True))
 
-    def _end(self, name: str) -> None:
-        """End a Serve application when it has finished what it was asked."""
+    def _end(self, names: Collection[str]) -> None:
+        """End Serve applications; those that ran finish what they were asked."""
         from ray import serve
 
-        serve.delete(name, _blocking=False)
+        for name in names:
+            serve.delete(name, _blocking=False)
+        waited = self._ran.intersection(names)
         # Serve's own patience is a minute, which an answer may take longer than.
         deadline = time.monotonic() + self._config.serve.timeout_s + _SETTLE_S
-        while name in serve.status().applications and time.monotonic() < deadline:
+        while waited & set(serve.status().applications) and time.monotonic() < deadline:
             time.sleep(_LOOK_EVERY_S)
+
+    def _say(self, live: Live) -> None:
+        self._served.say_live(live)
+        self._said = live
 
     def _follow(self) -> None:
         while not self._stopping.wait(_LOOK_EVERY_S):
             try:
                 newest = self._served.newest()
-                if newest is not None and newest.at > self._live.seen:
+                # A record from before `at` was kept in order may hold an earlier time last.
+                if newest is not None and newest.at != self._live.seen:
                     self._switch(newest)
             except Exception as error:
                 self._console.print(f"the record of promotions was not followed: {error}")
@@ -189,10 +224,12 @@ class Assistant:
                 self._live = self._start_engine(live)
         except Exception as error:
             self._live = replace(old, failed=str(error) or type(error).__name__)
-            self._console.print(f"version {to.version} is not served: {self._live.failed}")
         if self._stopping.is_set():
+            # What was not said is done by the next server.
             return
-        self._served.say_live(self._live)
+        if self._live.failed:
+            self._console.print(f"version {to.version} is not served: {self._live.failed}")
+        self._say(self._live)
         if self._live.version != old.version:
             self._console.print(f"version {to.version} is served, not {old.version}")
             # An ingress that had just asked which one is live has begun its request by then.
@@ -214,8 +251,15 @@ class Assistant:
         self._started += 1
         name = f"{self._name}-{live.version}-{self._started}"
         engine = _engine(self._config, self._judges, live.model)
-        run_application(engine, name, None, READY_S)
+        self._run(engine, name, None)
         return replace(live, engine=name)
+
+    def _run(self, application: Any, name: str, prefix: str | None) -> None:
+        if self._stopping.is_set():
+            raise RunError(f"{name} is not started: the server is stopping")
+        self._deployed.append(name)
+        run_application(application, name, prefix, READY_S)
+        self._ran.add(name)
 
 
 def _try_feedback(settings: ServeSection) -> None:
@@ -236,13 +280,22 @@ def from_arguments(arguments: dict[str, Any]) -> Any:
     configuration of `pavlov serve`. Promotions are not followed: deploy the file anew.
 
     Raises:
-        ConfigError: as the TOML file of the same content.
+        ConfigError: as the TOML file of the same content; or `serve.keys` is left out: Serve's own
+            host decides who reaches it, and not `serve.host`.
         DataError, ResourceError: `serve.feedback` cannot be used.
     """
     config = parse_config(ServeConfig, arguments, "serve.yaml")
+    if "keys" not in config.serve.model_fields_set:
+        raise ConfigError(
+            "serve.yaml: serve.keys is not given, and http_options.host may let everybody in reach "
+            "ask: list the SHA-256 of your keys, or say `keys: []`, by which only programs of the "
+            "node that listens are let in"
+        )
     _try_feedback(config.serve)
     model = resolve_model(config.policy.model)
     judges = _Judges.of(config)
+    if unread := _unread(config.serve, str(model), judges):
+        _log.warning(unread)
     name = config.serve.name
     ingress = _ingress(config, judges, lambda: model, lambda: name)
     return ingress.bind(_engine(config, judges, str(model)), *_scorers(config, judges))
@@ -283,6 +336,20 @@ def _checked_length(config: ServeConfig, model: str) -> int:
     length = config.serve.max_prompt_tokens + config.serve.max_tokens
     require_context(Path(model), length, "serve.max_prompt_tokens + serve.max_tokens")
     return length
+
+
+def _unread(settings: ServeSection, model: str, judges: _Judges | None) -> str:
+    """In what answers may be longer than the ensemble reads, "" where they may not. Such an answer
+    counts as out of its domain."""
+    if judges is None:
+        return ""
+    tokenizer = ChatTokenizer(Path(model)).fingerprint
+    lengths = settings.max_prompt_tokens, settings.max_tokens
+    try:
+        judges.card.require_room(tokenizer, *lengths, "serve.max_tokens")
+    except ModelError as error:
+        return str(error)
+    return ""
 
 
 def _scorers(config: ServeConfig, judges: _Judges | None) -> list[Any]:
@@ -339,7 +406,6 @@ def _ingress(
     key = secrets.token_bytes(32)
 
     def build() -> Any:
-        from models.chat import ChatTokenizer
         from serving.chat import chat_app
 
         return chat_app(

@@ -7,7 +7,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextvars import Context
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from actors.reward import EMPTY_REWARD
@@ -17,6 +17,9 @@ from rlhf.records import Message
 
 Said = TypeVar("Said")
 _ASK_AGAIN_S = 0.5
+_DOUBLED = 7
+"""How often at most: then a bank that is away is asked about once a minute."""
+_PROBE = (Message("user", "Are you there?"),), "Yes.", True
 _log = logging.getLogger(__name__)
 
 
@@ -24,7 +27,8 @@ _log = logging.getLogger(__name__)
 class Verdict:
     """What the ensemble says of a candidate, in deviations over its training replies: the mean over
     members, each member's reward, their disagreement, whether it is out of their domain, the reward
-    model's version, the mean by criterion, and how many members did not answer."""
+    model's version, the mean by criterion, how many members did not answer, and the banks whose
+    members did not, by their place."""
 
     reward: float
     rewards_K: tuple[float, ...]
@@ -33,6 +37,7 @@ class Verdict:
     version: str
     criteria: Mapping[str, float] = field(default_factory=dict)
     members_missing: int = 0
+    banks_missing: frozenset[int] = frozenset()
 
     def lower_bound(self, penalty: float) -> float:
         """What candidates are ranked by: reward less `penalty` times disagreement."""
@@ -74,15 +79,19 @@ class Bank(Protocol):
 
 
 class Ensemble:
-    """All banks of a reward model. One that fails or is slow is left out until it answers again.
+    """All banks of a reward model. One that fails or is slow is left out until it has judged a
+    short answer in time; each time that it is missed before it has judged again it is left out for
+    twice as long before it is asked, up to a minute.
 
     Args:
-        patience_s: how long the others wait for a bank when one has answered.
+        patience_s: how long the others wait for a bank when one has answered, and in how much it
+            must judge before it counts again.
     """
 
     def __init__(self, card: RewardCard, banks: Sequence[Bank], patience_s: float) -> None:
         self._card, self._banks, self._patience_s = card, banks, patience_s
         self._away: dict[Bank, asyncio.Task[None]] = {}
+        self._missed: dict[Bank, int] = {}
 
     async def version(self) -> str:
         """The reward model's version, if a bank answers.
@@ -90,7 +99,8 @@ class Ensemble:
         Raises:
             RunError: none does.
         """
-        return (await self._asked(lambda bank: bank.version()))[0]
+        said = await self._asked(lambda bank: bank.version())
+        return next(iter(said.values()))
 
     async def judge(self, messages: Sequence[Message], text: str, finished: bool) -> Verdict:
         """What the members that answer say of an answer.
@@ -102,9 +112,12 @@ class Ensemble:
         if not text.strip():
             return empty_verdict(self._card)
         said = await self._asked(lambda bank: bank.judge(messages, text, finished))
-        return verdict(self._card, said)
+        for bank in said:
+            self._missed.pop(bank, None)
+        missing = frozenset(at for at, bank in enumerate(self._banks) if bank not in said)
+        return replace(verdict(self._card, list(said.values())), banks_missing=missing)
 
-    async def _asked(self, call: Callable[[Bank], Coroutine[Any, Any, Said]]) -> list[Said]:
+    async def _asked(self, call: Callable[[Bank], Coroutine[Any, Any, Said]]) -> dict[Bank, Said]:
         """What those that answer say, in the order of the banks."""
         banks = [bank for bank in self._banks if bank not in self._away] or self._banks
         asked = {bank: asyncio.ensure_future(call(bank)) for bank in banks}
@@ -121,12 +134,12 @@ class Ensemble:
         finally:
             for each in asked.values():
                 each.cancel()
-        said, errors = list[Said](), list[BaseException]()
+        said, errors = dict[Bank, Said](), list[BaseException]()
         for bank, each in asked.items():
             known = each.done() and not each.cancelled()
             error = each.exception() if known else TimeoutError()
             if error is None:
-                said.append(each.result())
+                said[bank] = each.result()
                 continue
             errors.append(error)
             if not isinstance(error, ModelError):
@@ -144,13 +157,19 @@ class Ensemble:
             self._away[bank] = asyncio.create_task(self._back(bank), context=Context())
 
     async def _back(self, bank: Bank) -> None:
-        """Wait until a bank answers again."""
+        """Wait until a bank judges in time again. What a request asked is not kept to ask anew, so
+        one that is too slow for long answers alone comes back, and then ever more rarely."""
         try:
             while True:
+                missed = self._missed[bank] = self._missed.get(bank, 0) + 1
+                await asyncio.sleep(_ASK_AGAIN_S * 2 ** min(missed - 1, _DOUBLED))
                 try:
-                    await bank.version()
+                    async with asyncio.timeout(self._patience_s):
+                        await bank.judge(*_PROBE)
+                    return
+                except ModelError:
                     return
                 except Exception:
-                    await asyncio.sleep(_ASK_AGAIN_S)
+                    continue
         finally:
             del self._away[bank]

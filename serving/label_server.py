@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from rich.console import Console
@@ -60,9 +61,15 @@ class Labelling:
 
     def __init__(self, application: Any, database: str) -> None:
         self._application, self._database = application, database
+        self._deployed = False
+
+    def left_behind(self, there: Collection[str]) -> bool:
+        """See `Applications`."""
+        return False
 
     def start(self) -> None:
         """See `Applications`."""
+        self._deployed = True
         run_application(self._application, "label", "/", READY_S)
 
     def ready(self, address: str) -> str:
@@ -73,7 +80,8 @@ class Labelling:
         """See `Applications`."""
         from ray import serve
 
-        serve.delete("label")
+        if self._deployed:
+            serve.delete("label")
 
 
 def _guidelines(path: str | None) -> str | None:

@@ -7,25 +7,27 @@
         versions/<version>/  the weights, so that neither a rollback nor a replica that is started
                              anew needs the folder that they come from
         live.json            what the server serves now, and what it could not
+        .server.lock         held by the one server of that name
 
-`pavlov promote` writes the first two; a server of that name follows the newest line
+`pavlov promote` writes the first two; the server of that name follows the newest line
 (`serving/chat_server.py`) and writes the third.
 """
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from cluster.files import folder_beside, write_atomically
@@ -45,18 +47,20 @@ from models.sources import (
     weights_fingerprint,
 )
 from rlhf.config import LabelConfig, runs_path
-from rlhf.errors import ModelError, PavlovError, PromotionError
+from rlhf.errors import ModelError, PavlovError, PromotionError, ResourceError
 
 _LEAST_REASON = 10
 _LOOK_EVERY_S = 0.5
+_LATER_S = 0.001
 Read = TypeVar("Read")
 
 
 @dataclass(frozen=True, slots=True)
 class Promotion:
     """A line of ``promotions.jsonl``: `version` is served instead of `before` from `at` (seconds
-    since 1970) on. It has evidence, or an `override`: why there is none. `trained_by`: see there;
-    None where that is not known."""
+    since 1970) on, which is later than in every line before, whatever the clock says. It has
+    evidence, or an `override`: why there is none. `trained_by`: see there; None where that is not
+    known."""
 
     version: str
     before: str
@@ -151,6 +155,28 @@ class Served:
             return None
         return _read(_LIVE, self._live.read_bytes(), str(self._live))
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Be the one server of this name for the block. The kernel gives the lock back when this
+        process ends, however it does; processes that it starts do not hold it.
+
+        Raises:
+            ResourceError: another server holds it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / ".server.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ResourceError(
+                f"serve.name = {self.name!r} is served by another process, from {self.folder}: "
+                "end that one, or give this one another serve.name"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
     def say_live(self, live: Live) -> None:
         """What the server serves from now on."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -187,6 +213,9 @@ class Served:
             )
         with FileLock(self.folder / ".promotions.lock"):
             found = decide(self.current())
+            # Hosts' clocks differ and are set back; a server tells by `at` what it has not seen.
+            last = max((each.at for each in self.promotions()), default=0.0)
+            found = replace(found, at=max(found.at, last + _LATER_S))
             lines = self._lines.read_text().rstrip("\n") if self._lines.is_file() else ""
             lines += "\n" * bool(lines) + json.dumps(asdict(found)) + "\n"
             write_atomically(self._lines, lines)

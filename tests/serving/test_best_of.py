@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -73,9 +74,10 @@ def drawn(
     disagreement: float = 0.0,
     reject_after: int = 4,
     stop: tuple[str, ...] = (),
+    scorer: Scorer | None = None,
 ) -> tuple[list[Candidate], list[Candidate], Engine, Scorer]:
     engine = Engine(lengths or [TOKENS] * len(rewards))
-    scorer = Scorer(rewards, disagreement)
+    scorer = scorer or Scorer(rewards, disagreement)
     settings = ServeSection(reject_after=reject_after, reject_margin=0.5)
     written: list[int] = []
     best = BestOf(settings, engine, scorer, written.append)
@@ -101,6 +103,22 @@ def test_who_is_far_behind_is_given_up_and_what_it_would_have_cost_is_saved():
 def test_doubt_keeps_a_candidate():
     candidates, _, _, _ = drawn([(1.0, 1.0), (0.3, 2.0)], disagreement=0.2)
     assert not any(each.rejected for each in candidates)
+
+
+def test_candidates_that_as_many_but_not_the_same_members_judged_are_judged_again():
+    class Divided(Scorer):
+        """At first each candidate is judged by the other bank alone."""
+
+        async def judge(self, messages: Sequence[Message], text: str, finished: bool) -> Verdict:
+            found = await super().judge(messages, text, finished)
+            if self.asked.count((text, finished)) > 1:
+                return found
+            missing = frozenset({int(text[0])})
+            return replace(found, reward=-found.reward, members_missing=2, banks_missing=missing)
+
+    scorer = Divided([(0.0, 1.0), (0.0, 2.0)])
+    _, [chosen], _, _ = drawn(scorer.rewards, scorer=scorer, reject_after=0)
+    assert chosen.index == 1 and len(scorer.asked) == 4
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])

@@ -86,7 +86,9 @@ class Chat:
         config = parse_config(ServeConfig, {"serve": serve, **reward}, "test")
         self.engine, self.scorer = Engine(), scorer
         app = chat_app(config, ChatTokenizer(tiny), self.engine, scorer)
-        self.client = TestClient(app, "http://127.0.0.1", raise_server_exceptions=False)
+        self.client = TestClient(
+            app, "http://127.0.0.1", raise_server_exceptions=False, client=("127.0.0.1", 1)
+        )
 
     def ask(self, **more: Any) -> Any:
         return self.client.post("/v1/chat/completions", json={**ASK, **more})
@@ -414,6 +416,32 @@ def test_without_keys_a_page_of_another_site_is_not_let_in(tiny_model):
     keyed = Chat(tiny_model, keys=[hashlib.sha256(b"mine").hexdigest()])
     headers = {"Host": "chat.example", "Authorization": "Bearer mine"}
     assert keyed.client.post("/v1/chat/completions", json=ASK, headers=headers).is_success
+
+
+@pytest.mark.parametrize("asker", ["203.0.113.9", "10.0.0.7", "::ffff:10.0.0.7", "fe80::1", "me"])
+def test_without_keys_only_this_machine_is_let_in_whatever_it_says_to_be_called(tiny_model, asker):
+    chat = Chat(tiny_model)
+    away = TestClient(chat.client.app, "http://127.0.0.1", client=(asker, 1))
+    refused = away.post("/v1/chat/completions", json=ASK)
+    assert refused.status_code == 403
+    assert "only programs of this machine" in refused.json()["error"]["message"]
+    assert away.get("/").status_code == away.get("/v1/models").status_code == 403
+    assert away.get("/health").status_code == 200
+    keyed = Chat(tiny_model, keys=[hashlib.sha256(b"mine").hexdigest()])
+    away = TestClient(keyed.client.app, "http://127.0.0.1", client=(asker, 1))
+    headers = {"Authorization": "Bearer mine", "X-Forwarded-For": "203.0.113.9"}
+    assert away.post("/v1/chat/completions", json=ASK, headers=headers).is_success
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1"])
+def test_without_keys_what_a_proxy_on_this_machine_forwards_is_refused(tiny_model, address):
+    chat = Chat(tiny_model)
+    here = TestClient(chat.client.app, "http://127.0.0.1", client=(address, 1))
+    assert here.post("/v1/chat/completions", json=ASK).is_success
+    # A proxy that is trusted has put what it says into the address already.
+    for name in ("X-Forwarded-For", "Forwarded", "X-Real-IP", "X-Forwarded-Host"):
+        refused = here.post("/v1/chat/completions", json=ASK, headers={name: "127.0.0.1"})
+        assert refused.status_code == 403
 
 
 def test_below_another_path_the_same_paths_are_open(tiny_model):

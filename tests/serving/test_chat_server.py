@@ -14,7 +14,7 @@ from labelling.database import Database
 from labelling.store import Store
 from models.sources import weights_fingerprint
 from tests.commands import Commands
-from tests.conftest import build_tiny_model
+from tests.conftest import ROOT, build_tiny_model
 from tests.servers import Server, running
 
 pytestmark = pytest.mark.engine
@@ -210,6 +210,25 @@ def test_who_leaves_stops_the_writing(server, client):
     settled = written()
     time.sleep(1)
     assert written() == settled < before + 3 * 8 * 500
+
+
+def test_a_second_server_of_its_name_is_refused(server, client, runs, tiny_model):
+    config = str(ROOT / "configs" / "serve.toml")
+    limits = "serve.max_prompt_tokens=200", "serve.max_tokens=64"
+    model = f"policy.model={tiny_model}"
+    process = Commands(runs).command("serve", config, "serve.port=0", model, *limits)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "serve.name = 'pavlov' is served by another process" in error
+    assert ask(client).choices
+
+
+def test_without_keys_what_was_forwarded_is_refused(server):
+    body = {"messages": ASK, "max_tokens": 4}
+    for said in ("127.0.0.1", "203.0.113.9"):
+        headers = {"X-Forwarded-For": said}
+        path = f"{server.address}/v1/chat/completions"
+        assert httpx.post(path, json=body, headers=headers).status_code == 403
 
 
 OVERRIDE = ("--without-evidence", "a test of the server")

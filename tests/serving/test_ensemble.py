@@ -125,6 +125,71 @@ def test_who_was_away_is_not_waited_for_and_counts_again_when_it_is_back(card):
     assert asyncio.run(three()) == [(2, 1), (2, 0), (0, 1)]
 
 
+def test_who_is_slow_to_judge_stays_away_though_it_says_that_it_is_there(card, monkeypatch):
+    monkeypatch.setattr("serving.ensemble._ASK_AGAIN_S", 0.02)
+
+    class Slow(Bank):
+        """Judges in a minute, and answers at once that it is there."""
+
+        async def version(self) -> str:
+            return "tiny"
+
+    slow = Slow(3.0, 60)
+    ensemble = Ensemble(card, [Bank(1.0), slow], PATIENCE_S)
+
+    async def judge() -> list[float]:
+        loop, took = asyncio.get_running_loop(), []
+        for _ in range(20):
+            began = loop.time()
+            assert (await ensemble.judge(ASK, "An animal.", True)).members_missing == 2
+            took.append(loop.time() - began)
+            await asyncio.sleep(0.1)
+        asked = slow.asked
+        slow.wait_s = 0.0
+        async with asyncio.timeout(10):
+            while (await ensemble.judge(ASK, "An animal.", True)).members_missing:
+                await asyncio.sleep(0.05)
+        # It was probed meanwhile, ever more rarely, and nobody was asked twice at once.
+        assert 2 <= asked <= 8
+        return took
+
+    first, *others = asyncio.run(judge())
+    assert first >= PATIENCE_S and max(others) < PATIENCE_S / 2
+
+
+def test_who_is_missed_again_and_again_is_asked_ever_more_rarely(card, monkeypatch):
+    monkeypatch.setattr("serving.ensemble._ASK_AGAIN_S", 0.01)
+
+    class Long(Bank):
+        """Too slow for all but a probe."""
+
+        async def judge(
+            self, messages: Sequence[Message], text: str, finished: bool
+        ) -> BankAnswers:
+            self.wait_s = 60 if text == "An animal." else 0
+            return await super().judge(messages, text, finished)
+
+    long = Long(3.0)
+    ensemble = Ensemble(card, [Bank(1.0), long], 0.02)
+
+    async def judge() -> int:
+        missed = 0
+        for _ in range(100):
+            missed += not ensemble._away
+            await ensemble.judge(ASK, "An animal.", True)
+            await asyncio.sleep(0.01)
+        return missed
+
+    assert 2 <= asyncio.run(judge()) <= 8
+
+
+def test_a_verdict_says_which_banks_are_missing(card):
+    absent = Bank(3.0, error=RuntimeError("died"))
+    assert judged(card, Bank(1.0), absent).banks_missing == {1}
+    assert judged(card, absent, Bank(1.0)).banks_missing == {0}
+    assert not judged(card, Bank(1.0), Bank(1.0)).banks_missing
+
+
 def test_who_failed_counts_again_by_itself(card):
     other = Bank(3.0, error=RuntimeError("died"))
     ensemble = Ensemble(card, [Bank(1.0), other], PATIENCE_S)

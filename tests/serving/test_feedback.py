@@ -54,7 +54,7 @@ class Chat:
         url: str,
         scorer: Scorer | None = None,
         key: bytes = KEY,
-        address: str = "192.0.2.7",
+        address: str = "127.0.0.7",
         **serve: Any,
     ) -> None:
         reward = {} if scorer is None else {"reward": "somewhere"}
@@ -114,7 +114,9 @@ def chat(tiny_model: Path, url: str) -> Iterator[Chat]:
 def test_without_a_database_there_are_no_receipts_and_no_such_path(tiny_model):
     config = parse_config(ServeConfig, {}, "test")
     client = TestClient(
-        chat_app(config, ChatTokenizer(tiny_model), Engine(), None), "http://127.0.0.1"
+        chat_app(config, ChatTokenizer(tiny_model), Engine(), None),
+        "http://127.0.0.1",
+        client=("127.0.0.1", 1),
     )
     answer = client.post("/v1/chat/completions", json={**ASK, "candidates": True}).json()
     assert answer["pavlov"]["choices"][0]["receipt"] is None
@@ -334,7 +336,7 @@ def test_who_says_it_is_a_key_or_a_user_or_an_address_and_none_is_kept_as_it_is(
     answers = chat.shown()
     for user in (None, "ann@example.org", "ben"):
         assert chat.say("up", answers, user=user).status_code == 200
-    elsewhere = Chat(tiny_model, url, address="192.0.2.8")
+    elsewhere = Chat(tiny_model, url, address="127.0.0.8")
     assert elsewhere.say("down", answers).status_code == 200
     hashed = hashlib.sha256(b"mine").hexdigest()
     keyed = Chat(tiny_model, url, keys=[hashed])
@@ -397,11 +399,11 @@ def test_feedback_is_answered_where_its_review_fails(chat, monkeypatch):
 )
 def test_where_feedback_cannot_go_is_said_at_the_start(tiny_model, serve, error, message):
     with pytest.raises(error, match=message):
-        from_arguments({"policy": {"model": str(tiny_model)}, "serve": serve})
+        from_arguments({"policy": {"model": str(tiny_model)}, "serve": {"keys": [], **serve}})
 
 
 def test_what_is_deployed_has_its_project_before_the_first_request(tiny_model, url):
-    serve = {"feedback": url, "max_prompt_tokens": 500}
+    serve = {"keys": [], "feedback": url, "max_prompt_tokens": 500}
     arguments = {"policy": {"model": str(tiny_model)}, "serve": serve}
     assert from_arguments(arguments) is not None
     assert Store(Database(url)).project("feedback").criteria == ()

@@ -1,9 +1,13 @@
 """Which version is served: the record, its evidence, its refusals. No server."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,10 +19,10 @@ from labelling.records import Answer, Judgement, Verdict, Work
 from labelling.store import Store
 from models.sources import resolve_model, weights_fingerprint
 from rlhf.config import LabelConfig, ServeConfig, parse_config
-from rlhf.errors import ModelError, PromotionError, RunError
+from rlhf.errors import ModelError, PromotionError, ResourceError, RunError
 from rlhf.records import OVERALL, Message
 from serving import chat_server
-from serving.chat_server import Assistant, _kept, _promoted
+from serving.chat_server import Assistant, _kept, _promoted, serve_chat
 from serving.promotion import (
     Live,
     Served,
@@ -27,7 +31,7 @@ from serving.promotion import (
     trained_by,
     wait_until_followed,
 )
-from tests.conftest import build_tiny_model
+from tests.conftest import ROOT, build_tiny_model
 
 WHY = "tried by hand on Monday"
 
@@ -225,6 +229,155 @@ def test_nobody_waits_for_a_server_that_has_ended(served, labels, tiny_model, se
     assert served.current() == done.version
 
 
+def test_a_rollback_by_a_clock_that_is_behind_is_followed(
+    served, labels, engines, tiny_model, second_model, monkeypatch
+):
+    told: list[str] = []
+    monkeypatch.setattr("ray.serve.delete", lambda name, _blocking: told.append(name))
+    monkeypatch.setattr(chat_server, "_SETTLE_S", 0.0)
+    monkeypatch.setattr(chat_server, "_LOOK_EVERY_S", 0.01)
+    done = promote(str(second_model), "pavlov", labels, None, override=WHY)
+    engines.start()
+    now = time.time()
+    monkeypatch.setattr("serving.promotion.time.time", lambda: now - 3600)
+    back = roll_back("pavlov")
+    assert back.at > done.at
+    # Nobody has followed it yet, and it is not said that somebody has.
+    assert not wait_until_followed("pavlov", back, 0)
+    server = engines.last
+    server.ready("")
+    try:
+        assert wait_until_followed("pavlov", back, 10)
+        assert served.live().version == back.version == done.before
+        # And again, within what a clock may not tell apart.
+        again = promote(str(second_model), "pavlov", labels, None, override=WHY)
+        assert again.at > back.at
+        assert wait_until_followed("pavlov", again, 10)
+    finally:
+        server._stopping.set()
+        server._following.join()
+    assert len(told) == 2
+
+
+def test_a_record_whose_times_are_not_in_order_is_read_and_gone_on_from(
+    served, labels, engines, tiny_model, second_model, monkeypatch
+):
+    monkeypatch.setattr("ray.serve.delete", lambda name, _blocking: None)
+    monkeypatch.setattr(chat_server, "_SETTLE_S", 0.0)
+    monkeypatch.setattr(chat_server, "_LOOK_EVERY_S", 0.01)
+    done = promote(str(second_model), "pavlov", labels, None, override=WHY)
+    engines.start()
+    # As an earlier Pavlov wrote it, its clock behind.
+    back = asdict(roll_back("pavlov")) | {"at": done.at - 1800}
+    file = served.folder / "promotions.jsonl"
+    file.write_text(file.read_text().splitlines()[0] + "\n" + json.dumps(back) + "\n")
+    server = engines.last
+    server.ready("")
+    try:
+        deadline = time.monotonic() + 10
+        while served.live().version != done.before and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert (served.live().version, served.live().seen) == (done.before, back["at"])
+        again = promote(str(second_model), "pavlov", labels, None, override=WHY)
+        assert again.at > done.at
+        assert wait_until_followed("pavlov", again, 10)
+    finally:
+        server._stopping.set()
+        server._following.join()
+
+
+HOLDS = """
+import sys, time
+from serving.promotion import Served
+with Served(sys.argv[1]).held():
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_server_of_a_name_is_refused_until_the_first_has_ended(
+    served, labels, second_model, tmp_path
+):
+    environment = {**os.environ, "PAVLOV_RUNS": str(tmp_path)}
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, "pavlov"],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        said = served.live()
+        config = parse_config(ServeConfig, {}, "test")
+        with pytest.raises(ResourceError, match=r"serve\.name = 'pavlov' is served by another"):
+            serve_chat(config, Console(quiet=True))
+        # What the first has said stands; another name is another server; promotions go on.
+        assert served.live() == said
+        with Served("other").held():
+            pass
+        assert promote(str(second_model), "pavlov", labels, None, override=WHY)
+    finally:
+        holder.kill()
+        holder.wait()
+    with served.held():
+        pass
+
+
+def test_what_a_server_starts_does_not_hold_its_name(served):
+    with served.held():
+        child = subprocess.Popen(["sleep", "60"], close_fds=False)
+    try:
+        with served.held():
+            pass
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_server_that_did_not_come_up_ends_what_it_had_started(
+    served, labels, engines, tiny_model, second_model, monkeypatch
+):
+    told: list[str] = []
+    monkeypatch.setattr("ray.serve.delete", lambda name, _blocking: told.append(name))
+    monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications={}))
+    monkeypatch.setattr(chat_server, "_SETTLE_S", 0.0)
+    live = Live(weights_fingerprint(tiny_model), str(tiny_model))
+    server = engines.assistant(live)
+    # The ingress does not: it is named as the server.
+    monkeypatch.setattr(chat_server, "run_application", engines.but("pavlov"))
+    with pytest.raises(RunError, match="pavlov did not start"):
+        server.start()
+    assert not served.live().stopped
+    server.stop()
+    assert told == ["pavlov", served.live().engine]
+    assert served.live().stopped and served.live().version == live.version
+    # From then on nothing is deployed.
+    with pytest.raises(RunError, match="is stopping"):
+        server.start()
+
+
+def test_an_engine_that_was_starting_at_the_end_has_not_failed(
+    served, labels, engines, tiny_model, second_model, monkeypatch
+):
+    monkeypatch.setattr("ray.serve.delete", lambda name, _blocking: None)
+    monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications={}))
+    server = engines.assistant(Live(weights_fingerprint(tiny_model), str(tiny_model)))
+    server.start()
+    done = promote(str(second_model), "pavlov", labels, None, override=WHY)
+
+    def ended(*_: object) -> None:
+        server.stop()
+        raise RunError("its application was deleted")
+
+    monkeypatch.setattr(chat_server, "run_application", ended)
+    server._switch(done)
+    live = served.live()
+    assert live.stopped and not live.failed
+    # The next server starts with it.
+    assert _promoted(engines.config, served, done).version == done.version
+
+
 def test_who_dies_while_writing_leaves_the_record_as_it_was(
     served, labels, second_model, monkeypatch
 ):
@@ -257,8 +410,19 @@ class Engines:
             raise RunError(f"{name} did not start: its weights do not load")
         self.running.append(name)
 
+    def but(self, broken: str) -> Callable[..., None]:
+        """`run`, with an application that does not come up."""
+
+        def run(model: str | None, name: str, *_: object) -> None:
+            if name == broken:
+                raise RunError(f"{name} did not start: no room")
+            self.run(model, name)
+
+        return run
+
     def assistant(self, live: Live) -> Assistant:
-        return Assistant(self.config, self.served, live, None, Console(quiet=True))
+        self.last = Assistant(self.config, self.served, live, None, Console(quiet=True))
+        return self.last
 
     def start(self) -> Live:
         """A server's start: what it has said."""

@@ -4,7 +4,10 @@ from typing import Any
 import pytest
 import yaml
 
+from models.reward_model import RewardModel
+from rlhf.config import DemoConfig, ServeConfig, load_config
 from rlhf.errors import ConfigError, ModelError
+from rlhf.rows import reply_room
 from serving.chat_server import from_arguments
 from tests.conftest import ROOT
 
@@ -42,12 +45,47 @@ def test_engines_and_backbones_share_the_cores(
         {
             "policy": {"model": str(tiny_model)},
             "reward": str(tiny_reward_model),
-            "serve": {"max_prompt_tokens": 512, "engine": {"most": 2}, "scorer": {"most": 2}},
+            "serve": {
+                "keys": [],
+                "max_prompt_tokens": 512,
+                "engine": {"most": 2},
+                "scorer": {"most": 2},
+            },
         }
     )
     engine, scorer = ingress._bound_deployment.init_args
     found = tuple(threads_of(deployment) for deployment in (ingress, engine, scorer))
     assert found == (threads[0], threads[1], threads[1])
+
+
+def test_who_is_let_in_is_said_in_the_file(tiny_model: Path):
+    policy = {"model": str(tiny_model)}
+    serve = {"max_prompt_tokens": 512}
+    for arguments in ({"policy": policy}, {"policy": policy, "serve": serve}):
+        with pytest.raises(ConfigError, match=r"serve\.keys is not given.* say `keys: \[\]`"):
+            from_arguments(arguments)
+    for keys in ([], ["0" * 64]):
+        assert from_arguments({"policy": policy, "serve": {**serve, "keys": keys}}) is not None
+
+
+def test_answers_longer_than_the_ensemble_reads_are_warned_of(
+    tiny_model: Path, tiny_reward_model: Path, caplog: pytest.LogCaptureFixture
+):
+    room = reply_room(RewardModel.load(tiny_reward_model).card.max_tokens, 512)
+    for length in (room, room + 1):
+        serve = {"keys": [], "max_prompt_tokens": 512, "max_tokens": length}
+        policy = {"model": str(tiny_model)}
+        from_arguments({"policy": policy, "reward": str(tiny_reward_model), "serve": serve})
+        told = [each for each in caplog.messages if "serve.max_tokens" in each]
+        assert len(told) == (length > room)
+    assert f"serve.max_tokens = {length}, but the reward model reads at most {room}" in told[0]
+
+
+def test_the_demos_ensemble_reads_what_the_shipped_server_writes():
+    demo = load_config(DemoConfig, ROOT / "configs" / "demo.toml", [])
+    serve = load_config(ServeConfig, ROOT / "configs" / "serve.toml", []).serve
+    room = reply_room(demo.ensemble.max_tokens, serve.max_prompt_tokens)
+    assert serve.max_tokens <= room
 
 
 def test_a_wrong_key_is_refused_as_in_a_toml_file():
