@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from models.chat import ChatTokenizer
-from models.loading import load_backbone
-from models.logprobs import attention_mask
+from models.loading import load_backbone, load_config, text_config
+from models.masks import attention_mask
 from models.packing import PackedBatch, Row, TokenIds, collate, packed_batches
 from models.precision import resolve_dtype
 from models.sources import weights_fingerprint
@@ -200,8 +200,10 @@ class Trunk:
 
 
 def layers_at(folder: Path, depth: float) -> int:
-    """How many layers `depth` is of a model's, at least one."""
-    from transformers import AutoConfig
+    """How many layers `depth` is of a model's, at least one.
 
-    total: int = AutoConfig.from_pretrained(folder).num_hidden_layers
+    Raises:
+        ModelError: as `load_config` and `text_config`.
+    """
+    total: int = text_config(load_config(folder)).num_hidden_layers
     return max(1, round(total * depth))

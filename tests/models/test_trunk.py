@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models import precision
-from models.logprobs import attention_mask
+from models.masks import attention_mask
 from models.packing import Row, collate, pack
 from models.top_layers import keep_layers
 from models.trunk import Family, Trunk, layers_at, pool
