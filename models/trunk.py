@@ -23,6 +23,11 @@ from rlhf.errors import ModelError
 from rlhf.records import Message
 from rlhf.rows import prompt_room, reply_room
 
+COMPUTATION = 2
+"""Which way features are computed, a part of what kept ones are found by. Whoever changes what they
+come to (`Trunk.run`, `pool`, the taps, the masks, how rows are packed) adds one, so that features
+of before are not taken for those of now. 2: layers that slide a window do."""
+
 TokenRow = tuple[TokenIds, TokenIds]
 """Prompt and reply."""
 
@@ -122,8 +127,13 @@ class Trunk:
     @cached_property
     def fingerprint(self) -> str:
         """What features depend on beside tokens and family: weights, tokenizer, template,
-        precision."""
-        parts = [weights_fingerprint(self._folder), self.tokenizer.fingerprint, self._dtype]
+        precision, and the way they are computed."""
+        parts = [
+            weights_fingerprint(self._folder),
+            self.tokenizer.fingerprint,
+            self._dtype,
+            f"computation {COMPUTATION}",
+        ]
         return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
 
     def tokenise(
