@@ -26,7 +26,7 @@ Masks = Tensor | dict[str, Tensor]
 
 TOLERANCE = 0.01
 """How far a reply's states in a packed row may be from those it has alone, as a share of how much
-they vary from token to token. Measured: 3e-5 for the embedded model, at least 0.1 for every model
+they vary from token to token. Measured: 1e-5 for the embedded model, at least 0.1 for every model
 that `tests/models/test_masks.py` wants refused."""
 
 _SHORT_WINDOW = 5
