@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.loading import load_backbone
-from models.logprobs import attention_mask
+from models.loading import load_backbone, text_config
+from models.masks import attention_mask
 from models.packing import PackedBatch
 
 
@@ -33,7 +33,7 @@ class Critic(nn.Module):
             decoder = getattr(policy, policy.base_model_prefix)
             decoder.register_forward_hook(self._keep)
         source: Any = policy if self.backbone is None else self.backbone
-        self.head = nn.Linear(source.config.hidden_size, 1)
+        self.head = nn.Linear(text_config(source.config).hidden_size, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from models.masks import attention_mask
 from models.packing import PackedBatch, TokenIds, collate, packed_batches
 from rlhf.losses import entropy_from_logits
 
@@ -46,20 +47,6 @@ class TokenLogprobs(nn.Module):
         logprobs_NT = chosen_NT - normaliser_R[batch.predictors_NT]
         values_NT = None if self.critic is None else self.critic(batch)
         return logprobs_NT, entropy_R[batch.predictors_NT], values_NT
-
-
-def attention_mask(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """The packed mask in the form that the model's attention takes.
-
-    Padding sees nothing, and a softmax over nothing is not a number: it is let see everything,
-    which no real token reads.
-    """
-    mask_B1LL = batch.mask_B1LL | ~batch.mask_B1LL.any(dim=-1, keepdim=True)
-    if getattr(model.config, "_attn_implementation", "sdpa") == "sdpa":
-        return mask_B1LL
-    dtype = next(model.parameters()).dtype
-    bias = torch.zeros(mask_B1LL.shape, dtype=dtype, device=mask_B1LL.device)
-    return bias.masked_fill_(~mask_B1LL, torch.finfo(dtype).min)
 
 
 def reply_logprobs(

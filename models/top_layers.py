@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from models.adapters import add_adapter, are_adapter, merge, require_mergeable
 from models.loading import load_backbone
-from models.logprobs import attention_mask
+from models.masks import attention_mask
 from models.packing import PackedBatch
 from rlhf.config import LoRASection
 from rlhf.errors import ModelError, WeightUpdateError

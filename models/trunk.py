@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from models.chat import ChatTokenizer
-from models.loading import load_backbone
-from models.logprobs import attention_mask
+from models.loading import load_backbone, load_config, text_config
+from models.masks import attention_mask
 from models.packing import PackedBatch, Row, TokenIds, collate, packed_batches
 from models.precision import resolve_dtype
 from models.sources import weights_fingerprint
@@ -22,6 +22,11 @@ from models.top_layers import TopLayers, keep_layers, tap_states
 from rlhf.errors import ModelError
 from rlhf.records import Message
 from rlhf.rows import prompt_room, reply_room
+
+COMPUTATION = 2
+"""Which way features are computed, a part of what kept ones are found by. Whoever changes what they
+come to (`Trunk.run`, `pool`, the taps, the masks, how rows are packed) adds one, so that features
+of before are not taken for those of now. 2: layers that slide a window do."""
 
 TokenRow = tuple[TokenIds, TokenIds]
 """Prompt and reply."""
@@ -122,8 +127,13 @@ class Trunk:
     @cached_property
     def fingerprint(self) -> str:
         """What features depend on beside tokens and family: weights, tokenizer, template,
-        precision."""
-        parts = [weights_fingerprint(self._folder), self.tokenizer.fingerprint, self._dtype]
+        precision, and the way they are computed."""
+        parts = [
+            weights_fingerprint(self._folder),
+            self.tokenizer.fingerprint,
+            self._dtype,
+            f"computation {COMPUTATION}",
+        ]
         return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
 
     def tokenise(
@@ -200,8 +210,10 @@ class Trunk:
 
 
 def layers_at(folder: Path, depth: float) -> int:
-    """How many layers `depth` is of a model's, at least one."""
-    from transformers import AutoConfig
+    """How many layers `depth` is of a model's, at least one.
 
-    total: int = AutoConfig.from_pretrained(folder).num_hidden_layers
+    Raises:
+        ModelError: as `load_config` and `text_config`.
+    """
+    total: int = text_config(load_config(folder)).num_hidden_layers
     return max(1, round(total * depth))

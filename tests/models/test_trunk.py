@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from models import precision
-from models.logprobs import attention_mask
+from models.masks import attention_mask
 from models.packing import Row, collate, pack
 from models.top_layers import keep_layers
-from models.trunk import Family, Trunk, layers_at, pool
+from models.trunk import COMPUTATION, Family, Trunk, layers_at, pool
 from rlhf.errors import ModelError
 from rlhf.records import Message
 
@@ -66,6 +66,13 @@ def test_a_trunk_on_a_cpu_has_a_precision_of_the_cpu_whatever_gpu_stands_beside(
         assert found.fingerprint == make_trunk(dtype=dtype).fingerprint
         assert precision.resolve_dtype("auto") == precision.resolve_dtype("auto", "cuda")
         assert precision.resolve_dtype("auto", "cuda") == "bfloat16"
+
+
+def test_another_way_of_computing_features_does_not_find_those_of_before(make_trunk, monkeypatch):
+    before = make_trunk().fingerprint
+    assert make_trunk().fingerprint == before
+    monkeypatch.setattr("models.trunk.COMPUTATION", COMPUTATION + 1)
+    assert make_trunk().fingerprint != before
 
 
 def hidden_after(folder: Path, layer: int, token_ids: tuple[int, ...]) -> Tensor:
