@@ -86,7 +86,8 @@ class ServeSection(Section):
     waiting: NonNegativeInt = 32
     """Requests that wait; one more is refused with 429."""
     timeout_s: PositiveFloat = 300.0
-    """Seconds after which an answer is given up."""
+    """Seconds from a request's admission after which it is given up, whether it waits or is
+    answered."""
     feedback: str | None = None
     """A labelling database (as label.database) for what users say of answers; without one nothing
     is asked or kept."""
