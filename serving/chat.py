@@ -25,7 +25,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing
 from functools import partial
@@ -403,33 +403,43 @@ class _Chat:
                         await self.best.judge(plan, candidate)
                     if notice := self._notice(candidate):
                         yield self._chunk(plan, candidate.index, {"content": notice})
-                    yield self._chunk(plan, candidate.index, {}, ended=piece.ended)
-        yield self._last(body, plan, drawn, drawn)
+                    over = all(each.ended for each in drawn)
+                    for chunk in self._end(body, plan, candidate.index, drawn, drawn, over):
+                        yield chunk
 
     async def _held(self, body: ChatRequest, plan: Plan) -> Chunks:
         """The chosen ones, once they are chosen."""
         drawn = await self.best.draw(plan)
         chosen = self.best.chosen(plan, drawn)
-        for place, candidate in enumerate(chosen):
-            yield self._chunk(plan, place, {"role": "assistant", "content": ""})
+        for index, candidate in enumerate(chosen):
+            yield self._chunk(plan, index, {"role": "assistant", "content": ""})
             said = self._logprobs(plan, candidate)
             delta: Delta = {"content": self._shown(candidate)}
-            yield self._chunk(plan, place, delta, logprobs=said)
-            yield self._chunk(plan, place, {}, ended=candidate.ended)
-        yield self._last(body, plan, chosen, drawn)
+            yield self._chunk(plan, index, delta, logprobs=said)
+            over = candidate is chosen[-1]
+            for chunk in self._end(body, plan, index, chosen, drawn, over):
+                yield chunk
 
-    def _last(
+    def _end(
         self,
         body: ChatRequest,
         plan: Plan,
+        index: int,
         chosen: Sequence[Candidate],
         drawn: Sequence[Candidate],
-    ) -> ChatChunk:
-        chunk = self._chunk(plan, None, {})
-        chunk["pavlov"] = self._own(body, plan, chosen, drawn)
-        if body.stream_options is not None and body.stream_options.include_usage:
-            chunk["usage"] = plan.usage(drawn)
-        return chunk
+        over: bool,
+    ) -> Iterator[ChatChunk]:
+        """How a choice ends, and where it is the last one (`over`) the answer: without choices,
+        which clients that did not ask for it do not expect, only to tell the usage."""
+        ended = last = self._chunk(plan, index, {}, ended=chosen[index].reason)
+        if over and body.stream_options is not None and body.stream_options.include_usage:
+            last = self._chunk(plan, None, {})
+            last["usage"] = plan.usage(drawn)
+        if over:
+            last["pavlov"] = self._own(body, plan, chosen, drawn)
+        yield ended
+        if last is not ended:
+            yield last
 
     def _chunk(
         self,

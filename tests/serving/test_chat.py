@@ -10,6 +10,8 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import httpx
+import openai
 import pytest
 from fastapi.testclient import TestClient
 
@@ -126,6 +128,45 @@ def test_a_stream_says_what_the_whole_answer_says(tiny_model):
     assert events[-1]["choices"] == [] and events[-1]["usage"]["completion_tokens"] == 4
     assert events[-1]["pavlov"]["weight_version"] == "weights-1"
     assert len({event["id"] for event in events}) == 1
+
+
+@pytest.mark.parametrize("ask", [{}, {"n": 2}, {"best_of": 4, "n": 2}, {"score": True}])
+def test_every_chunk_has_a_choice_where_no_usage_was_asked_for(tiny_model, ask):
+    chat = Chat(tiny_model, Scorer(*FOUR))
+    for options in ({}, {"stream_options": {"include_usage": False}}):
+        events = chat.events(**ask, **options)
+        assert all(len(event["choices"]) == 1 for event in events)
+        assert not any("usage" in event for event in events)
+        assert events[-1]["choices"][0]["finish_reason"]
+        assert [event for event in events if "pavlov" in event] == [events[-1]]
+        assert events[-1]["pavlov"]["weight_version"] == "weights-1"
+    *before, last = chat.events(**ask, stream_options={"include_usage": True})
+    assert all(len(event["choices"]) == 1 for event in before) and before[-1]["choices"]
+    assert last["choices"] == [] and last["usage"]["total_tokens"] > 0 and last["pavlov"]
+
+
+def test_a_stream_is_read_as_in_the_clients_own_example(tiny_model):
+    chat = Chat(tiny_model, Scorer(*FOUR))
+
+    async def said(**more: Any) -> tuple[str, Any]:
+        transport = httpx.ASGITransport(app=chat.client.app)
+        async with openai.AsyncOpenAI(
+            base_url="http://127.0.0.1/v1",
+            api_key="none",
+            http_client=httpx.AsyncClient(transport=transport),
+        ) as client:
+            text = ""
+            stream = await client.chat.completions.create(
+                model="pavlov", messages=ASK["messages"], stream=True, **more
+            )
+            async for chunk in stream:
+                text += chunk.choices[0].delta.content or ""
+            return text, chunk.model_extra["pavlov"]
+
+    text, own = asyncio.run(said())
+    assert text == "answer 0" and own["weight_version"] == "weights-1"
+    text, own = asyncio.run(said(extra_body={"best_of": 4}))
+    assert text == "answer 2" and own["reward"] == 1.0
 
 
 def test_the_best_of_many_has_the_highest_lower_bound_not_the_highest_mean(tiny_model):
@@ -314,8 +355,6 @@ def test_no_place_is_a_429_and_places_are_given_back(tiny_model):
     chat = Chat(tiny_model, at_once=1, waiting=1)
 
     async def crowd() -> list[int]:
-        import httpx
-
         chat.engine.wait.clear()
         transport = httpx.ASGITransport(app=chat.client.app)
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
