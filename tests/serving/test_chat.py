@@ -391,11 +391,29 @@ def test_too_slow_an_answer_is_given_up_and_its_writing_stopped(tiny_model):
         ({"serve": {"domain_shift": "decline"}}, "without reward"),
         ({"serve": {"host": "0.0.0.0"}}, "without serve.keys"),
         ({"serve": {"engine": {"least": 2}}}, "more than most"),
+        ({"engine": {"keep_cache": True}}, "engine.keep_cache = true: "),
+        ({"engine": {"keep_cache": True}, "reward": "x"}, "engine.keep_cache = true: "),
+        ({"serve": {"reject_after": 9}}, "serve.reject_after = 9 without reward"),
+        ({"serve": {"reject_margin": 1.0}}, "serve.reject_margin = 1 without reward"),
+        ({"serve": {"patience_s": 1.0}}, "serve.patience_s = 1 without reward"),
+        (
+            {"serve": {"disagreement_penalty": 0.0}},
+            "serve.disagreement_penalty = 0 without reward",
+        ),
+        ({"serve": {"reject_margin": 1.0}, "reward": "x"}, "with serve.reject_after = 0"),
     ],
 )
 def test_settings_that_clash_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         parse_config(ServeConfig, values, "test")
+
+
+def test_settings_of_the_ensemble_are_taken_beside_one_and_their_defaults_anywhere():
+    judged = {"reject_after": 9, "reject_margin": 1.0, "patience_s": 1.0}
+    values = {"serve": {**judged, "disagreement_penalty": 0.0}, "reward": "x"}
+    assert parse_config(ServeConfig, values, "test").serve.patience_s == 1.0
+    for plain in (ServeConfig(), ServeConfig(reward="x")):
+        assert parse_config(ServeConfig, plain.model_dump(), "test") == plain
 
 
 def test_who_leaves_a_stream_gives_up_the_place_at_once(tiny_model):
