@@ -135,7 +135,7 @@ def test_mistakes_come_as_the_clients_own_errors(client):
     with pytest.raises(openai.NotFoundError, match="no model"):
         ask(client, model="other")
     with pytest.raises(openai.BadRequestError, match="tools is not supported"):
-        ask(client, tools=[])
+        ask(client, tools=[{"type": "function", "function": {"name": "f"}}])
 
 
 def test_each_of_many_gets_its_own_answer_and_a_crowd_is_told_to_come_back(client):
