@@ -4,7 +4,7 @@
 |----------------------|-------------------------------------------|
 | /v1/chat/completions | an answer, whole or as server-sent events |
 | /v1/feedback         | what a user says of answers               |
-| /v1/models           | the one model that is served              |
+| /v1/models, …/{id}   | the one model that is served              |
 | /health              | 200 when engine and ensemble answer       |
 | /metrics             | this replica's counters for Prometheus    |
 | /                    | the page (`serving/chat_page.py`)         |
@@ -127,16 +127,13 @@ class _Chat:
 
         @app.get("/v1/models", responses=errors(503, 504))
         async def models() -> ModelList:
-            weights, reward = await self._versions()
-            model: ServedModel = {
-                "id": self.settings.name,
-                "object": "model",
-                "created": self.started,
-                "owned_by": "pavlov",
-                "weight_version": weights,
-                "reward_version": reward,
-            }
-            return {"object": "list", "data": [model]}
+            return {"object": "list", "data": [await self._served()]}
+
+        # A name may have a slash in it.
+        @app.get("/v1/models/{model:path}", responses=errors(404, 503, 504))
+        async def one_model(model: str) -> ServedModel:
+            self._require_model(model)
+            return await self._served()
 
         @app.post(
             "/v1/chat/completions",
@@ -190,6 +187,17 @@ class _Chat:
         async with asyncio.timeout(_ALIVE_S):
             weights = await self.engine.version()
             return weights, None if self.scorer is None else await self.scorer.version()
+
+    async def _served(self) -> ServedModel:
+        weights, reward = await self._versions()
+        return {
+            "id": self.settings.name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "pavlov",
+            "weight_version": weights,
+            "reward_version": reward,
+        }
 
     # One request
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import openai
@@ -167,6 +168,21 @@ def test_a_stream_is_read_as_in_the_clients_own_example(tiny_model):
     assert text == "answer 0" and own["weight_version"] == "weights-1"
     text, own = asyncio.run(said(extra_body={"best_of": 4}))
     assert text == "answer 2" and own["reward"] == 1.0
+
+
+def test_the_one_model_is_found_by_its_name(tiny_model):
+    for name in ("pavlov", "our/assistant 2"):
+        chat = Chat(tiny_model, name=name)
+        found = chat.client.get(f"/v1/models/{quote(name, safe='')}")
+        assert found.status_code == 200
+        assert [found.json()] == chat.client.get("/v1/models").json()["data"]
+        for other in ("gpt-9", "Pavlov", f"{name}/", ""):
+            refused = chat.client.get(f"/v1/models/{other}")
+            assert refused.status_code == 404
+            assert refused.json()["error"]["code"] == "model_not_found"
+            assert refused.json()["error"]["type"] == "invalid_request_error"
+    keyed = Chat(tiny_model, keys=["0" * 64])
+    assert keyed.client.get("/v1/models/pavlov").status_code == 401
 
 
 def test_the_best_of_many_has_the_highest_lower_bound_not_the_highest_mean(tiny_model):

@@ -73,7 +73,7 @@ def test_the_official_client_chats_streams_and_repeats_with_a_seed(client):
             streamed[choice.index] += choice.delta.content or ""
     assert streamed == said
     assert whole.model_extra["pavlov"]["weight_version"]
-    assert [model.id for model in client.models.list()] == ["pavlov"]
+    assert client.models.list().data == [client.models.retrieve("pavlov")]
 
 
 def test_stop_ends_an_answer_before_the_text(client):
