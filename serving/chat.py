@@ -4,7 +4,7 @@
 |----------------------|-------------------------------------------|
 | /v1/chat/completions | an answer, whole or as server-sent events |
 | /v1/feedback         | what a user says of answers               |
-| /v1/models           | the one model that is served              |
+| /v1/models, …/{id}   | the one model that is served              |
 | /health              | 200 when engine and ensemble answer       |
 | /metrics             | this replica's counters for Prometheus    |
 | /                    | the page (`serving/chat_page.py`)         |
@@ -14,7 +14,8 @@
     request ─► admitted? ─► one conversation, N candidates ─► scored as each ends ─► the best n
                 429           read once, written together      (overlapped)          answer
 
-What is chosen among is held until it is chosen; a single candidate is sent as it is written.
+Who is let in, and for how long: `serving/places.py`. What is chosen among is held until it is
+chosen; a single candidate is sent as it is written.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, aclosing
 from functools import partial
 from uuid import uuid4
 
@@ -35,14 +37,14 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import generate_latest
 from starlette.types import Receive, Scope, Send
 
 from actors.chat_engine import Sampling
 from models.chat import ChatTokenizer
 from rlhf.config.serve import LOOPBACK, ServeConfig
 from rlhf.errors import ModelError
-from rlhf.records import FinishReason, Message
+from rlhf.records import FinishReason
 from serving.best_of import BestOf
 from serving.candidates import Candidate, Engine, Plan, Scorer, logprobs_of, told
 from serving.chat_page import add_chat_page, is_open
@@ -63,12 +65,15 @@ from serving.openai_answers import (
 from serving.openai_form import ChatRequest, RefusedError, as_refused, install_errors
 from serving.openapi_document import STREAM, document, errors
 from serving.pages import path_of
+from serving.places import Metrics, Place, Places
 from serving.strict_json import StrictRoute
 from serving.this_machine import is_asked_from_here
 
 Chunks = AsyncGenerator[ChatChunk, None]
 _ALIVE_S = 10.0
 """How long engine and ensemble have to say that they are there."""
+_READ_AT_ONCE = 2
+"""Conversations that are tokenised at once; the others in their places wait."""
 
 
 def chat_app(
@@ -97,9 +102,9 @@ class _Chat:
         self.started = int(time.time())
         self.limit = RateLimitItemPerMinute(self.settings.requests_per_minute)
         self.limiter = MovingWindowRateLimiter(MemoryStorage())
-        self.turns = asyncio.Semaphore(self.settings.at_once)
-        self.inside = 0
-        self.metrics = _Metrics()
+        self.metrics = Metrics()
+        self.places = Places(self.settings, self.metrics)
+        self.readers = ThreadPoolExecutor(_READ_AT_ONCE, "read")
         self.best = BestOf(self.settings, engine, scorer, self.metrics.tokens.inc)
         self.app = self._app()
 
@@ -123,16 +128,13 @@ class _Chat:
 
         @app.get("/v1/models", responses=errors(503, 504))
         async def models() -> ModelList:
-            weights, reward = await self._versions()
-            model: ServedModel = {
-                "id": self.settings.name,
-                "object": "model",
-                "created": self.started,
-                "owned_by": "pavlov",
-                "weight_version": weights,
-                "reward_version": reward,
-            }
-            return {"object": "list", "data": [model]}
+            return {"object": "list", "data": [await self._served()]}
+
+        # A name may have a slash in it.
+        @app.get("/v1/models/{model:path}", responses=errors(404, 503, 504))
+        async def one_model(model: str) -> ServedModel:
+            self._require_model(model)
+            return await self._served()
 
         @app.post(
             "/v1/chat/completions",
@@ -190,6 +192,17 @@ class _Chat:
             weights = await self.engine.version()
             return weights, None if self.scorer is None else await self.scorer.version()
 
+    async def _served(self) -> ServedModel:
+        weights, reward = await self._versions()
+        return {
+            "id": self.settings.name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "pavlov",
+            "weight_version": weights,
+            "reward_version": reward,
+        }
+
     # One request
 
     async def complete(self, body: ChatRequest) -> Response:
@@ -198,44 +211,39 @@ class _Chat:
         Raises:
             RefusedError: it asks for what there is not, or there is no room.
         """
-        messages = body.conversation(self.settings.system)
-        # A long conversation takes up to a second to tokenise, in which others are answered.
-        plan = await asyncio.to_thread(self._plan, body, messages)
-        if self.inside >= self.settings.at_once + self.settings.waiting:
-            self.metrics.refused.inc()
+        place = self.places.take()
+        if place is None:
             error = RefusedError(429, "all places are taken", code="overloaded")
             return error.response({"Retry-After": "2"})
-        if body.stream:
-            return _EventStream(self._events(body, plan), headers=_UNBUFFERED)
-        async with self._turn():
-            async with asyncio.timeout(self.settings.timeout_s):
+        with ExitStack() as held:
+            held.callback(place.free)
+            async with asyncio.timeout_at(place.until):
+                # A long conversation takes up to a second to tokenise, in which others are
+                # answered.
+                loop = asyncio.get_running_loop()
+                plan = await loop.run_in_executor(self.readers, self._plan, body)
+            if body.stream:
+                # From here on it is the stream's: nothing is awaited before that is called.
+                held.pop_all()
+                return _EventStream(self._events(body, plan, place), _UNBUFFERED, place)
+            async with place.turn():
                 drawn = await self.best.draw(plan)
                 said = self._said(body, plan, drawn)
-        return JSONResponse(said)
+            return JSONResponse(said)
 
-    @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
-        """A place among those that are answered."""
-        self.inside += 1
-        self.metrics.inside.set(self.inside)
-        began = time.monotonic()
-        try:
-            async with self.turns:
-                yield
-        finally:
-            self.inside -= 1
-            self.metrics.inside.set(self.inside)
-            self.metrics.seconds.observe(time.monotonic() - began)
-
-    def _plan(self, body: ChatRequest, messages: tuple[Message, ...]) -> Plan:
-        settings = self.settings
-        if body.model not in ("", settings.name):
+    def _require_model(self, name: str) -> None:
+        if name != self.settings.name:
             raise RefusedError(
                 404,
-                f"there is no model {body.model[:80]!r}; this one is {settings.name}",
+                f"there is no model {name[:80]!r}; this one is {self.settings.name}",
                 param="model",
                 code="model_not_found",
             )
+
+    def _plan(self, body: ChatRequest) -> Plan:
+        settings = self.settings
+        if body.model:
+            self._require_model(body.model)
         n = body.n or 1
         best_of = body.best_of or max(n, settings.best_of)
         if best_of < n:
@@ -264,6 +272,7 @@ class _Chat:
         longest = body.max_completion_tokens or body.max_tokens or settings.max_tokens
         if body.top_logprobs is not None and not body.logprobs:
             raise RefusedError(400, "top_logprobs without logprobs", param="top_logprobs")
+        messages = body.conversation(settings.system)
         try:
             prompt_ids = self.tokenizer.prompt_ids(messages)
         except ModelError as error:
@@ -373,10 +382,12 @@ class _Chat:
             said["receipt"] = self.feedback.receipt(body, plan, candidate, text)
         return said
 
-    async def _events(self, body: ChatRequest, plan: Plan) -> AsyncGenerator[str, None]:
+    async def _events(
+        self, body: ChatRequest, plan: Plan, place: Place
+    ) -> AsyncGenerator[str, None]:
         """Server-sent events. An error once they have begun is an event of its own."""
         try:
-            async with self._turn(), asyncio.timeout(self.settings.timeout_s):
+            async with place.turn():
                 events = self._held(body, plan) if plan.held else self._flowing(body, plan)
                 async with aclosing(events):
                     async for chunk in events:
@@ -404,33 +415,43 @@ class _Chat:
                         await self.best.judge(plan, candidate)
                     if notice := self._notice(candidate):
                         yield self._chunk(plan, candidate.index, {"content": notice})
-                    yield self._chunk(plan, candidate.index, {}, ended=piece.ended)
-        yield self._last(body, plan, drawn, drawn)
+                    over = all(each.ended for each in drawn)
+                    for chunk in self._end(body, plan, candidate.index, drawn, drawn, over):
+                        yield chunk
 
     async def _held(self, body: ChatRequest, plan: Plan) -> Chunks:
         """The chosen ones, once they are chosen."""
         drawn = await self.best.draw(plan)
         chosen = self.best.chosen(plan, drawn)
-        for place, candidate in enumerate(chosen):
-            yield self._chunk(plan, place, {"role": "assistant", "content": ""})
+        for index, candidate in enumerate(chosen):
+            yield self._chunk(plan, index, {"role": "assistant", "content": ""})
             said = self._logprobs(plan, candidate)
             delta: Delta = {"content": self._shown(candidate)}
-            yield self._chunk(plan, place, delta, logprobs=said)
-            yield self._chunk(plan, place, {}, ended=candidate.ended)
-        yield self._last(body, plan, chosen, drawn)
+            yield self._chunk(plan, index, delta, logprobs=said)
+            over = candidate is chosen[-1]
+            for chunk in self._end(body, plan, index, chosen, drawn, over):
+                yield chunk
 
-    def _last(
+    def _end(
         self,
         body: ChatRequest,
         plan: Plan,
+        index: int,
         chosen: Sequence[Candidate],
         drawn: Sequence[Candidate],
-    ) -> ChatChunk:
-        chunk = self._chunk(plan, None, {})
-        chunk["pavlov"] = self._own(body, plan, chosen, drawn)
-        if body.stream_options is not None and body.stream_options.include_usage:
-            chunk["usage"] = plan.usage(drawn)
-        return chunk
+        over: bool,
+    ) -> Iterator[ChatChunk]:
+        """How a choice ends, and where it is the last one (`over`) the answer: without choices,
+        which clients that did not ask for it do not expect, only to tell the usage."""
+        ended = last = self._chunk(plan, index, {}, ended=chosen[index].reason)
+        if over and body.stream_options is not None and body.stream_options.include_usage:
+            last = self._chunk(plan, None, {})
+            last["usage"] = plan.usage(drawn)
+        if over:
+            last["pavlov"] = self._own(body, plan, chosen, drawn)
+        yield ended
+        if last is not ended:
+            yield last
 
     def _chunk(
         self,
@@ -461,32 +482,27 @@ class _Chat:
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events, whose generator is closed at once when the client has left: it holds a
-    place, and nobody else would close it before the garbage collector."""
+    """Server-sent events in a place of their own. When the client has left, also before they began,
+    their generator is closed and the place given back at once: nobody else would before the garbage
+    collector."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[str, None], headers: dict[str, str]) -> None:
+    def __init__(
+        self, events: AsyncGenerator[str, None], headers: dict[str, str], place: Place
+    ) -> None:
         super().__init__(events, headers=headers)
-        self._events = events
+        self._events, self._place = events, place
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            with CancelScope(shield=True):
-                await self._events.aclose()
-
-
-class _Metrics:
-    """This replica's counters."""
-
-    def __init__(self) -> None:
-        self.registry = own = CollectorRegistry()
-        self.inside = Gauge("pavlov_chat_requests_inside", "answered or waiting", registry=own)
-        self.refused = Counter("pavlov_chat_refused", "for lack of room", registry=own)
-        self.tokens = Counter("pavlov_chat_tokens", "written, of all candidates", registry=own)
-        self.seconds = Histogram("pavlov_chat_seconds", "admission to end", registry=own)
+            try:
+                with CancelScope(shield=True):
+                    await self._events.aclose()
+            finally:
+                self._place.free()
 
 
 _UNBUFFERED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}

@@ -196,8 +196,8 @@ class ChunkChoice(TypedDict):
 
 @_exactly
 class ChatChunk(TypedDict):
-    """An event of a streamed answer. The last before ``[DONE]`` has no choices but `pavlov`, and
-    `usage` if it was asked for."""
+    """An event of a streamed answer. The last before ``[DONE]`` has `pavlov`; where usage was asked
+    for it has that too, and no choices."""
 
     id: str
     object: Literal["chat.completion.chunk"]

@@ -1,13 +1,14 @@
 """The OpenAI chat interface: requests, and errors in its form.
 
 What is not supported is refused by name, not ignored: a client that asks for tools must not take
-plain text for an answer to that.
+plain text for an answer to that. What asks for nothing (`"tools": []`, whatever is null) is taken:
+clients fill in their defaults.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -21,6 +22,7 @@ from pydantic import (
     Tag,
     WithJsonSchema,
 )
+from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 
 from rlhf.errors import ModelError
@@ -46,6 +48,12 @@ def _off(value: bool) -> bool:
     return value
 
 
+def _empty(value: Any) -> Any:
+    if value:
+        raise PydanticCustomError("not_empty", "only an empty one is supported")
+    return value
+
+
 _Text = Annotated[str, Tag("(text)")]
 # Without it the error of a list would be that it is no string.
 _OneOrMany = Discriminator(
@@ -54,12 +62,24 @@ _OneOrMany = Discriminator(
 _Zero = Annotated[float, Field(ge=0, le=0)]
 # Literal[False] takes 0 as well.
 _False = Annotated[bool, AfterValidator(_off), WithJsonSchema({"type": "boolean", "const": False})]
+_NoItems = Annotated[
+    list[Any], AfterValidator(_empty), WithJsonSchema({"type": "array", "maxItems": 0})
+]
+_NoMembers = Annotated[
+    dict[str, Any], AfterValidator(_empty), WithJsonSchema({"type": "object", "maxProperties": 0})
+]
 
 
-class TextPart(BaseModel):
+class _Known(BaseModel):
+    """What has the members that are named here, and others only as null."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    __pydantic_extra__: dict[str, None] = Field(init=False)
+
+
+class TextPart(_Known):
     """Text within a message that is a list of parts."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     type: Literal["text"]
     text: str
 
@@ -85,14 +105,13 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(_Known):
     """The one form an answer has."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     type: Literal["text"]
 
 
-class ChatRequest(BaseModel):
+class ChatRequest(_Known):
     """The body of /v1/chat/completions.
 
     Beyond OpenAI's: `best_of` candidates are drawn and the `n` with the highest lower bound by
@@ -100,7 +119,6 @@ class ChatRequest(BaseModel):
     `candidates` asks for all of them.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     model: str = ""
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)]
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -132,6 +150,13 @@ class ChatRequest(BaseModel):
     response_format: ResponseFormat | None = None
     metadata: dict[str, str] | None = None
     store: _False | None = None
+    tools: _NoItems | None = None
+    tool_choice: Literal["none"] | None = None
+    functions: _NoItems | None = None
+    function_call: Literal["none"] | None = None
+    logit_bias: _NoMembers | None = None
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1)] | None = None
+    service_tier: Literal["auto", "default"] | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
     score: bool | None = None
     candidates: bool | None = None
@@ -220,7 +245,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
     first = error.errors()[0]
     parts = (str(part) for part in first["loc"][1:])
     place = ".".join(part for part in parts if part not in ("(text)", "(list)"))[:_MAX_SHOWN]
-    if first["type"] == "extra_forbidden":
+    if first["type"] in ("extra_forbidden", "none_required", "not_empty"):
         message = f"{place} is not supported"
     elif not place:
         message = "the body is no JSON object"

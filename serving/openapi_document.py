@@ -85,6 +85,8 @@ def document(app: FastAPI, settings: ServeSection, scored: bool) -> dict[str, An
         _add(schemas, ChatChunk)
         _add(schemas, ErrorAnswer)
         _narrow(schemas["ChatRequest"], settings, scored)
+        [model] = made["paths"]["/v1/models/{model}"]["get"]["parameters"]
+        model["schema"]["enum"] = [settings.name]
         for path, methods in made["paths"].items():
             for operation in methods.values():
                 operation["responses"].pop("422", None)

@@ -63,6 +63,20 @@ DEEPER: list[tuple[dict[str, Any], str]] = [
     ({"model": "pavlov "}, "model"),
     ({"model": "x" * 10**5}, "model"),
     ({"model": "\0"}, "model"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    ({"tools": [None]}, "tools"),
+    ({"tools": {}}, "tools"),
+    ({"functions": [{}]}, "functions"),
+    *(({"tool_choice": value}, "tool_choice") for value in ("auto", "required", "None", {})),
+    *(({"function_call": value}, "function_call") for value in ("auto", "", {"name": "f"})),
+    *(({"parallel_tool_calls": value}, "parallel_tool_calls") for value in (True, False)),
+    ({"logit_bias": {"50256": -100}}, "logit_bias"),
+    ({"logit_bias": []}, "logit_bias"),
+    ({"modalities": []}, "modalities"),
+    ({"modalities": ["text", "audio"]}, "modalities.1"),
+    ({"modalities": ["audio"]}, "modalities.0"),
+    ({"modalities": "text"}, "modalities"),
+    *(({"service_tier": value}, "service_tier") for value in ("flex", "priority", "", True)),
 ]
 NOT_SUPPORTED = [
     *("tools", "tool_choice", "functions", "function_call", "parallel_tool_calls", "logit_bias"),
@@ -231,6 +245,11 @@ GOOD: list[dict[str, Any]] = [
     {"metadata": {"a": "", "": "b"}},
     {"stream": False, "stream_options": {"include_usage": True, "more": 1}},
     {"stream": True, "n": 2, "best_of": 4, "logprobs": True},
+    *({field: None} for field in NOT_SUPPORTED),
+    {"tools": [], "tool_choice": "none", "functions": [], "function_call": "none"},
+    {"tools": [], "stream": True, "logit_bias": {}, "modalities": ["text"]},
+    *({"service_tier": value} for value in ("auto", "default")),
+    {"response_format": {"type": "text", "json_schema": None}},
 ]
 GOOD_TURNS: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": ""}],
@@ -243,4 +262,5 @@ GOOD_TURNS: list[list[dict[str, Any]]] = [
     [{"role": "developer", "content": ""}, {"role": "developer", "content": ""}],
     [{"role": "user", "content": "a"}] * 3,
     [{"role": "user", "content": "a", "name": "b", "refusal": None, "annotations": []}],
+    [{"role": "user", "content": [{"type": "text", "text": "a", "cache_control": None}]}],
 ]

@@ -15,7 +15,7 @@ from pydantic import (
 
 from rlhf.config.actors import RolloutSection
 from rlhf.config.label import database_url
-from rlhf.config.section import Gpus, Port, Section
+from rlhf.config.section import Gpus, Port, Section, changed
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -86,7 +86,8 @@ class ServeSection(Section):
     waiting: NonNegativeInt = 32
     """Requests that wait; one more is refused with 429."""
     timeout_s: PositiveFloat = 300.0
-    """Seconds after which an answer is given up."""
+    """Seconds from a request's admission after which it is given up, whether it waits or is
+    answered."""
     feedback: str | None = None
     """A labelling database (as label.database) for what users say of answers; without one nothing
     is asked or kept."""
@@ -163,5 +164,26 @@ class ServeConfig(Section):
             raise ValueError(
                 f'serve.domain_shift = "{self.serve.domain_shift}" without reward: the ensemble '
                 "tells it; set reward to a reward-model folder"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _settings_do_something(self) -> Self:
+        if self.engine.keep_cache:
+            raise ValueError(
+                "engine.keep_cache = true: a served engine's weights never change, so that its "
+                "cache is kept anyway; leave it out"
+            )
+        if self.reward is None:
+            names = ("reject_after", "reject_margin", "patience_s", "disagreement_penalty")
+            for name in changed(self.serve, *names):
+                raise ValueError(
+                    f"serve.{name} = {getattr(self.serve, name):g} without reward: it is about the "
+                    "ensemble; set reward to a reward-model folder, or leave it out"
+                )
+        if not self.serve.reject_after and changed(self.serve, "reject_margin"):
+            raise ValueError(
+                f"serve.reject_margin = {self.serve.reject_margin:g} with serve.reject_after = 0: "
+                "no candidate is given up; set reject_after, or leave it out"
             )
         return self

@@ -9,7 +9,10 @@ import math
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from typing import Any
+from urllib.parse import quote
 
+import httpx
+import openai
 import pytest
 from fastapi.testclient import TestClient
 
@@ -128,6 +131,60 @@ def test_a_stream_says_what_the_whole_answer_says(tiny_model):
     assert events[-1]["choices"] == [] and events[-1]["usage"]["completion_tokens"] == 4
     assert events[-1]["pavlov"]["weight_version"] == "weights-1"
     assert len({event["id"] for event in events}) == 1
+
+
+@pytest.mark.parametrize("ask", [{}, {"n": 2}, {"best_of": 4, "n": 2}, {"score": True}])
+def test_every_chunk_has_a_choice_where_no_usage_was_asked_for(tiny_model, ask):
+    chat = Chat(tiny_model, Scorer(*FOUR))
+    for options in ({}, {"stream_options": {"include_usage": False}}):
+        events = chat.events(**ask, **options)
+        assert all(len(event["choices"]) == 1 for event in events)
+        assert not any("usage" in event for event in events)
+        assert events[-1]["choices"][0]["finish_reason"]
+        assert [event for event in events if "pavlov" in event] == [events[-1]]
+        assert events[-1]["pavlov"]["weight_version"] == "weights-1"
+    *before, last = chat.events(**ask, stream_options={"include_usage": True})
+    assert all(len(event["choices"]) == 1 for event in before) and before[-1]["choices"]
+    assert last["choices"] == [] and last["usage"]["total_tokens"] > 0 and last["pavlov"]
+
+
+def test_a_stream_is_read_as_in_the_clients_own_example(tiny_model):
+    chat = Chat(tiny_model, Scorer(*FOUR))
+
+    async def said(**more: Any) -> tuple[str, Any]:
+        transport = httpx.ASGITransport(app=chat.client.app)
+        async with openai.AsyncOpenAI(
+            base_url="http://127.0.0.1/v1",
+            api_key="none",
+            http_client=httpx.AsyncClient(transport=transport),
+        ) as client:
+            text = ""
+            stream = await client.chat.completions.create(
+                model="pavlov", messages=ASK["messages"], stream=True, **more
+            )
+            async for chunk in stream:
+                text += chunk.choices[0].delta.content or ""
+            return text, chunk.model_extra["pavlov"]
+
+    text, own = asyncio.run(said())
+    assert text == "answer 0" and own["weight_version"] == "weights-1"
+    text, own = asyncio.run(said(extra_body={"best_of": 4}))
+    assert text == "answer 2" and own["reward"] == 1.0
+
+
+def test_the_one_model_is_found_by_its_name(tiny_model):
+    for name in ("pavlov", "our/assistant 2"):
+        chat = Chat(tiny_model, name=name)
+        found = chat.client.get(f"/v1/models/{quote(name, safe='')}")
+        assert found.status_code == 200
+        assert [found.json()] == chat.client.get("/v1/models").json()["data"]
+        for other in ("gpt-9", "Pavlov", f"{name}/", ""):
+            refused = chat.client.get(f"/v1/models/{other}")
+            assert refused.status_code == 404
+            assert refused.json()["error"]["code"] == "model_not_found"
+            assert refused.json()["error"]["type"] == "invalid_request_error"
+    keyed = Chat(tiny_model, keys=["0" * 64])
+    assert keyed.client.get("/v1/models/pavlov").status_code == 401
 
 
 def test_the_best_of_many_has_the_highest_lower_bound_not_the_highest_mean(tiny_model):
@@ -255,7 +312,12 @@ def test_logprobs_have_their_form(tiny_model):
         ({"score": True}, 400, "score", "no reward model"),
         ({"max_tokens": 10**6}, 400, "max_tokens", "more than 512"),
         ({"model": "gpt-9"}, 404, "model", "no model 'gpt-9'"),
-        ({"tools": []}, 400, "tools", "not supported"),
+        ({"tools": [{}]}, 400, "tools", "tools is not supported"),
+        ({"logit_bias": {"7": 1}}, 400, "logit_bias", "logit_bias is not supported"),
+        ({"tool_choice": "auto"}, 400, "tool_choice", "none"),
+        ({"parallel_tool_calls": False}, 400, "parallel_tool_calls", "not supported"),
+        ({"modalities": ["text", "audio"]}, 400, "modalities", "text"),
+        ({"service_tier": "flex"}, 400, "service_tier", "auto"),
         ({"presence_penalty": 1}, 400, "presence_penalty", "0"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format", "text"),
         ({"stop": ["a"] * 5}, 400, "stop", "4"),
@@ -316,8 +378,6 @@ def test_no_place_is_a_429_and_places_are_given_back(tiny_model):
     chat = Chat(tiny_model, at_once=1, waiting=1)
 
     async def crowd() -> list[int]:
-        import httpx
-
         chat.engine.wait.clear()
         transport = httpx.ASGITransport(app=chat.client.app)
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
@@ -354,11 +414,29 @@ def test_too_slow_an_answer_is_given_up_and_its_writing_stopped(tiny_model):
         ({"serve": {"domain_shift": "decline"}}, "without reward"),
         ({"serve": {"host": "0.0.0.0"}}, "without serve.keys"),
         ({"serve": {"engine": {"least": 2}}}, "more than most"),
+        ({"engine": {"keep_cache": True}}, "engine.keep_cache = true: "),
+        ({"engine": {"keep_cache": True}, "reward": "x"}, "engine.keep_cache = true: "),
+        ({"serve": {"reject_after": 9}}, "serve.reject_after = 9 without reward"),
+        ({"serve": {"reject_margin": 1.0}}, "serve.reject_margin = 1 without reward"),
+        ({"serve": {"patience_s": 1.0}}, "serve.patience_s = 1 without reward"),
+        (
+            {"serve": {"disagreement_penalty": 0.0}},
+            "serve.disagreement_penalty = 0 without reward",
+        ),
+        ({"serve": {"reject_margin": 1.0}, "reward": "x"}, "with serve.reject_after = 0"),
     ],
 )
 def test_settings_that_clash_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         parse_config(ServeConfig, values, "test")
+
+
+def test_settings_of_the_ensemble_are_taken_beside_one_and_their_defaults_anywhere():
+    judged = {"reject_after": 9, "reject_margin": 1.0, "patience_s": 1.0}
+    values = {"serve": {**judged, "disagreement_penalty": 0.0}, "reward": "x"}
+    assert parse_config(ServeConfig, values, "test").serve.patience_s == 1.0
+    for plain in (ServeConfig(), ServeConfig(reward="x")):
+        assert parse_config(ServeConfig, plain.model_dump(), "test") == plain
 
 
 def test_who_leaves_a_stream_gives_up_the_place_at_once(tiny_model):

@@ -89,7 +89,13 @@ def test_no_answer_lies_outside_the_document(tiny_model, keyed, scored, examples
         "application/json",
         "text/event-stream; charset=utf-8",
     }
-    assert {label for label, _ in forms} == {post, "GET /v1/models", "GET /health", "GET /metrics"}
+    assert {label for label, _ in forms} == {
+        post,
+        "GET /v1/models",
+        "GET /v1/models/{model}",
+        "GET /health",
+        "GET /metrics",
+    }
     assert statuses[post, 200] >= 20 and statuses[post, 400] >= 100
     assert bool(statuses["GET /v1/models", 401]) == keyed
 
@@ -101,6 +107,8 @@ def test_the_document_tells_the_limits_and_the_keys(tiny_model):
     assert fields["n"]["anyOf"][0]["maximum"] == fields["best_of"]["anyOf"][0]["maximum"] == 3
     assert fields["max_tokens"]["anyOf"][0]["maximum"] == 7
     assert fields["model"]["enum"] == ["", "assistant"]
+    [model] = document["paths"]["/v1/models/{model}"]["get"]["parameters"]
+    assert model["schema"]["enum"] == ["assistant"]
     assert fields["score"]["anyOf"][0]["const"] is False
     assert "securitySchemes" not in document["components"]
     answers = {
