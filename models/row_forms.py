@@ -27,6 +27,16 @@ from models.data_files import Row
 from models.transcripts import is_transcript, parse_prompt, split_reply
 from rlhf.records import Conversation, Message, PreferencePair, Prompt
 
+FIELDS = frozenset(
+    {
+        *("prompt", "chosen", "rejected", "completion", "messages"),
+        *("turns", "question", "instruction", "instances", "input", "id"),
+        *("label", "weight", "margin", "criterion", "criteria", "source"),
+        *("chosen_finished", "rejected_finished", "finished", "finish_reason"),
+    }
+)
+"""What is read of a row, whatever its form."""
+
 
 @dataclass(frozen=True, slots=True)
 class SingleCompletion:
