@@ -78,6 +78,20 @@ def only_pair(path: Path, row: Row) -> PreferencePair:
             "rejected": "\n\nHuman: Is tea healthy?\n\nAssistant: Go away.",
         },
         {**GOOD, "prompt": "\n\nHuman: Is tea healthy?\n\nAssistant:"},
+        {
+            "prompt": "\n\nHuman: Is tea healthy?\n\nAssistant:",
+            "chosen": " In moderation.",
+            "rejected": " Go away.\r\n",
+        },
+        {
+            "prompt": "\r\n\r\nHuman: Is tea healthy?\r\n\r\nAssistant:",
+            "chosen": " In moderation.",
+            "rejected": " Go away.",
+        },
+        {
+            "chosen": "\r\n\r\nHuman: Is tea healthy?\r\n\r\nAssistant: In moderation.",
+            "rejected": "\r\n\r\nHuman: Is tea healthy?\r\n\r\nAssistant: Go away.",
+        },
         {**GOOD, "rank": 2, "weight": None, "score": [1, 2]},
     ],
 )
@@ -145,6 +159,12 @@ def test_blank_lines_and_a_byte_order_mark_are_no_rows_and_lines_still_count(
     assert report == ReadReport(path, rows=2, kept=1, bad=(BadRow(4, "broken JSON"),))
 
 
+def test_a_reply_after_a_prompt_of_plain_text_keeps_its_space(tmp_path: Path) -> None:
+    assert only_pair(tmp_path, {**GOOD, "chosen": " In\r\nmoderation."}).chosen == (
+        " In\r\nmoderation."
+    )
+
+
 # Rows that are left out
 
 BAD_PAIRS: list[tuple[Row | str, str]] = [
@@ -199,6 +219,14 @@ BAD_PAIRS: list[tuple[Row | str, str]] = [
     ({"prompt": "a", "chosen": "b"}, "no rejected"),
     ({"chosen": "a", "rejected": "b"}, "no prompt"),
     ({**GOOD, "prompt": "  "}, "empty turn in the prompt"),
+    (
+        {**GOOD, "prompt": "Human: a\n\nAssistant:"},
+        "prompt that ends in Assistant: but does not start with a blank line and Human:",
+    ),
+    (
+        {"prompt": "\n\nHuman: a\n\nAssistant:", "chosen": " ", "rejected": " b"},
+        "empty reply",
+    ),
     ({**GOOD, "prompt": []}, "prompt that does not end in a user turn"),
     (
         {**GOOD, "prompt": [user("a"), assistant("b")]},
@@ -470,6 +498,10 @@ def test_every_form_of_a_prompt_is_read(tmp_path: Path, row: Row, text: str) -> 
         ({"turns": []}, "turns that are not a list of texts"),
         ({"turns": [1]}, "turns that is not text"),
         ({"question": ["a"]}, "question that is not text"),
+        (
+            {"prompt": "Human: a\n\nAssistant:"},
+            "prompt that ends in Assistant: but does not start with a blank line and Human:",
+        ),
         ({"prompt": [assistant("a")]}, "prompt that does not end in a user turn"),
         ({"prompt": "a", "id": ["b"]}, "id that is not text"),
         (
