@@ -78,7 +78,7 @@ class ChatEngine:
     ) -> None:
         self._guard = Guard(with_parent=in_ray_actor())
         folder = resolve_model(model)
-        self._end_id = ChatTokenizer(folder).end_id
+        self._end_ids = ChatTokenizer(folder).end_ids
         self._version = weights_fingerprint(folder)
         self._engine = start_engine(folder, settings, max_length, gpus=gpus)
         self._guard.watch()
@@ -126,7 +126,7 @@ class ChatEngine:
             max_tokens=sampling.max_tokens,
             seed=sampling.seed,
             stop=list(sampling.stop),
-            stop_token_ids=[self._end_id],
+            stop_token_ids=list(self._end_ids),
             logprobs=sampling.logprobs,
             output_kind=RequestOutputKind.DELTA,
         )

@@ -193,7 +193,7 @@ class RolloutActor:
                     max_tokens=request.max_tokens,
                     seed=seed,
                     logprobs=0,
-                    stop_token_ids=[self._tokenizer.end_id],
+                    stop_token_ids=list(self._tokenizer.end_ids),
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 )
                 self._requests += 1

@@ -15,14 +15,22 @@ from rlhf.records import Message
 
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}"
-    "{{ message.role | capitalize }}: {{ message.content }}"
+    # As expressions: a newline of the template's own right after a block is trimmed.
+    "{{ message.role | capitalize }}{{ ':\\n' }}{{ message.content }}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}"
-    # As an expression: a newline of the template's own right after a block is trimmed.
     "{{ '\\n\\n' }}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
 )
-"""Used where a tokenizer brings no template of its own, as raw base models do not."""
+"""Used where a tokenizer brings no template of its own, as raw base models do not.
+
+A turn begins on a line of its own: after a marker in the same line a reply would begin with the
+space that it is written with in some turns and not in others. `_WITH_BOS` stands in front where the
+tokenizer itself puts a beginning-of-sequence token before a text.
+"""
+_WITH_BOS = "{{ bos_token }}"
+_MARK = "\ue000reply\ue001"
+"""A reply that no template writes by itself."""
 
 
 class ChatTokenizer:
@@ -38,14 +46,39 @@ class ChatTokenizer:
                 f"{folder} has no tokenizer that can be read: {_first_line(error)}"
             ) from None
         self.uses_default_template = not self._tokenizer.chat_template
-        if self.uses_default_template:
-            self._tokenizer.chat_template = DEFAULT_TEMPLATE
         if self._tokenizer.eos_token_id is None:
             raise ModelError(f"the tokenizer in {folder} has no end-of-sequence token")
+        if self.uses_default_template:
+            bos = _WITH_BOS if self._begins_texts() else ""
+            self._tokenizer.chat_template = bos + DEFAULT_TEMPLATE
+
+    def _begins_texts(self) -> bool:
+        """Whether the tokenizer puts a beginning-of-sequence token before a text by itself."""
+        bos = self._tokenizer.bos_token_id
+        return bos is not None and self._tokenizer("a")["input_ids"][0] == bos
+
+    @cached_property
+    def end_id(self) -> int:
+        """The token that ends an assistant's turn: the first control token that the template
+        writes after a reply (Gemma's ``<end_of_turn>``), else the end-of-sequence token."""
+        try:
+            messages = (Message("user", "?"), Message("assistant", _MARK))
+            contents = [message.content for message in messages]
+            text = self._rendered(messages, contents, answering=False)
+        except ModelError:
+            text = ""
+        _, reply, after = text.rpartition(_MARK)
+        end = self._control.search(after) if reply else None
+        return self._eos_id if end is None else int(self._tokenizer.get_vocab()[end[0]])
 
     @property
-    def end_id(self) -> int:
-        """The token that ends an assistant's turn."""
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that a sampled reply may end with: `end_id`, and the end-of-sequence token where
+        that is another one. With either the reply is finished."""
+        return tuple(dict.fromkeys((self.end_id, self._eos_id)))
+
+    @property
+    def _eos_id(self) -> int:
         return int(self._tokenizer.eos_token_id)
 
     @property
@@ -70,7 +103,8 @@ class ChatTokenizer:
     @property
     def fingerprint(self) -> str:
         """Hash of vocabulary and template: what must agree for token ids to mean the same."""
-        text = f"{self._vocabulary()}\x1f{self._tokenizer.chat_template}\x1f{self.end_id}"
+        ends = "\x1f".join(map(str, self.end_ids))
+        text = f"{self._vocabulary()}\x1f{self._tokenizer.chat_template}\x1f{ends}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
@@ -82,6 +116,9 @@ class ChatTokenizer:
         Raises:
             ModelError: the template refuses the conversation, e.g. for its system turn.
         """
+        # A saved model brings it as its own; a tokenizer may also bring several templates by name.
+        if self._tokenizer.chat_template in (DEFAULT_TEMPLATE, _WITH_BOS + DEFAULT_TEMPLATE):
+            return self._by_default_template(messages)
         contents = [message.content for message in messages]
         if not any(map(self._control.search, contents)):
             return self._encode(self._rendered(messages, contents))
@@ -127,8 +164,27 @@ class ChatTokenizer:
         spellings |= set(self._tokenizer.all_special_tokens)
         return re.compile("|".join(map(re.escape, sorted(spellings, key=len, reverse=True))))
 
-    def _rendered(self, messages: Sequence[Message], contents: Sequence[str]) -> str:
-        """The conversation by the template, with these contents for the messages' own."""
+    def _by_default_template(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """What `DEFAULT_TEMPLATE` writes, with replies as the tokens of `reply_ids`: what was
+        sampled, or learnt, reads the same in the turns after it."""
+        with_bos = self._tokenizer.chat_template.startswith(_WITH_BOS)
+        token_ids: tuple[int, ...] = (int(self._tokenizer.bos_token_id),) if with_bos else ()
+        text = ""
+        for message in messages:
+            text += f"{message.role.capitalize()}:\n"
+            if message.role == "assistant":
+                token_ids += self._encode(text, split_special_tokens=True)
+                token_ids += self.reply_ids(message.content, finished=True)
+                text = "\n\n"
+            else:
+                text += f"{message.content}\n\n"
+        return token_ids + self._encode(f"{text}Assistant:\n", split_special_tokens=True)
+
+    def _rendered(
+        self, messages: Sequence[Message], contents: Sequence[str], *, answering: bool = True
+    ) -> str:
+        """The conversation by the template, with these contents for the messages' own and, if
+        `answering`, up to where the assistant's next turn begins."""
         from jinja2 import TemplateError
 
         turns = [
@@ -138,7 +194,7 @@ class ChatTokenizer:
         try:
             return str(
                 self._tokenizer.apply_chat_template(
-                    turns, add_generation_prompt=True, tokenize=False
+                    turns, add_generation_prompt=answering, tokenize=False
                 )
             )
         except (TemplateError, TypeError, ValueError, LookupError) as error:

@@ -10,10 +10,9 @@ import gzip
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +89,22 @@ class Tally:
         return _sentence(self.path, self.rows, self.reasons, self.first)
 
 
-def iter_rows(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
-    """Line number and row of a data file; a line that is no JSON object comes as a `BadRow`.
+def iter_rows(
+    path: Path, fields: Collection[str] | None = None
+) -> Iterator[tuple[int, Row | BadRow]]:
+    """Line number and row of a data file; a line that is no JSON object, or a row of Parquet with a
+    value that Python cannot hold, comes as a `BadRow`.
+
+    Args:
+        fields: what is wanted of a row; other columns of Parquet are not read.
 
     Raises:
         DataError: the file is missing, unreadable, damaged, or of another kind.
     """
-    yield from _parquet_rows(path) if _checked_suffix(path) == ".parquet" else _json_rows(path)
+    if _checked_suffix(path) == ".parquet":
+        yield from _parquet_rows(path, fields)
+    else:
+        yield from _json_rows(path)
 
 
 def count_rows(path: Path) -> int:
@@ -171,18 +179,48 @@ def _json_row(line: int, content: bytes) -> Row | BadRow:
     return row if isinstance(row, dict) else BadRow(line, "no JSON object")
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Row | BadRow]]:
+_UNREADABLE = (pa.ArrowException, ValueError, OverflowError)
+"""What Arrow raises for values that Python cannot hold, and for damaged files."""
+
+
+def _parquet_rows(path: Path, fields: Collection[str] | None) -> Iterator[tuple[int, Row | BadRow]]:
+    line = 0
     with _reading_parquet(path), pq.ParquetFile(path) as file:
-        batches = file.iter_batches(batch_size=1024)
-        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
-        yield from enumerate(rows, start=1)
+        names = None
+        if fields is not None:
+            names = [name for name in file.schema_arrow.names if name in fields]
+        for batch in file.iter_batches(batch_size=1024, columns=names):
+            for row in _rows_of_batch(batch):
+                line += 1
+                yield line, BadRow(line, row) if isinstance(row, str) else row
+
+
+def _rows_of_batch(batch: pa.RecordBatch) -> Sequence[Row | str]:
+    """Its rows; why it cannot be read in the place of one that cannot."""
+    try:
+        rows: list[Row] = batch.to_pylist()
+    except _UNREADABLE:
+        return [_row_of_batch(batch.slice(at, 1)) for at in range(batch.num_rows)]
+    return rows
+
+
+def _row_of_batch(batch: pa.RecordBatch) -> Row | str:
+    row: Row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            [row[name]] = column.to_pylist()
+        except UnicodeDecodeError:
+            return f"{name} that is not UTF-8"
+        except _UNREADABLE:
+            return f"{name} that cannot be read"
+    return row
 
 
 @contextmanager
 def _reading_parquet(path: Path) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+    except (*_UNREADABLE, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path} cannot be read as Parquet; write it again ({reason})") from None
 

@@ -27,6 +27,7 @@ from models.data_files import (
     written_beside,
 )
 from models.row_forms import (
+    FIELDS,
     DistinctPrompts,
     SingleCompletion,
     conversation_of,
@@ -183,7 +184,7 @@ def _parsed_rows(
 ) -> Iterator[tuple[int, Item | BadRow | None]]:
     """Line and item of every row of a file; `parse` is as in `_read_files`."""
     source = source_of(path)
-    for line, row in iter_rows(path):
+    for line, row in iter_rows(path, FIELDS):
         item: Item | BadRow | None
         try:
             item = row if isinstance(row, BadRow) else parse(row, source, line)

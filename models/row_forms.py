@@ -14,6 +14,9 @@ Each function returns what the row says or raises `ValueError` with the reason.
 | Self-Instruct       | instruction, with its input below it where there is one     | prompt       |
 | LLMBar              | input                                                       | prompt       |
 
+A text of its own behind a prompt that is a raw HH-RLHF transcript is the reply that the whole
+transcript would hold: stripped.
+
 A pair may carry label, weight, margin, criterion (or criteria), source, chosen_finished and
 rejected_finished, a single completion or conversation source and finished (or finish_reason); any
 other field is ignored.
@@ -24,8 +27,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from models.data_files import Row
-from models.transcripts import is_transcript, parse_prompt, split_reply
+from models.transcripts import (
+    is_nearly_prompt,
+    is_transcript,
+    parse_prompt,
+    reply_to_prompt,
+    split_reply,
+)
 from rlhf.records import Conversation, Message, PreferencePair, Prompt
+
+FIELDS = frozenset(
+    {
+        *("prompt", "chosen", "rejected", "completion", "messages"),
+        *("turns", "question", "instruction", "instances", "input", "id"),
+        *("label", "weight", "margin", "criterion", "criteria", "source"),
+        *("chosen_finished", "rejected_finished", "finished", "finish_reason"),
+    }
+)
+"""What is read of a row, whatever its form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +202,11 @@ def _reply(row: Row, name: str) -> tuple[tuple[Message, ...], str]:
         raise ValueError(f"no {name}")
     if isinstance(value, str):
         text = checked_text(value, name)
-        return split_reply(text) if is_transcript(text) else ((), text)
+        if is_transcript(text):
+            return split_reply(text)
+        prompt = row.get("prompt")
+        after_transcript = isinstance(prompt, str) and is_transcript(prompt)
+        return (), reply_to_prompt(text) if after_transcript else text
     messages = _messages(value, name)
     if not messages or messages[-1].role != "assistant":
         raise ValueError(f"{name} that does not end in an assistant turn")
@@ -205,6 +228,10 @@ def _one_prompt(row: Row, turns: tuple[Message, ...]) -> tuple[Message, ...]:
 def _conversation(value: object) -> tuple[Message, ...]:
     if isinstance(value, str):
         text = checked_text(value, "prompt")
+        if is_nearly_prompt(text):
+            raise ValueError(
+                "prompt that ends in Assistant: but does not start with a blank line and Human:"
+            )
         return parse_prompt(text) if is_transcript(text) else (Message("user", text),)
     return _messages(value, "prompt")
 

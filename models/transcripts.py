@@ -5,7 +5,7 @@ r"""The raw HH-RLHF form: a whole conversation as one string.
     \n\nHuman: Is tea healthy?\n\nAssistant: It can be.\n\nHuman: And coffee?\n\nAssistant: Yes.
 
 Only ``\n\nHuman:`` and ``\n\nAssistant:`` begin a turn; "Human:" inside a line is text. Contents
-are stripped of surrounding white space.
+are stripped of surrounding white space. Lines may end as on Windows; they end in ``\n`` afterwards.
 
 Consecutive turns of one role are merged, joined by a blank line: annotators now and then sent two
 messages in a row, and chat templates want roles to alternate. One boundary is never merged over,
@@ -28,7 +28,17 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 def is_transcript(text: str) -> bool:
     r"""Whether `text` is in the raw HH-RLHF form: it starts with ``\n\nHuman:``."""
-    return text.startswith(_START)
+    return _plain_lines(text).startswith(_START)
+
+
+def is_nearly_prompt(text: str) -> bool:
+    """Whether `text` waits for the assistant as a transcript does, but is none: its last line is
+    ``Assistant:``, or it begins with ``Human:`` and ends in that."""
+    if is_transcript(text) or not text.rstrip().endswith("Assistant:"):
+        return False
+    return (
+        text.lstrip().startswith("Human:") or text.rstrip().splitlines()[-1].strip() == "Assistant:"
+    )
 
 
 def parse_transcript(text: str) -> tuple[Message, ...]:
@@ -55,7 +65,12 @@ def parse_prompt(text: str) -> tuple[Message, ...]:
     Raises:
         ValueError: as in `parse_transcript`.
     """
-    return parse_transcript(text.rstrip().removesuffix(_REPLY))
+    return parse_transcript(_plain_lines(text).rstrip().removesuffix(_REPLY))
+
+
+def reply_to_prompt(text: str) -> str:
+    """A reply that stands apart from its prompt, a transcript: as `split_reply` gives it."""
+    return _plain_lines(text).strip()
 
 
 def split_reply(text: str) -> tuple[tuple[Message, ...], str]:
@@ -72,10 +87,14 @@ def split_reply(text: str) -> tuple[tuple[Message, ...], str]:
     return _merge(prompt), reply.content
 
 
+def _plain_lines(text: str) -> str:
+    return text.replace("\r\n", "\n")
+
+
 def _turns(text: str) -> list[Message]:
     if not is_transcript(text):
         raise ValueError("transcript that does not start with a blank line and Human:")
-    _, *parts = _MARKER.split(text)
+    _, *parts = _MARKER.split(_plain_lines(text))
     return [
         Message(_ROLES[speaker], content.strip())
         for speaker, content in zip(parts[::2], parts[1::2], strict=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,7 +14,9 @@ from typing import Any
 
 import pytest
 
+import actors.chat_engine
 import actors.rollout
+from actors.chat_engine import ChatEngine, Piece, Sampling
 from actors.rollout import GroupRequest, RolloutActor
 from cluster.weights.probe import PROBE_TEXT
 from models.chat import ChatTokenizer
@@ -46,8 +50,10 @@ class Engine:
     dies: bool = False
     errored: bool = False
     at_work: set[str] = field(default_factory=set)
+    asked: list[Any] = field(default_factory=list)
 
     async def add_request(self, name: str, prompt: Any, parameters: Any) -> Any:
+        self.asked.append(parameters)
         if error := self.refuses(parameters.seed):
             self.errored = self.dies
             raise error
@@ -79,7 +85,8 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its names, without the seconds that importing it takes."""
     module, parameters = ModuleType("vllm"), ModuleType("vllm.sampling_params")
     module.SamplingParams = SimpleNamespace  # type: ignore[attr-defined]
-    parameters.RequestOutputKind = SimpleNamespace(FINAL_ONLY=2)  # type: ignore[attr-defined]
+    kinds = SimpleNamespace(FINAL_ONLY=2, DELTA=1)
+    parameters.RequestOutputKind = kinds  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setitem(sys.modules, "vllm.sampling_params", parameters)
 
@@ -167,6 +174,53 @@ def test_an_engine_that_died_is_no_failure_of_the_prompt(actor_with: Any, when: 
     engine = Engine(dies=True, **{when: lambda seed: RuntimeError("the engine is dead")})
     with pytest.raises(RuntimeError, match="the engine is dead"):
         ask(actor_with(engine), "good")
+
+
+@pytest.fixture
+def closing_model(tiny_model: Path, tmp_path: Path) -> Path:
+    """Its template ends turns with another token, 2, than its tokenizer ends sequences, 0."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "closing"))
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<|endoftext|>"}))
+    return folder
+
+
+def test_sampling_ends_with_the_templates_end_of_turn_or_the_end_of_the_sequence(
+    vllm: None, closing_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(ends=lambda seed: sampled((5, 0)))
+    monkeypatch.setattr(actors.rollout, "start_engine", lambda *_, **__: engine)
+    memory = str(tmp_path / "memory")
+    actor = RolloutActor(str(closing_model), RolloutSection(), 64, 8, memory, "r", "e")
+    [group] = ask(actor, "prompt")
+    asyncio.run(actor.shutdown())
+    assert [parameters.stop_token_ids for parameters in engine.asked] == [[2, 0]] * 3
+    assert isinstance(group, RolloutGroup)
+    assert group.completions[0].finish_reason == "stop"
+
+
+def test_chat_ends_an_answer_with_either_too(
+    vllm: None, closing_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    async def generate(prompt: Any, parameters: Any, request_id: str) -> AsyncGenerator[Any, None]:
+        asked.append(parameters)
+        part = SimpleNamespace(index=0, text="", token_ids=[0], finish_reason="stop")
+        yield SimpleNamespace(outputs=[part])
+
+    engine = SimpleNamespace(generate=generate, errored=False, shutdown=lambda: None)
+    monkeypatch.setattr(actors.chat_engine, "start_engine", lambda *_, **__: engine)
+    chat = ChatEngine(str(closing_model), RolloutSection(), 64)
+
+    async def write() -> list[Piece]:
+        sampling = Sampling(1, 8)
+        return [piece async for piece in chat.write((1, 5), sampling)]
+
+    [piece] = asyncio.run(write())
+    chat.shutdown()
+    assert asked[0].stop_token_ids == [2, 0]
+    assert piece.ended == "stop"
 
 
 @pytest.mark.parametrize("prompt_tokens", [1, 400])

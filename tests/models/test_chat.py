@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from models.chat import ChatTokenizer
+from models.conversations import examples_of
 from models.embedded import embedded_model
 from rlhf.errors import ModelError
-from rlhf.records import Message
+from rlhf.records import Conversation, Message
 
 TALK = (
     Message("user", "Is tea healthy?"),
@@ -51,19 +52,80 @@ def test_without_a_template_the_default_one_is_used_and_said(tiny_base_model):
     tokenizer = ChatTokenizer(tiny_base_model)
     assert tokenizer.uses_default_template
     assert text_of(tiny_base_model, tokenizer.prompt_ids(TALK)) == (
-        "User: Is tea healthy?\n\n"
-        "Assistant: It can be.<|im_end|>\n\n"
-        "User: And coffee?\n\n"
-        "Assistant:"
+        "User:\nIs tea healthy?\n\n"
+        "Assistant:\nIt can be.<|im_end|>\n\n"
+        "User:\nAnd coffee?\n\n"
+        "Assistant:\n"
     )
 
 
 def test_a_turn_in_the_default_template_ends_as_a_finished_reply_does(tiny_base_model):
     """What the policy is taught to end with is what it saw its earlier turns end with."""
     tokenizer = ChatTokenizer(tiny_base_model)
-    reply = tokenizer.reply_ids(" It can be.", finished=True)
+    reply = tokenizer.reply_ids("It can be.", finished=True)
     whole = tokenizer.prompt_ids(TALK)
     assert any(whole[i : i + len(reply)] == reply for i in range(len(whole)))
+
+
+@pytest.mark.parametrize(
+    "text", ["It can be.", " It can be.", "\n\n\nIt is", "\n", "<|im_end|> 🙂"]
+)
+def test_a_turn_in_the_default_template_reads_as_it_was_sampled(tiny_base_model, text):
+    tokenizer = ChatTokenizer(tiny_base_model)
+    turns = (TALK[0], Message("assistant", text), TALK[2], Message("assistant", text), TALK[0])
+    sampled = tokenizer.prompt_ids(turns[:1]) + tokenizer.reply_ids(text, finished=True)
+    later = tokenizer.prompt_ids(turns[:3])
+    assert later[: len(sampled)] == sampled
+    sampled = later + tokenizer.reply_ids(text, finished=True)
+    assert tokenizer.prompt_ids(turns)[: len(sampled)] == sampled
+    [example] = examples_of(Conversation(turns[:4]), tokenizer)
+    assert example.count == 2 * len(tokenizer.reply_ids(text, finished=True))
+
+
+def test_the_default_template_itself_writes_the_same_text(tiny_base_model, beginning_model):
+    for folder in (tiny_base_model, beginning_model):
+        tokenizer = ChatTokenizer(folder)
+        rendered = tokenizer._rendered(TALK, [message.content for message in TALK])
+        assert text_of(folder, tokenizer.prompt_ids(TALK)) == rendered
+
+
+@pytest.fixture
+def beginning_model(tiny_base_model: Path, tmp_path: Path) -> Path:
+    """A base model whose tokenizer puts a beginning-of-sequence token before a text."""
+    folder = Path(shutil.copytree(tiny_base_model, tmp_path / "beginning"))
+    path = folder / "tokenizer.json"
+    single = [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}]
+    single.append({"Sequence": {"id": "A", "type_id": 0}})
+    special = {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}
+    change(
+        path,
+        post_processor={
+            "type": "TemplateProcessing",
+            "single": single,
+            "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<|im_start|>": special},
+        },
+    )
+    return folder
+
+
+def test_the_default_template_begins_as_the_tokenizer_begins_a_text(
+    tiny_base_model, beginning_model, tmp_path
+):
+    tokenizer, plain = ChatTokenizer(beginning_model), ChatTokenizer(tiny_base_model)
+    assert tokenizer.prompt_ids(TALK) == (1, *plain.prompt_ids(TALK))
+    assert tokenizer.reply_ids("Yes.", finished=True) == plain.reply_ids("Yes.", finished=True)
+    tokenizer.save(tmp_path / "saved")
+    again = ChatTokenizer(tmp_path / "saved")
+    assert again.prompt_ids(TALK) == tokenizer.prompt_ids(TALK)
+    assert again.fingerprint == tokenizer.fingerprint
+
+
+def test_what_a_message_spells_is_text_in_the_default_template(beginning_model):
+    talk = (Message("user", SPELT), Message("assistant", SPELT), Message("user", SPELT))
+    token_ids = ChatTokenizer(beginning_model).prompt_ids(talk)
+    assert [token for token in token_ids if token in {0, 1, 2}] == [1, 2]
+    assert text_of(beginning_model, token_ids).count(SPELT) == 3
 
 
 def test_a_saved_default_template_comes_back_as_the_same_tokenizer(tiny_base_model, tmp_path):
@@ -82,6 +144,105 @@ def test_only_a_finished_reply_ends_with_the_end_of_turn(tiny_model):
     assert tokenizer.end_id not in cut_off
     assert text_of(tiny_model, [tokenizer.end_id]) == "<|im_end|>"
     assert text_of(tiny_model, cut_off) == "It can be."
+
+
+@pytest.fixture
+def closing_model(model_copy: Path) -> Path:
+    """A model whose template closes turns with another token than the end of a sequence, as
+    Gemma's and Phi's do."""
+    change(model_copy / "tokenizer_config.json", eos_token="<|endoftext|>")
+    return model_copy
+
+
+def test_a_turn_ends_as_the_template_ends_it_and_either_end_stops_a_reply(closing_model):
+    tokenizer = ChatTokenizer(closing_model)
+    assert text_of(closing_model, [tokenizer.end_id]) == "<|im_end|>"
+    ends = [text_of(closing_model, [token]) for token in tokenizer.end_ids]
+    assert ends == ["<|im_end|>", "<|endoftext|>"]
+    [example] = examples_of(Conversation(TALK[:2] * 2), tokenizer)
+    learnt = [t for t, wanted in zip(example.token_ids, example.learnt, strict=True) if wanted]
+    assert text_of(closing_model, learnt) == "It can be.<|im_end|>" * 2
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+        "{{ raise_exception('no') }}",
+        "<|im_start|>{{ messages[0].content }}<|im_start|>",
+    ],
+)
+def test_a_template_that_ends_no_turn_leaves_the_end_of_the_sequence(model_copy, template):
+    tokenizer = build_tokenizer_with(model_copy, template)
+    assert text_of(model_copy, tokenizer.end_ids) == "<|im_end|>"
+
+
+def test_a_model_whose_turns_end_with_its_sequences_has_one_end(any_model):
+    tokenizer = ChatTokenizer(any_model)
+    assert tokenizer.end_ids == (tokenizer.end_id,) == (2,)
+
+
+def test_the_embedded_model_keeps_its_tokens_and_its_fingerprint():
+    try:
+        tokenizer = ChatTokenizer(embedded_model())
+    except ModelError as error:
+        pytest.skip(str(error))
+    assert tokenizer.fingerprint == "81367261c624397a"
+    assert tokenizer.prompt_ids(TALK) == (
+        1,
+        9690,
+        198,
+        2683,
+        359,
+        253,
+        5356,
+        5646,
+        11173,
+        3365,
+        3511,
+        308,
+        34519,
+        28,
+        7018,
+        411,
+        407,
+        19712,
+        8182,
+        2,
+        198,
+        1,
+        4093,
+        198,
+        4182,
+        7188,
+        2458,
+        47,
+        2,
+        198,
+        1,
+        520,
+        9531,
+        198,
+        1589,
+        416,
+        325,
+        30,
+        2,
+        198,
+        1,
+        4093,
+        198,
+        3528,
+        6728,
+        47,
+        2,
+        198,
+        1,
+        520,
+        9531,
+        198,
+    )
+    assert tokenizer.reply_ids("It can be.", finished=True) == (1589, 416, 325, 30, 2)
 
 
 @pytest.fixture(params=["tiny", "embedded"])

@@ -159,12 +159,14 @@ def test_conversations_of_every_form_are_read_and_bad_ones_are_named_by_line(tmp
         {"messages": [user, {"role": "assistant", "content": " "}]},
         {"prompt": "Hi", "completion": ""},
         {"messages": [said]},
+        {"prompt": "\n\nHuman: Hi\n\nAssistant:", "completion": " Hello\n"},
+        {"prompt": "Human: Hi\n\nAssistant:", "completion": " Hello"},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found, [report] = read_conversations([path])
     expected = (Message("user", "Hi"), Message("assistant", "Hello"))
     assert [(line, item.messages) for line, _, item in found] == [
-        (line, expected) for line in (1, 2, 3, 4)
+        (line, expected) for line in (1, 2, 3, 4, 10)
     ]
     assert [(bad.line, bad.reason) for bad in report.bad] == [
         (5, "conversation without an assistant turn"),
@@ -172,6 +174,7 @@ def test_conversations_of_every_form_are_read_and_bad_ones_are_named_by_line(tmp
         (7, "empty reply"),
         (8, "empty reply"),
         (9, "prompt that does not end in a user turn"),
+        (11, "prompt that ends in Assistant: but does not start with a blank line and Human:"),
     ]
 
 

@@ -19,6 +19,13 @@ from hypothesis import strategies as st
 
 from models.data_files import BadRow, ReadReport, iter_rows
 from models.preferences import folds_by_first_user_turn, read_pairs, read_prompts, write_pairs
+from models.row_forms import (
+    FIELDS,
+    DistinctPrompts,
+    conversation_of,
+    pair_of,
+    scoring_row_of,
+)
 from rlhf.errors import DataError
 from rlhf.records import Message, PreferencePair, Prompt
 
@@ -71,6 +78,20 @@ def only_pair(path: Path, row: Row) -> PreferencePair:
             "rejected": "\n\nHuman: Is tea healthy?\n\nAssistant: Go away.",
         },
         {**GOOD, "prompt": "\n\nHuman: Is tea healthy?\n\nAssistant:"},
+        {
+            "prompt": "\n\nHuman: Is tea healthy?\n\nAssistant:",
+            "chosen": " In moderation.",
+            "rejected": " Go away.\r\n",
+        },
+        {
+            "prompt": "\r\n\r\nHuman: Is tea healthy?\r\n\r\nAssistant:",
+            "chosen": " In moderation.",
+            "rejected": " Go away.",
+        },
+        {
+            "chosen": "\r\n\r\nHuman: Is tea healthy?\r\n\r\nAssistant: In moderation.",
+            "rejected": "\r\n\r\nHuman: Is tea healthy?\r\n\r\nAssistant: Go away.",
+        },
         {**GOOD, "rank": 2, "weight": None, "score": [1, 2]},
     ],
 )
@@ -138,6 +159,12 @@ def test_blank_lines_and_a_byte_order_mark_are_no_rows_and_lines_still_count(
     assert report == ReadReport(path, rows=2, kept=1, bad=(BadRow(4, "broken JSON"),))
 
 
+def test_a_reply_after_a_prompt_of_plain_text_keeps_its_space(tmp_path: Path) -> None:
+    assert only_pair(tmp_path, {**GOOD, "chosen": " In\r\nmoderation."}).chosen == (
+        " In\r\nmoderation."
+    )
+
+
 # Rows that are left out
 
 BAD_PAIRS: list[tuple[Row | str, str]] = [
@@ -192,6 +219,14 @@ BAD_PAIRS: list[tuple[Row | str, str]] = [
     ({"prompt": "a", "chosen": "b"}, "no rejected"),
     ({"chosen": "a", "rejected": "b"}, "no prompt"),
     ({**GOOD, "prompt": "  "}, "empty turn in the prompt"),
+    (
+        {**GOOD, "prompt": "Human: a\n\nAssistant:"},
+        "prompt that ends in Assistant: but does not start with a blank line and Human:",
+    ),
+    (
+        {"prompt": "\n\nHuman: a\n\nAssistant:", "chosen": " ", "rejected": " b"},
+        "empty reply",
+    ),
     ({**GOOD, "prompt": []}, "prompt that does not end in a user turn"),
     (
         {**GOOD, "prompt": [user("a"), assistant("b")]},
@@ -238,6 +273,84 @@ def test_a_line_that_is_not_utf8_is_a_bad_row(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes('{"prompt": "é"}\n'.encode("latin-1") + json.dumps(GOOD).encode())
     assert read_pairs([path])[1][0].bad == (BadRow(1, "text that is not UTF-8"),)
+
+
+def table_of(rows: Sequence[Row], **columns: pa.Array) -> pa.Table:
+    table = pa.Table.from_pylist(list(rows))
+    for name, column in columns.items():
+        table = table.append_column(name, column)
+    return table
+
+
+def numbered(count: int) -> list[Row]:
+    return [{**GOOD, "prompt": f"question {index}"} for index in range(count)]
+
+
+@pytest.mark.parametrize("unit", ["ms", "ns"])
+def test_a_column_that_no_form_knows_is_not_read(tmp_path: Path, unit: str) -> None:
+    # Beyond the year 9999, or of more digits than Python's times have.
+    times = pa.array([10**15 + 1] * 5, type=pa.timestamp(unit))
+    path = tmp_path / "a.parquet"
+    pq.write_table(table_of(numbered(5), when=times), path)
+    pairs, [report] = read_pairs([path])
+    assert len(pairs) == report.rows == 5 and report.bad == ()
+    assert len(read_prompts([path])[0]) == 5
+
+
+def test_a_value_of_parquet_that_cannot_be_read_costs_its_row_alone(tmp_path: Path) -> None:
+    texts = [b"In moderation."] * 3000
+    texts[0] = texts[2500] = b"\xff\xfe"
+    chosen = pa.array(texts, type=pa.binary()).view(pa.string())
+    times = pa.array([10**15 if n == 1030 else 0 for n in range(3000)], type=pa.timestamp("ms"))
+    rows = [{"prompt": row["prompt"], "rejected": row["rejected"]} for row in numbered(3000)]
+    path = tmp_path / "a.parquet"
+    pq.write_table(table_of(rows, chosen=chosen), path)
+    pairs, [report] = read_pairs([path])
+    assert report.bad == tuple(BadRow(line, "chosen that is not UTF-8") for line in (1, 2501))
+    assert [pair.prompt[0].content for pair in pairs[:2]] == ["question 1", "question 2"]
+    assert len(pairs) == report.kept == 2998 and report.rows == 3000
+    pq.write_table(table_of(numbered(3000), id=times), path)
+    found = dict(iter_rows(path))
+    assert found[1031] == BadRow(1031, "id that cannot be read")
+    assert sum(isinstance(row, BadRow) for row in found.values()) == 1
+
+
+EVERY_FIELD: list[tuple[Callable[[Row, str, int], object], Row]] = [
+    (pair_of, {**GOOD, "label": 0.25, "weight": 2.0, "margin": 0.5, "criterion": "a"}),
+    (pair_of, {**GOOD, "criteria": ["a", "b"], "source": "mine"}),
+    (pair_of, {**GOOD, "chosen_finished": False, "rejected_finished": False}),
+    (scoring_row_of, {"prompt": "a", "completion": "b", "finish_reason": "length"}),
+    (scoring_row_of, {"prompt": "a", "completion": "b", "finished": False}),
+    (conversation_of, {"messages": [user("a"), assistant("b")]}),
+    *(
+        (lambda *row: DistinctPrompts()(*row), row)
+        for row in (
+            {"turns": ["a", "b"]},
+            {"question": "a", "id": "mine"},
+            {"instruction": "a", "instances": [{"input": "b"}]},
+            {"input": "a"},
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("parse", "row"), EVERY_FIELD)
+def test_every_field_that_a_form_reads_is_read_of_parquet(
+    tmp_path: Path, parse: Callable[[Row, str, int], object], row: Row
+) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([row]), path)
+    [(_, found)] = iter_rows(path, FIELDS)
+    assert isinstance(found, dict)
+    assert parse(found, "set", 1) == parse(row, "set", 1)
+    assert found.keys() == row.keys()
+
+
+def test_rows_of_parquet_without_a_known_column_are_bad_rows(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([{"a": 1}] * 3), path)
+    with pytest.raises(DataError, match=r"none of the 3 rows .*: no prompt"):
+        read_prompts([path])
 
 
 def test_a_report_reads_as_one_sentence() -> None:
@@ -385,6 +498,10 @@ def test_every_form_of_a_prompt_is_read(tmp_path: Path, row: Row, text: str) -> 
         ({"turns": []}, "turns that are not a list of texts"),
         ({"turns": [1]}, "turns that is not text"),
         ({"question": ["a"]}, "question that is not text"),
+        (
+            {"prompt": "Human: a\n\nAssistant:"},
+            "prompt that ends in Assistant: but does not start with a blank line and Human:",
+        ),
         ({"prompt": [assistant("a")]}, "prompt that does not end in a user turn"),
         ({"prompt": "a", "id": ["b"]}, "id that is not text"),
         (

@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.transcripts import is_transcript, parse_prompt, parse_transcript, split_reply
+from models.transcripts import (
+    is_nearly_prompt,
+    is_transcript,
+    parse_prompt,
+    parse_transcript,
+    split_reply,
+)
 from rlhf.records import Message
 
 
@@ -57,6 +63,35 @@ def test_a_prompt_transcript_may_close_with_the_assistants_marker() -> None:
     expected = (Message("user", "a"),)
     for text in ("\n\nHuman: a", "\n\nHuman: a\n\nAssistant:", "\n\nHuman: a\n\nAssistant: \n"):
         assert parse_prompt(text) == expected
+
+
+def test_lines_that_end_as_on_windows_are_the_same_transcript() -> None:
+    text = "\n\nHuman: Hi\nthere\n\nAssistant: Hello.\n\nHuman: Bye\n\nAssistant: Bye.\nBye."
+    windows = text.replace("\n", "\r\n")
+    assert is_transcript(windows)
+    assert parse_transcript(windows) == parse_transcript(text)
+    assert split_reply(windows) == split_reply(text)
+    waiting = "\n\nHuman: Hi\n\nAssistant:"
+    assert parse_prompt(waiting.replace("\n", "\r\n")) == parse_prompt(waiting)
+
+
+@pytest.mark.parametrize(
+    ("text", "nearly"),
+    [
+        ("Human: a\n\nAssistant:", True),
+        ("\nHuman: a\n\nAssistant: \n", True),
+        ("Human:a Assistant:", True),
+        ("Be brief.\r\n\r\nHuman: a\r\n\r\nAssistant:", True),
+        ("\n\nHuman: a\n\nAssistant:", False),
+        ("\r\n\r\nHuman: a\r\n\r\nAssistant:", False),
+        ("Write an advertisement for a Research Assistant:", False),
+        ("Human: what is that?", False),
+        ("What does Assistant: mean?", False),
+        ("", False),
+    ],
+)
+def test_a_prompt_that_is_nearly_a_transcript_is_told_from_text(text: str, nearly: bool) -> None:
+    assert is_nearly_prompt(text) is nearly
 
 
 @given(st.text())
