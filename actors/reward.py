@@ -11,7 +11,7 @@ from actors.gauges import Gauges, in_ray_actor
 from cluster.guard import Guard
 from models.reward_model import RewardModel
 from rlhf.config import RewardFunction
-from rlhf.ensemble import aggregate
+from rlhf.ensemble import aggregate, lower_bound
 from rlhf.errors import GenerationError, PavlovError
 from rlhf.records import GroupScores, RolloutGroup
 from rlhf.reward_functions import RewardFunctions
@@ -29,7 +29,7 @@ class RewardActor:
 
     Args:
         model: a reward-model folder.
-        disagreement_penalty: standard deviations over members subtracted from the mean.
+        disagreement_penalty: times the disagreement is subtracted from the mean over members.
         functions: rewards of the run's own, named beside the ensemble's.
     """
 
@@ -79,7 +79,7 @@ class RewardActor:
         parts_CN[:, empty_N] = EMPTY_REWARD
         disagreement_N[empty_N] = 0.0
         shifted_N = scores.shifted_N | empty_N
-        rewards_N = aggregate(rewards_KN, disagreement_penalty=self._penalty)
+        rewards_N = lower_bound(aggregate(rewards_KN), disagreement_N, self._penalty)
         prompts = [groups[index].prompt for index, count in owners for _ in range(count)]
         completions = [c for index, _ in owners for c in groups[index].completions]
         own = self._functions(prompts, completions) if completions else {}

@@ -91,8 +91,13 @@ class FeatureStore:
             try:
                 if not set(families) <= set(pq.read_schema(path).names):
                     continue
-                table = pq.read_table(path, columns=["key", *families])
-                keys = table["key"].to_pylist()
+                keys = pq.read_table(path, columns=["key"])["key"].to_pylist()
+                places = [place for place, key in enumerate(keys) if key in wanted]
+                if not places:
+                    continue
+                # No others are kept: what a caller holds is a view of all that were read.
+                table = pq.read_table(path, columns=families).take(places)
+                keys = [keys[place] for place in places]
                 features_NFH = torch.stack(
                     [
                         torch.from_numpy(flat.reshape(len(keys), self._trunk.width).copy())
@@ -117,9 +122,7 @@ class FeatureStore:
                 # What is damaged is computed again.
                 path.unlink(missing_ok=True)
                 continue
-            found |= {
-                key: row for key, row in zip(keys, features_NFH, strict=True) if key in wanted
-            }
+            found |= dict(zip(keys, features_NFH, strict=True))
         return found
 
     def _write(self, rows: Mapping[str, Tensor], kept: Container[str]) -> None:

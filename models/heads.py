@@ -145,8 +145,9 @@ def fit_members(
     Raises:
         DataError: a criterion has no pair with any weight.
     """
-    # What has no weight has no say, in the scales neither.
-    pairs = pairs[pairs.weights_N > 0]
+    # What has no weight has no say, in the scales neither. A mask copies, so not without need.
+    if not (pairs.weights_N > 0).all():
+        pairs = pairs[pairs.weights_N > 0]
     replies_NFH = pairs.replies_NFH
     mean_FH, deviation_FH = replies_NFH.mean(dim=0), replies_NFH.std(dim=0) + NEVER_ZERO
     criteria = len(combination_C)

@@ -29,9 +29,14 @@ from models.trunk import Family, Pooling, TokenRow, Trunk
 from rlhf.config import DType
 from rlhf.ensemble import family_disagreement, shift_score
 from rlhf.errors import ModelError
-from rlhf.records import Message
+from rlhf.records import Message, PreferencePair
 from rlhf.rows import reply_room
 
+_DECIDES = {
+    *("dtype", "max_tokens", "criteria", "combination", "temperature", "signal_mean"),
+    *("signal_deviation", "threshold", "false_alarm_rate"),
+}
+"""Fields of a card that its scores, probabilities and flags depend on, beside banks and heads."""
 COMBINED = "reward"
 """What the stated combination of criteria is called beside them."""
 
@@ -452,9 +457,22 @@ def _load_own_layers(
     return layers
 
 
-def version_of(banks: Sequence[Heads]) -> str:
-    """A name for these heads: a hash of all their tensors."""
+def of_the_combination(pairs: Sequence[PreferencePair], combination: Mapping[str, float]) -> Tensor:
+    """The pairs that the combined reward is about: not those of a criterion without weight in it,
+    which may well contradict it; all where there are no others. Boolean, shape (N,)."""
+    about_N = torch.tensor([combination.get(pair.judged_by) != 0 for pair in pairs])
+    return about_N if about_N.any() else torch.ones(len(pairs), dtype=torch.bool)
+
+
+def version_of(banks: Sequence[Heads], card: RewardCard) -> str:
+    """A name for what a reward model says: a hash of all its heads' tensors, and of all in its card
+    that decides a score, a probability or a flag."""
     digest = hashlib.sha256()
+    digest.update(card.model_dump_json(include=_DECIDES).encode())
+    for bank_card in card.banks:
+        families = [family.model_dump() for family in bank_card.families]
+        reads = (bank_card.model_fingerprint, bank_card.tokenizer_fingerprint, families)
+        digest.update(repr(reads).encode())
     for bank, heads in enumerate(banks):
         for name, tensor in heads.tensors(f"{bank}.").items():
             digest.update(name.encode())

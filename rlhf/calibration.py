@@ -127,10 +127,10 @@ def pair_figures(
         "accuracy_low": low if total else None,
         "accuracy_high": high if total else None,
         "ece": expected_calibration_error(probabilities_N, labels_N, weights_N)
-        if len(labels_N)
+        if weights_N.any()
         else None,
         "ece_band": calibrated_ece(probabilities_N, weights_N, draws=200)
-        if len(labels_N)
+        if weights_N.any()
         else None,
         "reliability": [
             asdict(bin) for bin in reliability_curve(probabilities_N, labels_N, weights_N)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,8 +17,12 @@ from torch import Tensor
 from rlhf.seeding import derive_seed
 from rlhf.statistics import conformal_rank
 
+Value = TypeVar("Value", float, Tensor)
+
 _BLOCK = 8
 """Members that draw every example equally often between them."""
+_ROWS_AT_ONCE = 8192
+"""Of features in float64, which are not all made so at once."""
 
 
 def bootstrap_draws(count: int, members: int, seed: int, first: int = 0) -> Tensor:
@@ -64,14 +69,20 @@ def family_disagreement(rewards_KN: Tensor, family_K: Tensor) -> Tensor:
     return torch.stack([disagreement(rewards_KN[family_K == f]) for f in families]).mean(dim=0)
 
 
-def aggregate(rewards_KN: Tensor, *, disagreement_penalty: float = 0.0) -> Tensor:
-    """Mean over members minus `disagreement_penalty` standard deviations; shape (N,).
+def aggregate(rewards_KN: Tensor) -> Tensor:
+    """Mean over members; shape (N,)."""
+    return rewards_KN.mean(dim=0)
+
+
+def lower_bound(reward: Value, disagreement: Value, penalty: float) -> Value:
+    """A reward less `penalty` times the disagreement within families, wherever doubt is held
+    against a reply: in training, in stopping, in best-of-N.
 
     After Coste et al. (2024), Reward Model Ensembles Help Mitigate Overoptimization, section 3.3
     (uncertainty-weighted optimisation), with the deviation instead of the variance, so that both
     terms have the reward's unit.
     """
-    return rewards_KN.mean(dim=0) - disagreement_penalty * disagreement(rewards_KN)
+    return reward - penalty * disagreement
 
 
 def whitening(standardised_ND: Tensor, shrinkage: float = 0.1) -> Tensor:
@@ -82,7 +93,9 @@ def whitening(standardised_ND: Tensor, shrinkage: float = 0.1) -> Tensor:
     fewer rows than features; W is the inverse of its Cholesky factor.
     """
     count, width = standardised_ND.shape
-    covariance_DD = standardised_ND.T.double() @ standardised_ND.double() / max(1, count)
+    covariance_DD = torch.zeros(width, width, dtype=torch.float64)
+    for rows_nD in torch.split(standardised_ND, _ROWS_AT_ONCE):
+        covariance_DD += rows_nD.T.double() @ rows_nD.double() / count
     identity_DD = torch.eye(width, dtype=torch.float64)
     shrunk_DD = (1 - shrinkage) * covariance_DD + shrinkage * identity_DD
     lower_DD = torch.linalg.cholesky(shrunk_DD)

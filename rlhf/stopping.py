@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf.config import StoppingSection
+from rlhf.ensemble import lower_bound
 from rlhf.statistics import paired_interval
 
 
@@ -45,7 +46,7 @@ class Evaluation:
     def lower_P(self, penalty: float) -> list[float]:
         """Rewards less `penalty` times the disagreement."""
         return [
-            reward - penalty * disagreement
+            lower_bound(reward, disagreement, penalty)
             for reward, disagreement in zip(self.rewards_P, self.disagreement_P, strict=True)
         ]
 

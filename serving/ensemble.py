@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from actors.reward import EMPTY_REWARD
 from models.reward_model import BankAnswers, RewardCard, join, scored
+from rlhf.ensemble import lower_bound
 from rlhf.errors import ModelError, RunError
 from rlhf.records import Message
 
@@ -41,7 +42,7 @@ class Verdict:
 
     def lower_bound(self, penalty: float) -> float:
         """What candidates are ranked by: reward less `penalty` times disagreement."""
-        return self.reward - penalty * self.disagreement
+        return lower_bound(self.reward, self.disagreement, penalty)
 
 
 def verdict(card: RewardCard, banks: Sequence[BankAnswers]) -> Verdict:

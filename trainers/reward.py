@@ -240,7 +240,7 @@ def train_reward_model(
     shift_N = shift_score(signals_SN, signal_mean_S, signal_deviation_S)
     threshold = quantile_threshold(shift_N, settings.false_alarm_rate)
     card = RewardCard(
-        version=version_of(fitted),
+        version="",
         banks=tuple(bank_card(b, g, criteria) for b, g in zip(banks, groups, strict=True)),
         dtype=settings.dtype,
         max_tokens=settings.max_tokens,
@@ -250,7 +250,7 @@ def train_reward_model(
             pair_name(criteria, pair): round(float(correlation_CC[pair]), 4)
             for pair in combinations(range(len(criteria)), 2)
         },
-        temperature=temperatures(held_out, held_pairs, criteria),
+        temperature=temperatures(held_out, held_pairs, criteria, combination),
         signal_mean=tuple(signal_mean_S.tolist()),
         signal_deviation=tuple(signal_deviation_S.tolist()),
         threshold=threshold if math.isfinite(threshold) else None,
@@ -267,6 +267,7 @@ def train_reward_model(
         },
         metrics={},
     )
+    card = card.model_copy(update={"version": version_of(fitted, card)})
     model = RewardModel(card, fitted, own)
     probed = model.score_features(probe_features)
     lengths = _lengths(rows)

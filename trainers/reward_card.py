@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.reward_model import COMBINED, Answers, FamilyCard, RewardCard, Scores
+from models.reward_model import (
+    COMBINED,
+    Answers,
+    FamilyCard,
+    RewardCard,
+    Scores,
+    of_the_combination,
+)
 from rlhf.calibration import pair_figures
 from rlhf.ensemble import aggregate
 from rlhf.records import PreferencePair
@@ -32,7 +39,8 @@ def pair_report(
     pairs: Sequence[PreferencePair],
     lengths: Sequence[int],
 ) -> dict[str, Any]:
-    """Figures of pairs: by the reward, by each criterion's own head, and by source.
+    """Figures of pairs: by the reward, of the pairs that it is about (`of_the_combination`), by
+    each criterion's own head, and by source.
 
     Args:
         said: of both replies to each pair, chosen ones first.
@@ -51,8 +59,8 @@ def pair_report(
         }
 
     rewards_KN = margins(said.rewards_KN)
-    everything_N = torch.ones(len(pairs), dtype=torch.bool)
-    whole = figures(rewards_KN, card.temperature[COMBINED], everything_N)
+    about_N = of_the_combination(pairs, card.combination)
+    whole = figures(rewards_KN, card.temperature[COMBINED], about_N)
     per_criterion: dict[str, Any] = {}
     own_KN = rewards_KN.clone()
     asked = [pair.judged_by for pair in pairs]

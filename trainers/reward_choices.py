@@ -5,7 +5,7 @@ Each group's L2, what criteria tell of each other, temperatures. No validation f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import combinations
 
@@ -21,7 +21,7 @@ from models.head_fitting import (
     fit_temperature,
 )
 from models.heads import Heads, TrainedHead
-from models.reward_model import COMBINED, Answers, ask
+from models.reward_model import COMBINED, Answers, ask, of_the_combination
 from rlhf.ensemble import aggregate
 from rlhf.records import PreferencePair
 from trainers.reward_banks import Bank
@@ -141,15 +141,19 @@ def cross_validate(
 
 
 def temperatures(
-    held_out: Answers, pairs: Sequence[PreferencePair], criteria: Sequence[str]
+    held_out: Answers,
+    pairs: Sequence[PreferencePair],
+    criteria: Sequence[str],
+    combination: Mapping[str, float],
 ) -> dict[str, float]:
-    """One for the combination on all pairs, one for each criterion on its own."""
+    """One for the combination on the pairs that it is about (`of_the_combination`), one for each
+    criterion on its own."""
     labels_N = torch.tensor([pair.label for pair in pairs])
     weights_N = torch.tensor([pair.weight for pair in pairs])
     chosen_KN, rejected_KN = held_out.rewards_KN.chunk(2, dim=1)
-    temperatures = {
-        COMBINED: fit_temperature(aggregate(chosen_KN - rejected_KN), labels_N, weights_N)
-    }
+    about_N = of_the_combination(pairs, combination)
+    margins_N = aggregate(chosen_KN - rejected_KN)[about_N]
+    temperatures = {COMBINED: fit_temperature(margins_N, labels_N[about_N], weights_N[about_N])}
     for index, criterion in enumerate(criteria):
         own_N = torch.tensor([pair.judged_by == criterion for pair in pairs])
         chosen_KN, rejected_KN = held_out.criteria_KCN[:, index].chunk(2, dim=1)

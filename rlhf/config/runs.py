@@ -50,7 +50,7 @@ class DomainShiftSection(Section):
     false_alarm_rate: Fraction = 0.05
     """Share of the start policy's completions that the run's threshold may flag."""
     disagreement_penalty: NonNegativeFloat = 0.0
-    """Standard deviations over members subtracted from the mean reward."""
+    """Times the members' disagreement within families is taken off the mean reward."""
 
     @model_validator(mode="after")
     def _the_rate_can_be_promised(self) -> DomainShiftSection:

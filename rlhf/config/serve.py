@@ -59,8 +59,8 @@ class ServeSection(Section):
     best_of_limit: PositiveInt = 8
     """Most candidates a request may ask for."""
     disagreement_penalty: NonNegativeFloat = 1.0
-    """Standard deviations over members taken from a candidate's mean reward: the lower bound that
-    candidates are ranked by."""
+    """Times the members' disagreement within families is taken off a candidate's mean reward: the
+    lower bound that candidates are ranked by."""
     reject_after: NonNegativeInt = 0
     """Tokens after which candidates that are far behind are given up; 0: none is. What it saves and
     what it costs was measured on short answers alone (docs/serving.md)."""

@@ -51,7 +51,7 @@ class StoppingSection(Section):
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.9
     """How sure a rise must be, one-sided, paired over prompts."""
     disagreement_penalty: NonNegativeFloat = 1.0
-    """Deviations over the ensemble's members that are taken off every reward."""
+    """Times the members' disagreement within families is taken off every reward."""
 
 
 class AnswersSection(Section):

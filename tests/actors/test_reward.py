@@ -116,8 +116,11 @@ def test_the_penalty_is_taken_off_the_reward_by_disagreement_and_off_nothing_els
     for sibling, reward in enumerate(penalised.rewards_G):
         members = [member_G[sibling] for member_G in plain.rewards_KG]
         mean = sum(members) / len(members)
+        # The disagreement that is recorded: within families, not over all members.
+        disagreement = plain.disagreement_G[sibling]
+        assert reward == pytest.approx(mean - 0.5 * disagreement, abs=1e-4)
         deviation = (sum((m - mean) ** 2 for m in members) / len(members)) ** 0.5
-        assert reward == pytest.approx(mean - 0.5 * deviation, abs=1e-4)
+        assert abs(deviation - disagreement) > 1e-3
 
 
 @pytest.fixture

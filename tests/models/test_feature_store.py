@@ -243,3 +243,15 @@ def test_what_trained_layers_make_is_computed_anew_and_what_is_frozen_beside_it_
     # Probes alone find what the mixed ensemble's pass left.
     FeatureStore(tmp_path, trunk).features(ROWS)
     assert trunk.computed == 0
+
+
+def test_of_kept_features_only_those_that_are_wanted_are_held(tmp_path, trunk):
+    store = FeatureStore(tmp_path, trunk)
+    store.features(ROWS[:4])
+    store.features(ROWS[4:])
+    held = store._read({row_key(row) for row in (ROWS[1], ROWS[5])})
+    wanted = {row_key(row): plain(trunk, [row])[0] for row in (ROWS[1], ROWS[5])}
+    assert held.keys() == wanted.keys()
+    for key, row_FH in held.items():
+        torch.testing.assert_close(row_FH, wanted[key], atol=1e-5, rtol=1e-5)
+        assert row_FH.untyped_storage().nbytes() == row_FH.numel() * row_FH.element_size()

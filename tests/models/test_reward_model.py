@@ -21,12 +21,13 @@ from models.reward_model import (
     GroupCard,
     RewardCard,
     RewardModel,
+    of_the_combination,
     version_of,
 )
 from models.sources import weights_fingerprint
 from models.trunk import Family, Trunk
 from rlhf.errors import ModelError
-from rlhf.records import Message
+from rlhf.records import Message, PreferencePair
 from tests.conftest import build_tiny_model
 
 QUESTION = (Message("user", "What is a good name for a cat?"),)
@@ -234,15 +235,46 @@ def test_two_backbones_are_saved_and_loaded(two_backbones, tmp_path):
 
 
 def test_heads_have_a_version_of_their_own_and_keep_it_when_saved(tmp_path):
-    version = version_of([HEADS, HEADS])
-    model_of(HEADS, HEADS).save(tmp_path)
-    assert version_of(RewardModel.load(tmp_path).banks) == version
+    model = model_of(HEADS, HEADS)
+    card = model.card
+    version = version_of([HEADS, HEADS], card)
+    model.save(tmp_path)
+    again = RewardModel.load(tmp_path)
+    assert version_of(again.banks, again.card) == version
     for field in dataclasses.fields(Heads):
         tensor = getattr(HEADS, field.name)
         moved = dataclasses.replace(HEADS, **{field.name: tensor + 1})
-        assert version_of([HEADS, moved]) != version, field.name
-        assert version_of([HEADS, moved]) != version_of([moved, HEADS]), field.name
-    assert version_of([HEADS]) != version
+        assert version_of([HEADS, moved], card) != version, field.name
+        assert version_of([HEADS, moved], card) != version_of([moved, HEADS], card), field.name
+    assert version_of([HEADS], card) != version
+
+
+def test_the_version_is_another_one_where_a_score_or_a_flag_may_be():
+    card = model_of(HEADS).card
+    version = version_of([HEADS], card)
+    for changed in (
+        {"threshold": 0.6},
+        {"threshold": None},
+        {"false_alarm_rate": 0.1},
+        {"max_tokens": 32},
+        {"dtype": "bfloat16"},
+        {"temperature": {"reward": 1.0, "harmless": 1.0, "helpful": 2.0}},
+        {"signal_mean": (0.0, 1.0)},
+        {"signal_deviation": (1.0, 2.0)},
+        {"banks": (bank_card().model_copy(update={"model_fingerprint": "other"}),)},
+        {"banks": (bank_card().model_copy(update={"tokenizer_fingerprint": "other"}),)},
+    ):
+        assert version_of([HEADS], card.model_copy(update=changed)) != version, changed
+    for same in ({"seed": 1}, {"metrics": {"total_s": 3.0}}, {"version": "other"}):
+        assert version_of([HEADS], card.model_copy(update=same)) == version, same
+
+
+def test_a_combination_is_about_the_pairs_of_the_criteria_that_have_weight_in_it():
+    pairs = [
+        PreferencePair(QUESTION, "yes", "no", criterion=name) for name in ("a", "b", "a", "other")
+    ]
+    assert of_the_combination(pairs, {"a": 1.0, "b": 0.0}).tolist() == [True, False, True, True]
+    assert of_the_combination(pairs[1:2], {"a": 1.0, "b": 0.0}).tolist() == [True]
 
 
 def test_a_criterion_that_the_model_does_not_have_is_refused_by_name():

@@ -195,3 +195,10 @@ def test_the_band_knows_that_unequal_weights_leave_less_to_go_by(heavy):
         for _ in range(1000)
     ]
     assert 0.9 <= sum(below) / 1000 <= 0.99
+
+
+def test_of_pairs_without_weight_nothing_is_said():
+    found = pair_figures(
+        MARGINS_KN, 1.0, torch.ones(MARGINS_KN.shape[1]), torch.zeros(MARGINS_KN.shape[1])
+    )
+    assert found["ece"] is found["ece_band"] is found["accuracy"] is None

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from rlhf import ensemble
 from rlhf.ensemble import (
     aggregate,
     bootstrap_draws,
@@ -10,6 +11,7 @@ from rlhf.ensemble import (
     distance,
     false_alarm_interval,
     family_disagreement,
+    lower_bound,
     quantile_threshold,
     shift_score,
     standardise,
@@ -36,11 +38,19 @@ def test_one_member_never_disagrees():
     assert disagreement(torch.tensor([[1.0, -7.0]])).tolist() == [0.0, 0.0]
 
 
-def test_aggregate_subtracts_the_penalty_per_deviation():
+def test_the_lower_bound_takes_off_the_disagreement_by_the_penalty():
     rewards = torch.tensor([[1.0, 5.0], [3.0, 5.0]])
     torch.testing.assert_close(aggregate(rewards), torch.tensor([2.0, 5.0]))
-    penalised = aggregate(rewards, disagreement_penalty=0.5)
+    penalised = lower_bound(aggregate(rewards), disagreement(rewards), 0.5)
     torch.testing.assert_close(penalised, torch.tensor([1.5, 5.0]))
+    assert lower_bound(2.0, 1.0, 0.5) == 1.5
+
+
+def test_a_covariance_is_the_same_in_blocks(monkeypatch):
+    rows = torch.randn(50, 3, generator=torch.manual_seed(0))
+    whole = whitening(rows)
+    monkeypatch.setattr(ensemble, "_ROWS_AT_ONCE", 7)
+    torch.testing.assert_close(whitening(rows), whole)
 
 
 def test_quantile_threshold_by_hand():

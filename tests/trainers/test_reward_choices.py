@@ -3,6 +3,7 @@ to believe it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,8 +13,10 @@ import torch
 
 from models.head_fitting import Comparisons, ProbeGroup
 from models.heads import TrainedHead
+from models.reward_model import Answers
+from rlhf.records import Message, PreferencePair
 from tests.models.test_head_fitting import BOTH_L2, comparisons, related
-from trainers.reward_choices import choose_correlation
+from trainers.reward_choices import choose_correlation, temperatures
 
 CANDIDATES = [-0.9, -0.5, 0.0, 0.5, 0.9]
 GROUP = ProbeGroup(0, 2, (BOTH_L2, BOTH_L2))
@@ -127,3 +130,17 @@ def test_three_criteria_stay_apart_unless_all_correlations_together_gain(monkeyp
     correlation_CC, _ = choose_correlation([pairs], [[group]], folds_N, names, CANDIDATES)
     assert asked == [2, 2, 2, 3]
     assert torch.equal(correlation_CC, torch.eye(3))
+
+
+def test_the_rewards_temperature_is_of_the_pairs_that_the_reward_is_about():
+    # The reward is right on 80 of 100 pairs of "a" by a margin of 2, and on as few of "b".
+    margins_N = torch.tensor([2.0] * 80 + [-2.0] * 20 + [2.0] * 20 + [-2.0] * 80)
+    rewards_KN = torch.cat([margins_N, torch.zeros(200)]).unsqueeze(0)
+    nothing_N = torch.zeros(400)
+    said = Answers(rewards_KN, rewards_KN.unsqueeze(1).expand(1, 2, 400), nothing_N, nothing_N)
+    prompt = (Message("user", "?"),)
+    pairs = [PreferencePair(prompt, "yes", "no", criterion=name) for name in "a" * 100 + "b" * 100]
+    alone = temperatures(said, pairs, ["a", "b"], {"a": 1.0, "b": 0.0})
+    mixed = temperatures(said, pairs, ["a", "b"], {"a": 1.0, "b": 1.0})
+    assert alone["reward"] == alone["a"] == pytest.approx(2 / math.log(4), rel=0.02)
+    assert mixed["reward"] > 2 * alone["reward"]
