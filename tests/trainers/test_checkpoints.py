@@ -7,7 +7,6 @@ import io
 import json
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,8 @@ from trainers import rl
 
 pytestmark = pytest.mark.timeout(60)
 
+_TOO_LONG_S = 600.0
+"""Of a step: a test of this file has a minute."""
 WRONG = RewardFunctionError("rewards:length returned no numbers")
 
 
@@ -190,12 +191,10 @@ def test_a_step_that_the_learner_has_begun_ends_first_and_is_recorded(folder: Ru
 
 def test_a_step_that_does_not_end_in_time_leaves_the_last_checkpoint(folder: RunFolder) -> None:
     fleet = FakeFleet()
-    breaks_while_learning(fleet, 60)
-    began = time.monotonic()
+    breaks_while_learning(fleet, _TOO_LONG_S)
     with pytest.raises(ExceptionGroup) as caught:
         run(folder, fleet, staleness=1, cluster={"call_timeout_s": 0.5})
     assert rl._first_cause(caught.value) is WRONG
-    assert time.monotonic() - began < 10
     assert kept(folder) is None and len(recorded(folder)) == 2
     assert "2 recorded steps could not be kept: it took more than" in fleet.said.getvalue()
 
@@ -223,15 +222,18 @@ def test_a_checkpoint_that_fails_or_hangs_hides_nothing(folder: RunFolder, hangs
 
 @pytest.fixture
 def as_pavlov() -> Iterator[None]:
-    """SIGTERM as the command line has it."""
+    """SIGTERM as the command line has it, and SIGINT as Python does: a process that a shell
+    started in the background ignores it."""
 
     def stop(number: int, frame: object) -> NoReturn:
         raise SystemExit(128 + number)
 
     before = signal.signal(signal.SIGTERM, stop)
+    interrupted = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     assert signal.getsignal(signal.SIGTERM) is stop
     signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGINT, interrupted)
 
 
 BOTH = [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
@@ -282,13 +284,11 @@ def test_a_second_signal_ends_at_once(
 
     async def stopped_again() -> None:
         os.kill(os.getpid(), second)
-        await asyncio.sleep(60)
+        await asyncio.sleep(_TOO_LONG_S)
 
     fleet = FakeFleet(learning=stopped, saving=stopped_again)
-    began = time.monotonic()
     with pytest.raises(ended):
         run(folder, fleet)
-    assert time.monotonic() - began < 10
     assert kept(folder) is None
 
 
@@ -298,7 +298,7 @@ def test_a_run_that_is_stopped_before_a_step_ends_without_more_ado(
     class Publishes(FakeFleet):
         async def publish(self, version: int) -> float:
             os.kill(os.getpid(), signal.SIGTERM)
-            await asyncio.sleep(60)
+            await asyncio.sleep(_TOO_LONG_S)
             return 0.0
 
     fleet = Publishes()
