@@ -41,6 +41,13 @@ class Comparisons:
     def __getitem__(self, mask_N: Tensor) -> Comparisons:
         return Comparisons(*(getattr(self, f.name)[mask_N] for f in fields(self)))
 
+    def of_family(self, family: int) -> Comparisons:
+        """The same pairs with one family alone, which is number 0 then; nothing is copied."""
+        only = slice(family, family + 1)
+        return replace(
+            self, chosen_NFH=self.chosen_NFH[:, only], rejected_NFH=self.rejected_NFH[:, only]
+        )
+
     def between(self, criteria: Sequence[int]) -> Comparisons:
         """The pairs of these criteria alone, which are numbered from 0 then."""
         places_N = torch.full_like(self.criterion_N, -1)
@@ -52,6 +59,10 @@ class Comparisons:
         """Each criterion's share of the pairs' weight, shape (C,)."""
         total_C = torch.zeros(criteria).index_add(0, self.criterion_N, self.weights_N)
         return total_C / total_C.sum()
+
+    def replies_of(self, family: int) -> Tensor:
+        """One family's features of all replies, chosen ones first; shape (2 N, H)."""
+        return torch.cat([self.chosen_NFH[:, family], self.rejected_NFH[:, family]])
 
     @property
     def replies_NFH(self) -> Tensor:
@@ -126,9 +137,9 @@ def fit_heads(
     mean_H, deviation_H = scale
     members, criteria = precision_KCC.shape[:2]
     difference_NH = (pairs.chosen_NFH[:, family] - pairs.rejected_NFH[:, family]) / deviation_H
-    sum_NH = (
-        pairs.chosen_NFH[:, family] + pairs.rejected_NFH[:, family] - 2 * mean_H
-    ) / deviation_H
+    if centring:
+        sum_NH = pairs.chosen_NFH[:, family] + pairs.rejected_NFH[:, family]
+        sum_NH = (sum_NH - 2 * mean_H) / deviation_H
     parts = []
     for criterion in range(criteria):
         own_N = pairs.criterion_N == criterion
@@ -137,7 +148,8 @@ def fit_heads(
         if draws_M.any():
             labels_M = pairs.labels_N[own_N].repeat(members)
             margins_M = pairs.margins_N[own_N].repeat(members)
-            own = difference_NH[own_N], sum_NH[own_N], labels_M, margins_M, draws_M
+            own_sum_NH = sum_NH[own_N] if centring else None
+            own = difference_NH[own_N], own_sum_NH, labels_M, margins_M, draws_M
             parts.append((criterion, *own))
     weights_KCH = torch.zeros(members, criteria, difference_NH.shape[1], requires_grad=True)
     optimiser = torch.optim.LBFGS([weights_KCH], max_iter=150, line_search_fn="strong_wolfe")
@@ -150,7 +162,7 @@ def fit_heads(
             part = bradley_terry_loss(
                 (weights_KH @ own_NH.T).flatten(), labels_M, draws_M, margins_M
             )
-            if centring:
+            if own_sum_NH is not None:
                 sums_M = (weights_KH @ own_sum_NH.T).flatten()
                 part = part + centring * centring_loss(sums_M, draws_M)
             # From the mean back to the sum.
@@ -164,24 +176,24 @@ def fit_heads(
 
 def _held_out_margins(
     pairs: Comparisons,
-    family: int,
     precision_LCC: Tensor,
     folds_N: Tensor,
     centring: float,
 ) -> Tensor:
     """Cross-validated margins, shape (L, N): of every pair by its own criterion's head, one head
-    without bootstrap for each of L precisions."""
+    without bootstrap for each of L precisions. Pairs come with one family alone: a fold copies
+    what they have."""
     margins_LN = torch.zeros(len(precision_LCC), len(folds_N))
     for fold in sorted(set(folds_N.tolist())):
         held, fit = folds_N == fold, (folds_N != fold) & (pairs.weights_N > 0)
         if not fit.any():
             continue
         own = pairs[fit]
-        replies_NH = own.replies_NFH[:, family]
+        replies_NH = own.replies_of(0)
         scale = replies_NH.mean(dim=0), replies_NH.std(dim=0) + NEVER_ZERO
         draws_LN = (own.weights_N / own.weights_N.sum()).expand(len(precision_LCC), -1)
-        weights_LCH = fit_heads(own, family, scale, draws_LN, precision_LCC, centring=centring)
-        apart_NH = (pairs.chosen_NFH[held, family] - pairs.rejected_NFH[held, family]) / scale[1]
+        weights_LCH = fit_heads(own, 0, scale, draws_LN, precision_LCC, centring=centring)
+        apart_NH = (pairs.chosen_NFH[held, 0] - pairs.rejected_NFH[held, 0]) / scale[1]
         margins_LCN = weights_LCH @ apart_NH.T
         place_1N = pairs.criterion_N[held].expand(len(precision_LCC), 1, -1)
         margins_LN[:, held] = margins_LCN.gather(1, place_1N).squeeze(1)
@@ -210,9 +222,9 @@ def choose_l2(
     """
     if len(candidates) == 1:
         return candidates[0], {}
-    pairs = replace(pairs, criterion_N=torch.zeros_like(pairs.criterion_N))
+    pairs = replace(pairs.of_family(family), criterion_N=torch.zeros_like(pairs.criterion_N))
     precision_L11 = torch.tensor(candidates).view(-1, 1, 1)
-    margins_LN = _held_out_margins(pairs, family, precision_L11, folds_N, centring)
+    margins_LN = _held_out_margins(pairs, precision_L11, folds_N, centring)
     losses = {
         f"{l2:g}": _tempered_loss(margins_N, pairs)
         for l2, margins_N in zip(candidates, margins_LN, strict=True)
@@ -231,10 +243,11 @@ def correlation_losses(
     The cross-entropy in nats, summed over pairs (as many as weigh as these do, by Kish), each
     criterion's after its own temperature: so a criterion of few pairs counts by what it gains.
     """
+    pairs = pairs.of_family(group.family)
     criteria = correlation_LCC.shape[1]
     l2_LC = torch.tensor(group.l2_C).expand(len(correlation_LCC), -1)
     precision_LCC = prior_precision(l2_LC, pairs.shares(criteria), correlation_LCC)
-    margins_LN = _held_out_margins(pairs, group.family, precision_LCC, folds_N, group.centring)
+    margins_LN = _held_out_margins(pairs, precision_LCC, folds_N, group.centring)
     losses_L = torch.zeros(len(correlation_LCC))
     for criterion in range(criteria):
         own_N = pairs.criterion_N == criterion

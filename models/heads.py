@@ -79,8 +79,9 @@ class Heads:
         """Rewards on the Bradley-Terry scale (differences are log-odds), shape (K, C, N)."""
         raw_KCN = torch.empty(*self.weights_KCH.shape[:2], len(features_NFH))
         # One product a family: a copy of the features for each member would fill the memory.
-        for family, part_NH in enumerate(self.standardised(features_NFH).unbind(1)):
+        for family in range(features_NFH.shape[1]):
             own_K = self.family_K == family
+            part_NH = self.standardised(features_NFH, family)
             raw_KCN[own_K] = torch.einsum("kch,nh->kcn", self.weights_KCH[own_K], part_NH)
         return raw_KCN
 
@@ -101,12 +102,17 @@ class Heads:
 
     def distances(self, features_NFH: Tensor) -> Tensor:
         """Mahalanobis distance from the training replies in each family, shape (F, N)."""
-        parts_FNH = self.standardised(features_NFH).transpose(0, 1)
-        return torch.stack(list(map(distance, parts_FNH, self.whitening_FHH)))
+        return torch.stack(
+            [
+                distance(self.standardised(features_NFH, family), whitening_HH)
+                for family, whitening_HH in enumerate(self.whitening_FHH)
+            ]
+        )
 
-    def standardised(self, features_NFH: Tensor) -> Tensor:
-        """Features by the training set's mean and deviation, shape (N, F, H)."""
-        return (features_NFH - self.feature_mean_FH) / self.feature_deviation_FH
+    def standardised(self, features_NFH: Tensor, family: int) -> Tensor:
+        """One family's features by the training set's mean and deviation, shape (N, H)."""
+        mean_H, deviation_H = self.feature_mean_FH[family], self.feature_deviation_FH[family]
+        return (features_NFH[:, family] - mean_H) / deviation_H
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """By name, for a file that holds several."""
@@ -148,8 +154,10 @@ def fit_members(
     # What has no weight has no say, in the scales neither. A mask copies, so not without need.
     if not (pairs.weights_N > 0).all():
         pairs = pairs[pairs.weights_N > 0]
-    replies_NFH = pairs.replies_NFH
-    mean_FH, deviation_FH = replies_NFH.mean(dim=0), replies_NFH.std(dim=0) + NEVER_ZERO
+    # One family after the other: the replies of all are as large as the features once more.
+    families = range(pairs.chosen_NFH.shape[1])
+    moments = [_moments(pairs.replies_of(family)) for family in families]
+    mean_FH, deviation_FH = map(torch.stack, zip(*moments, strict=True))
     criteria = len(combination_C)
     share_C = pairs.shares(criteria)
     if correlation_CC is None:
@@ -186,19 +194,24 @@ def fit_members(
         feature_mean_FH=mean_FH,
         feature_deviation_FH=deviation_FH,
         whitening_FHH=torch.stack(
-            [whitening(part_NH) for part_NH in ((replies_NFH - mean_FH) / deviation_FH).unbind(1)]
+            [whitening((pairs.replies_of(f) - mean_FH[f]).div_(deviation_FH[f])) for f in families]
         ),
         member_mean_KC=torch.zeros(first, criteria),
         member_deviation_KC=torch.ones(first, criteria),
         combination_C=combination_C,
         combined_deviation_K=torch.ones(first),
     )
-    return rescaled(unscaled, replies_NFH)
+    return rescaled(unscaled, pairs.chosen_NFH, pairs.rejected_NFH)
 
 
-def rescaled(heads: Heads, replies_NFH: Tensor) -> Heads:
-    """The same heads with each member's mean and deviation over `replies_NFH`."""
-    raw_KCN = heads.raw(replies_NFH)
+def _moments(replies_NH: Tensor) -> tuple[Tensor, Tensor]:
+    return replies_NH.mean(dim=0), replies_NH.std(dim=0) + NEVER_ZERO
+
+
+def rescaled(heads: Heads, *replies: Tensor) -> Heads:
+    """The same heads with each member's mean and deviation over all `replies`, tensors of shape
+    (N, F, H) each."""
+    raw_KCN = torch.cat([heads.raw(part_NFH) for part_NFH in replies], dim=2)
     mean_KC, deviation_KC = raw_KCN.mean(dim=2), raw_KCN.std(dim=2) + NEVER_ZERO
     criteria_KCN = (raw_KCN - mean_KC.unsqueeze(2)) / deviation_KC.unsqueeze(2)
     mixed_KN = torch.einsum("kcn,c->kn", criteria_KCN, heads.combination_C)

@@ -457,10 +457,16 @@ def _load_own_layers(
     return layers
 
 
+def in_combination(criterion: str, combination: Mapping[str, float]) -> bool:
+    """Whether the combined reward is about pairs judged by this: not where it is a criterion
+    without weight in it, whose pairs may well contradict it."""
+    return combination.get(criterion) != 0
+
+
 def of_the_combination(pairs: Sequence[PreferencePair], combination: Mapping[str, float]) -> Tensor:
-    """The pairs that the combined reward is about: not those of a criterion without weight in it,
-    which may well contradict it; all where there are no others. Boolean, shape (N,)."""
-    about_N = torch.tensor([combination.get(pair.judged_by) != 0 for pair in pairs])
+    """The pairs that the combined reward is about (`in_combination`); all where there are none.
+    Boolean, shape (N,)."""
+    about_N = torch.tensor([in_combination(pair.judged_by, combination) for pair in pairs])
     return about_N if about_N.any() else torch.ones(len(pairs), dtype=torch.bool)
 
 

@@ -94,8 +94,9 @@ def whitening(standardised_ND: Tensor, shrinkage: float = 0.1) -> Tensor:
     """
     count, width = standardised_ND.shape
     covariance_DD = torch.zeros(width, width, dtype=torch.float64)
-    for rows_nD in torch.split(standardised_ND, _ROWS_AT_ONCE):
-        covariance_DD += rows_nD.T.double() @ rows_nD.double() / count
+    for part_nD in torch.split(standardised_ND, _ROWS_AT_ONCE):
+        rows_nD = part_nD.double()
+        covariance_DD += rows_nD.T @ rows_nD / max(1, count)
     identity_DD = torch.eye(width, dtype=torch.float64)
     shrunk_DD = (1 - shrinkage) * covariance_DD + shrinkage * identity_DD
     lower_DD = torch.linalg.cholesky(shrunk_DD)

@@ -15,6 +15,7 @@ from models.reward_model import (
     FamilyCard,
     RewardCard,
     Scores,
+    in_combination,
     of_the_combination,
 )
 from rlhf.calibration import pair_figures
@@ -143,12 +144,12 @@ def describe(card: RewardCard) -> str:
         if name in card.metrics:
             figures = card.metrics[name]
             lines.append(
-                f"{title.split(',')[0].lower()}: {_accuracy(figures)}, ECE {figures['ece']:.3f}, "
-                f"flagged {figures['flagged_share']:.1%} of replies"
+                f"{title.split(',')[0].lower()}: {_accuracy(figures)}, "
+                f"ECE {_number(figures['ece'])}, flagged {figures['flagged_share']:.1%} of replies"
             )
             if len(figures["per_criterion"]) > 1:
                 lines += [
-                    f"  {criterion}, by its own head: {_accuracy(own)}, ECE {own['ece']:.3f}"
+                    f"  {criterion}, by its own head: {_accuracy(own)}, ECE {_number(own['ece'])}"
                     for criterion, own in figures["per_criterion"].items()
                 ]
     return "\n".join(lines)
@@ -169,6 +170,7 @@ def report(card: RewardCard) -> str:
         f"- reward: {_combination(card)}, each criterion in deviations over the training replies",
         f"- prior correlation of criteria's heads: {_listed(card.correlation, '{:g}') or 'none'}",
         f"- temperatures: {_listed(card.temperature, '{:.2f}')}",
+        *_left_out_line(card),
         f"- domain shift: threshold {threshold} on disagreement + distance (each in deviations "
         f"over held-out replies), for {card.false_alarm_rate:.0%} false alarms "
         f"[{low:.1%}, {high:.1%}]",
@@ -194,6 +196,16 @@ def report(card: RewardCard) -> str:
             parts += ["", *_pairs_section(title, card.metrics[name])]
     parts += ["", *_probes_section(card.metrics["probes"])]
     return "\n".join(parts) + "\n"
+
+
+def _left_out_line(card: RewardCard) -> list[str]:
+    without = [name for name in card.criteria if not in_combination(name, card.combination)]
+    if not without:
+        return []
+    return [
+        "- the reward's temperature and figures leave out pairs judged by a criterion without "
+        f"weight in it ({', '.join(without)}), where there are others"
+    ]
 
 
 def _validation_line(card: RewardCard) -> list[str]:

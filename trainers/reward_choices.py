@@ -43,9 +43,8 @@ def choose_groups(
             chosen = []
             for index, criterion in enumerate(criteria):
                 own = pairs.criterion_N == index
-                l2, tried = choose_l2(
-                    pairs[own], family, members.l2, folds_N[own], centring=members.centring
-                )
+                asked = pairs.of_family(family)[own]
+                l2, tried = choose_l2(asked, 0, members.l2, folds_N[own], centring=members.centring)
                 chosen.append(l2)
                 losses[f"{bank.name} {bank.trunk.families[family]} {criterion}"] = tried
             own_groups.append(ProbeGroup(family, members.count, tuple(chosen), members.centring))
@@ -83,10 +82,10 @@ def choose_correlation(
         every = []
         for pairs, group in probes:
             own_N = torch.isin(pairs.criterion_N, torch.tensor(asked))
-            own = replace(group, l2_C=tuple(group.l2_C[criterion] for criterion in asked))
-            every.append(
-                correlation_losses(pairs.between(asked), own, correlation_LCC, folds_N[own_N])
-            )
+            l2_C = tuple(group.l2_C[criterion] for criterion in asked)
+            own = replace(group, family=0, l2_C=l2_C)
+            theirs = pairs.of_family(group.family).between(asked)
+            every.append(correlation_losses(theirs, own, correlation_LCC, folds_N[own_N]))
         return torch.stack(every).mean(dim=0)
 
     if not probes:

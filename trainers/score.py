@@ -32,7 +32,7 @@ from cluster.session import ray_session
 from cluster.streaming import stream_through_actors
 from models.data_files import BadRow, Tally, count_rows
 from models.preferences import require_scoring_row
-from models.reward_model import COMBINED, RewardCard, RewardModel
+from models.reward_model import COMBINED, RewardCard, RewardModel, in_combination
 from models.sources import resolve_reward_model
 from rlhf.calibration import pair_figures
 from rlhf.errors import DataError
@@ -52,7 +52,8 @@ def run_score(
 ) -> Row:
     """Score every usable row; returns the summary, writes rows to `out` where it is given.
 
-    With a `criterion` rewards and figures are of that criterion's heads, else of the reward.
+    With a `criterion` rewards and figures are of that criterion's heads, on all pairs; else of the
+    reward, on the pairs that it is about (`in_combination`), or all where there are none.
 
     Raises:
         DataError: no usable row, or `out` is not a Parquet file that can be written, or is `data`.
@@ -127,8 +128,9 @@ class Summary:
         self.replies = 0
         self._card = card
         self._criterion = criterion or COMBINED
-        self._pairs = _Pairs(card.members)
-        self._by_source: defaultdict[str, _Pairs] = defaultdict(partial(_Pairs, card.members))
+        self._combination = card.combination if criterion is None else {}
+        self._pairs = _ByRelevance(card.members)
+        self._by_source = defaultdict[str, _ByRelevance](partial(_ByRelevance, card.members))
         self._by_criterion = {name: _Pairs(card.members) for name in card.criteria}
         self._flagged = 0
         self._rewards = 0.0
@@ -149,8 +151,9 @@ class Summary:
         if len(row["replies"]) == 2:
             chosen, rejected = (reply["rewards"] for reply in row["replies"])
             margins_K = list(map(sub, chosen, rejected))
+            about = in_combination(row["criterion"], self._combination)
             for pairs in (self._pairs, self._by_source[row["source"]]):
-                pairs.add(margins_K, row["label"], row["weight"])
+                pairs.of[about].add(margins_K, row["label"], row["weight"])
             if row["own_margins"] is not None:
                 own = self._by_criterion[row["criterion"]]
                 own.add(row["own_margins"], row["label"], row["weight"])
@@ -210,6 +213,17 @@ class _Pairs:
         figures = pair_figures(margins_N.unsqueeze(0), temperature, labels_N, weights_N)
         by_member = [right / self._decided for right in self._right_K] if self._decided else []
         return {**figures, "member_accuracy": by_member}
+
+
+class _ByRelevance:
+    """Pairs that the reward is about (`of[True]`), and others, which count where there are none."""
+
+    def __init__(self, members: int) -> None:
+        self.of = {about: _Pairs(members) for about in (True, False)}
+
+    def figures(self, temperature: float) -> Row:
+        about = self.of[True].figures(temperature)
+        return about if about["pairs"] else self.of[False].figures(temperature)
 
 
 class _Table:

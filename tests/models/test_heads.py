@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.head_fitting import Comparisons, ProbeGroup
+from models.head_fitting import Comparisons, ProbeGroup, choose_l2, correlation_losses
 from models.heads import Heads, fit_members, rescaled
 from rlhf.ensemble import whitening
 from rlhf.errors import DataError
@@ -98,8 +98,9 @@ def test_a_criterion_whose_pairs_have_no_weight_is_refused(opposed):
         opposed.margins_N,
         opposed.criterion_N,
     )
-    with pytest.raises(DataError, match="weight 0"):
-        fit_members(pairs, GROUPS, torch.tensor([1.0, 1.0]), 0)
+    for each in (pairs, replace(pairs, weights_N=torch.zeros_like(weights_N))):
+        with pytest.raises(DataError, match="weight 0"):
+            fit_members(each, GROUPS, torch.tensor([1.0, 1.0]), 0)
 
 
 def test_members_do_not_depend_on_the_groups_before_and_after_them(opposed):
@@ -207,6 +208,40 @@ def test_more_members_do_not_copy_the_features():
     with LargestTensor() as made:
         random_heads([0, 1, 2, 2] * 6).raw(features_NFH)
     assert made.numbers <= features_NFH.numel()
+
+
+def test_fitting_and_scoring_hold_no_more_than_one_family_of_features_beside_them():
+    generator = torch.Generator().manual_seed(0)
+    pairs = Comparisons(
+        *torch.randn(2, 400, 8, 16, generator=generator),
+        torch.ones(400),
+        torch.ones(400),
+        torch.zeros(400),
+        torch.arange(400) % 2,
+    )
+    groups = [ProbeGroup(family, 1, (0.1, 0.1)) for family in range(8)]
+    # Of both replies.
+    family_of_both = 2 * 400 * 16
+    with LargestTensor() as made:
+        heads = fit_members(pairs, groups, torch.ones(2), 0)
+    assert made.numbers <= family_of_both
+    with LargestTensor() as made:
+        heads.criteria(pairs.chosen_NFH)
+        heads.distances(pairs.chosen_NFH)
+        choose_l2(pairs, 3, [0.1, 1.0], torch.arange(400) % 5)
+        correlation_losses(pairs, groups[3], torch.eye(2).unsqueeze(0), torch.arange(400) % 5)
+    assert made.numbers <= family_of_both
+
+
+def test_one_family_alone_is_a_view_of_the_pairs(opposed):
+    second = opposed.of_family(1)
+    assert torch.equal(second.replies_NFH[:, 0], opposed.replies_NFH[:, 1])
+    for own, whole in zip(
+        (second.chosen_NFH, second.rejected_NFH),
+        (opposed.chosen_NFH, opposed.rejected_NFH),
+        strict=True,
+    ):
+        assert own.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
 
 
 def test_distance_is_that_from_the_training_replies_in_each_family(opposed):

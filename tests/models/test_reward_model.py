@@ -259,6 +259,8 @@ def test_the_version_is_another_one_where_a_score_or_a_flag_may_be():
         {"max_tokens": 32},
         {"dtype": "bfloat16"},
         {"temperature": {"reward": 1.0, "harmless": 1.0, "helpful": 2.0}},
+        {"combination": {"harmless": 0.25, "helpful": 4.0}},
+        {"banks": (bank_card().model_copy(update={"families": ()}),)},
         {"signal_mean": (0.0, 1.0)},
         {"signal_deviation": (1.0, 2.0)},
         {"banks": (bank_card().model_copy(update={"model_fingerprint": "other"}),)},

@@ -167,6 +167,43 @@ def test_the_whole_card_has_every_criterion_source_and_probe_in_tables_that_fit(
         assert len({line.count("|") for line in table}) == 1, table
 
 
+def test_the_rewards_figures_leave_out_criteria_without_weight_in_it_and_the_card_says_so(card):
+    only = card.model_copy(update={"combination": {"harmless": 0.0, "helpful": 1.0}})
+    pairs = [
+        PreferencePair(PROMPT, "a", "b", source=name, criterion=name)
+        for name in ("helpful", "harmless", "harmless")
+    ]
+    # The reward is right on the pair of helpful alone.
+    said = answers([1.0, 0.0, 0.0, 0.0, 1.0, 1.0], [[0.0] * 6] * 2)
+    found = pair_report(only, said, pairs, [1, 1] * 3)
+    assert (found["pairs"], found["accuracy"]) == (1, 1.0)
+    assert found["per_criterion"]["harmless"]["pairs"] == 2
+    assert found["per_source"]["harmless"]["pairs"] == 2
+    without = [line for line in report(only).splitlines() if "without weight" in line]
+    assert len(without) == 1 and "(harmless)" in without[0]
+    assert "without weight" not in report(card)
+    # Of pairs that are all harmless there is nothing else to say.
+    nothing_else = answers([0.0, 0.0, 1.0, 1.0], [[0.0] * 4] * 2)
+    assert pair_report(only, nothing_else, pairs[1:], [1, 1] * 2)["accuracy"] == 0.0
+
+
+def test_a_card_can_be_read_where_no_validation_pair_has_weight(card):
+    pairs = [PreferencePair(PROMPT, "a", "b", criterion="helpful", weight=0.0)]
+    figures = pair_report(card, answers([1.0, 0.0], [[0.0] * 2] * 2), pairs, [1, 1])
+    update = {
+        "data": {
+            **card.data,
+            "pairs_validation": 1,
+            "pairs_validation_seen": 0,
+            "hash_validation": "v",
+        },
+        "metrics": {**card.metrics, "validation": {**figures, "flagged_share": 0.0}},
+    }
+    weightless = card.model_copy(update=update)
+    assert "validation: no decided pair, ECE -, flagged" in describe(weightless)
+    assert "\n| the reward | 1 | 0 | no decided pair | - | - | - |" in report(weightless)
+
+
 def test_a_probe_is_told_from_held_out_replies_by_each_signal():
     inside_N, outside_N = torch.tensor([0.0, 1.0]), torch.tensor([2.0, 0.5, 9.0])
     scores = Scores(

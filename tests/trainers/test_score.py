@@ -6,6 +6,7 @@ import io
 import json
 import statistics
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,41 @@ def test_with_a_criterion_rewards_and_figures_are_of_its_heads_at_its_temperatur
         assert row["reward_chosen"] == pytest.approx(
             dict(row["parts_chosen"])["harmless"], abs=1e-5
         )
+
+
+def test_the_rewards_figures_leave_out_pairs_of_criteria_without_weight_in_it(
+    tmp_path, two_criteria
+):
+    given = RewardModel.load(two_criteria)
+    weights = {"helpful": 1.0, "harmless": 0.0}
+    banks = [
+        replace(bank, combination_C=torch.tensor(list(weights.values()))) for bank in given.banks
+    ]
+    card = given.card.model_copy(update={"combination": weights})
+    model = RewardModel(card, banks)
+    (tmp_path / "helpful").mkdir()
+    model.save(tmp_path / "helpful")
+    asked = ["helpful", "harmless", "harmless", "another"]
+    rows = [{**row, "criterion": name} for row, name in zip(PAIRS, asked, strict=True)]
+    folder = tmp_path / "scores"
+    folder.mkdir()
+    summary, written = score(tmp_path / "helpful", rows, folder)
+    assert (len(written), summary["replies"]) == (4, 8)
+    about = [rows[0], rows[3]]
+    wanted = pair_figures(
+        margins_of(model, about)[0], TEMPERATURE["reward"], torch.ones(2), torch.ones(2)
+    )
+    assert_same_figures(summary, wanted)
+    assert {name: own["pairs"] for name, own in summary["per_source"].items()} == {
+        "tea": 1,
+        "food": 1,
+    }
+    # Where there are no others they are all that can be said.
+    alone, _ = score(tmp_path / "helpful", rows[1:3], folder)
+    assert alone["pairs"] == 2
+    # Whoever asks for one criterion's heads is told of all pairs.
+    own, _ = score(tmp_path / "helpful", rows, folder, "harmless")
+    assert own["pairs"] == 4
 
 
 def test_means_and_shares_are_over_replies(tmp_path, two_criteria):
