@@ -61,37 +61,36 @@ def serve_chat(config: ServeConfig, console: Console) -> None:
         DataError, ResourceError: `serve.feedback` cannot be used.
         ResourceError: another process serves under this name.
     """
-    _try_feedback(config.serve)
-    served = Served(config.serve.name)
-    # This process ends the applications and says so: as long as it lives they are its own.
-    with served.held():
-        _serve(config, served, console)
-
-
-def _serve(config: ServeConfig, served: Served, console: Console) -> None:
     settings = config.serve
-    if newest := served.newest():
+    _try_feedback(settings)
+    served = Served(settings.name)
+    newest = served.newest()
+    if newest:
         live = _promoted(config, served, newest)
-        console.print(
-            f"serving version {live.version}, not version {newest.version}, which was promoted "
-            f"from {newest.source} and could not be served: {live.failed}"
-            if live.failed
-            else f"serving version {newest.version}, promoted from {newest.source}, not "
-            f"policy.model = {config.policy.model}"
-        )
     else:
         model = resolve_model(config.policy.model)
         live = Live(weights_fingerprint(model), str(model))
     judges = _Judges.of(config)
     _checked_length(config, live.model)
-    if unread := _unread(settings, live.model, judges):
-        console.print(f"warning: {unread}")
     port = choose_port(settings.host, settings.port)
-    if newest is None:
-        live = _kept(config, served, live)
-    with ray_session("serve", num_cpus=usable_cores()):
-        assistant = Assistant(config, served, live, judges, console)
-        serve_until_stopped(assistant, settings.name, settings.host, port, console)
+    # After what may be refused, which leaves no folder. This process ends the applications and says
+    # so: as long as it lives they are its own.
+    with served.held():
+        if newest:
+            console.print(
+                f"serving version {live.version}, not version {newest.version}, which was promoted "
+                f"from {newest.source} and could not be served: {live.failed}"
+                if live.failed
+                else f"serving version {newest.version}, promoted from {newest.source}, not "
+                f"policy.model = {config.policy.model}"
+            )
+        if unread := _unread(settings, live.model, judges):
+            console.print(f"warning: {unread}")
+        if newest is None:
+            live = _kept(config, served, live)
+        with ray_session("serve", num_cpus=usable_cores()):
+            assistant = Assistant(config, served, live, judges, console)
+            serve_until_stopped(assistant, settings.name, settings.host, port, console)
 
 
 def _kept(config: ServeConfig, served: Served, live: Live) -> Live:

@@ -112,7 +112,7 @@ class Judgement(TypedDict):
     criteria: dict[str, float] | None
     """The mean by criterion."""
     disagreement: float | None
-    """Standard deviation over members."""
+    """Standard deviation over the members of a family, mean over families."""
     domain_shift: bool | None
     """Whether the text is of a kind the ensemble does not know."""
     members_missing: Count | None
