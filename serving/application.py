@@ -153,6 +153,9 @@ def serve_until_stopped(
         ResourceError: Serve is there already, and listens elsewhere or has another application.
         RunError: it did not come up.
     """
+    # Its import sets the level, which is why it comes first.
+    import ray.serve  # noqa: F401
+
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     stop = threading.Event()
     before = {
