@@ -16,10 +16,10 @@ from tests.conftest import ROOT
 
 
 class Server:
-    """A running server; `address` is where it answers."""
+    """A running server; `address` is where it answers, `said` what it wrote until it did."""
 
-    def __init__(self, process: subprocess.Popen[str], address: str) -> None:
-        self.process, self.address = process, address
+    def __init__(self, process: subprocess.Popen[str], address: str, said: str) -> None:
+        self.process, self.address, self.said = process, address, said
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = 60) -> int:
         """End it; returns its exit code."""
@@ -43,7 +43,7 @@ def start(*command: str, runs: Path, seconds: float = 180) -> Server:
     for line in process.stdout:
         said.append(line)
         if found := re.search(r"(http://[\w.]+:\d+)/", line):
-            return Server(process, found.group(1))
+            return Server(process, found.group(1), "".join(said))
         if time.monotonic() > deadline:
             break
     process.kill()

@@ -212,6 +212,11 @@ def test_who_leaves_stops_the_writing(server, client):
     assert written() == settled < before + 3 * 8 * 500
 
 
+def test_serves_own_log_is_not_on_the_terminal(server):
+    assert server.said.splitlines()[-1].startswith("serving pavlov: ")
+    assert "INFO" not in server.said
+
+
 def test_a_second_server_of_its_name_is_refused(server, client, runs, tiny_model):
     config = str(ROOT / "configs" / "serve.toml")
     limits = "serve.max_prompt_tokens=200", "serve.max_tokens=64"
