@@ -36,7 +36,7 @@ class ChatScorer:
             ModelError: the answer cannot be tokenised.
         """
         row = self._model.tokenise((messages, text, finished))
-        cut = not self._model.reads_to_its_end((messages, text, finished))
+        cut = not self._model.reads_to_its_end((messages, text, finished), row)
         said = asyncio.get_running_loop().create_future()
         self._waiting.append((row, said))
         if self._reading is None:

@@ -68,7 +68,10 @@ class RewardActor:
                 results[index] = GenerationError(f"prompt {group.prompt.id}: {error}")
                 continue
             rows += tokenised
-            cut += [not self._model.reads_to_its_end(reply) for reply in replies]
+            cut += [
+                not self._model.reads_to_its_end(reply, made)
+                for reply, made in zip(replies, tokenised, strict=True)
+            ]
             empty += [not c.text.strip() for c in group.completions]
             owners.append((index, len(tokenised)))
         scores = self._model.score_features(self._model.features(rows))

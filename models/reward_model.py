@@ -310,15 +310,12 @@ class RewardModel:
         messages, text, finished = reply
         return tuple(trunk.tokenise(messages, text, finished=finished) for trunk in self.trunks())
 
-    def reads_to_its_end(self, reply: Reply) -> bool:
-        """Whether every bank reads the whole reply.
-
-        Raises:
-            ModelError: as `tokenise`.
-        """
+    def reads_to_its_end(self, reply: Reply, rows: Sequence[TokenRow]) -> bool:
+        """Whether every bank reads the whole reply, of which `tokenise` made these rows."""
         messages, text, finished = reply
         return all(
-            trunk.reads_to_its_end(messages, text, finished=finished) for trunk in self.trunks()
+            trunk.reads_to_its_end(row, messages, text, finished=finished)
+            for trunk, row in zip(self.trunks(), rows, strict=True)
         )
 
     def features(

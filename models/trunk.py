@@ -151,15 +151,13 @@ class Trunk:
         )
 
     def reads_to_its_end(
-        self, messages: Sequence[Message], reply: str, *, finished: bool = True
+        self, row: TokenRow, messages: Sequence[Message], reply: str, *, finished: bool = True
     ) -> bool:
-        """Whether `tokenise` leaves the reply whole.
-
-        Raises:
-            ModelError: as `tokenise`.
-        """
-        prompt_ids, reply_ids = self._whole(messages, reply, finished)
-        return len(reply_ids) <= reply_room(self._max_tokens, len(prompt_ids))
+        """Whether `row`, which `tokenise` made of the others, has the whole reply."""
+        # A row that has room left has: only a full one is looked into again.
+        if sum(map(len, row)) < self._max_tokens:
+            return True
+        return len(self._whole(messages, reply, finished)[1]) == len(row[1])
 
     def _whole(self, messages: Sequence[Message], reply: str, finished: bool) -> TokenRow:
         reply_ids = self.tokenizer.reply_ids(reply, finished=finished)

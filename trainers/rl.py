@@ -81,7 +81,7 @@ def run_rl(
     require_memory(rl_memory_gib(policy, reference, config), config.cluster)
     folder = RunFolder.claim(folder_path, config, resume=resume)
     try:
-        made_with = _made_with(models)
+        made_with = _made_with(models, card.version)
         until_done(
             lambda again: _attempt(
                 config, models, made_with, prompts, folder, console, again, finish
@@ -128,7 +128,7 @@ def resolve_models(config: RLConfig) -> Models:
     return Models(policy, reference, reward, critic)
 
 
-def _made_with(models: Models) -> dict[str, str]:
+def _made_with(models: Models, reward_version: str) -> dict[str, str]:
     """What a run's models are, by the settings that name them: a path may hold another one when the
     run is resumed. Weights are read once for it, and are in memory then for who loads them."""
     named = {
@@ -138,7 +138,7 @@ def _made_with(models: Models) -> dict[str, str]:
     }
     read = {name: weights_fingerprint(resolve_model(name)) for name in set(named.values()) if name}
     return {
-        "reward.model": RewardModel.load(models.reward).card.version,
+        "reward.model": reward_version,
         **{setting: read[name] for setting, name in named.items() if name},
     }
 

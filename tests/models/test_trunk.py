@@ -244,10 +244,10 @@ def test_a_reply_is_read_to_its_end_where_nothing_is_cut_off_it(make_trunk, ques
     known = set()
     for count in range(1, 100):
         reply = "water " * count
-        cut = trunk.tokenise(question, reply, finished=finished)[1]
+        row = trunk.tokenise(question, reply, finished=finished)
         uncut = whole.tokenise(question, reply, finished=finished)[1]
-        read = trunk.reads_to_its_end(question, reply, finished=finished)
-        assert read == (cut == uncut)
+        read = trunk.reads_to_its_end(row, question, reply, finished=finished)
+        assert read == (row[1] == uncut)
         known.add(read)
     assert known == {True, False}
 

@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from cluster.files import RunFolder
+from models.reward_model import RewardModel
 from rlhf.config import RLConfig, Section, parse_config
 from rlhf.errors import CheckpointError, GenerationError
 from rlhf.prompts import PromptCursor
@@ -123,7 +124,8 @@ def begun(
         },
         "test",
     )
-    made_with = rl._made_with(rl.resolve_models(settings))
+    models = rl.resolve_models(settings)
+    made_with = rl._made_with(models, RewardModel.load(models.reward).card.version)
     assert set(made_with) == {
         *("policy.model", "reference.model", "reward.model", "rl.algorithm.critic.model")
     }
